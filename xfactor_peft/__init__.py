@@ -1,0 +1,1 @@
+"""Teach a causal language model to prefer, or avoid, chosen tokens."""
