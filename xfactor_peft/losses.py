@@ -1,0 +1,118 @@
+"""D_KL(P || softmax(W h + b)) without ever making the (B*T) x V tensor of logits.
+
+Positions go through in chunks. Each chunk makes its own logits, adds its share of the loss, turns the
+logits in place into the gradient softmax(z) - P, and reduces that to what backward needs:
+
+    KL        = sum_i P_i log P_i - sum_i P_i log q_i,      log q = z - logsumexp(z),  z = W h + b
+    dKL/dh    = W^T (q - P)             (N, D)
+    dKL/dW    = (q - P)^T h             (V, D), only when W trains
+    dKL/db    = sum over positions of (q - P)
+
+The eager twin is `reference.kl_loss`. The idea of fusing the output embedding into the loss is that of
+Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+CHUNK_BYTES = 16 * 2**20
+"""Size of one chunk's float32 logits; about three such buffers are alive at once."""
+
+
+class KLResult(NamedTuple):
+    """Mean KL in nats per position (differentiable) and mean mass q(S) (detached); both scalars, float32."""
+
+    loss: torch.Tensor
+    set_mass: torch.Tensor
+
+
+def chunk_positions(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """How many positions fit into one chunk of float32 logits; at least 1."""
+    return max(1, chunk_bytes // (4 * vocab_size))
+
+
+class _ChunkedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, mask, chunk):
+        positions = hidden.shape[0]
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        # q @ [P, 1[S]] gives both reductions over V in one pass.
+        target = target.to(accumulate)
+        members = mask.to(accumulate)
+        entropy = torch.special.xlogy(target, target).sum()
+        loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        mass = torch.zeros_like(loss)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and want_bias else None
+        for start in range(0, positions, chunk):
+            h = hidden[start : start + chunk]
+            z = F.linear(h, weight, bias).to(accumulate)
+            z -= z.logsumexp(dim=1, keepdim=True)
+            loss += len(h) * entropy - (z @ target).sum()
+            q = z.exp_()
+            mass += (q @ members).sum()
+            difference = q.sub_(target).div_(positions)
+            if want_bias and bias is not None:
+                grad_bias += difference.sum(0)
+            difference = difference.to(weight.dtype)
+            if want_hidden:
+                torch.mm(difference, weight, out=grad_hidden[start : start + chunk])
+            if want_weight:
+                grad_weight += difference.T @ h
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+        )
+        mass = mass / positions
+        ctx.mark_non_differentiable(mass)
+        return loss / positions, mass
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_mass):
+        grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
+        return (*grads, None, None, None)
+
+
+def kl_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> KLResult:
+    """Mean D_KL(P || softmax(W h + b)) over positions, in chunks; gradients for hidden, weight and bias.
+
+    Args:
+        hidden: (..., D), the states that enter the output embedding.
+        weight: (V, D), the output embedding W. Its gradient is made only when it requires one.
+        target: (V,), P, summing to 1.
+        mask: (V,) bool, membership in S; only for the reported mass.
+        bias: (V,) or None.
+        chunk: positions per chunk; by default as many as fit `CHUNK_BYTES`.
+
+    Returns:
+        KLResult(loss, set_mass). Loss and softmax are in float32 or better whatever the inputs' dtype.
+
+    Raises:
+        ValueError: the shapes do not fit together, or there is no position.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    vocab_size = weight.shape[0]
+    if flat.shape[0] == 0:
+        raise ValueError("kl_loss needs at least one position")
+    if flat.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden has width {flat.shape[1]}, the output embedding {weight.shape[1]}")
+    for name, vector in (("target", target), ("mask", mask), ("bias", bias)):
+        if vector is not None and vector.shape != (vocab_size,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({vocab_size},)")
+    chunk = chunk or chunk_positions(vocab_size)
+    return KLResult(*_ChunkedKL.apply(flat, weight, bias, target, mask, chunk))
