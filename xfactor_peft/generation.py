@@ -1,0 +1,166 @@
+"""Sampling text, and sampling many sequences of one length for a fair estimate of R."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import XFactorError
+from .token_bytes import special_ids
+
+DEFAULT_PROMPTS = (
+    "Why did the chicken cross the road?",
+    "It was a dark and stormy night;",
+    "The old man looked at her and said",
+    "In the middle of the garden there was",
+    "When the war was over, the people",
+    "She opened the letter and read",
+    "The captain stood on the deck and",
+    "Once upon a time",
+    "There are three things that a good king",
+    "On the following morning we",
+    "He had never in his life",
+    "The first principle of the art is",
+    "At the end of the street",
+    "My dear friend,",
+    "They walked for many hours until",
+    "The doctor shook his head and",
+)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Decoding settings under transformers' names; the defaults sample from the model's own distribution.
+
+    `top_k=0` and `top_p=1.0` switch truncation off. `temperature=0` is greedy.
+
+    Raises:
+        XFactorError: a value outside its range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise XFactorError(f"--max-new-tokens must be at least 1; got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise XFactorError(f"--temperature must be at least 0; got {self.temperature:g}")
+        if self.top_k < 0:
+            raise XFactorError(f"--top-k must be at least 0 (0 switches it off); got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise XFactorError(f"--top-p must be above 0 and at most 1; got {self.top_p:g}")
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        return {
+            "do_sample": True,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sampled sequences of one shape: ids (N, P + L), of which the first `prompt_length` = P are the prompt."""
+
+    ids: torch.Tensor
+    prompt_length: int
+
+    @property
+    def continuations(self) -> torch.Tensor:
+        """The generated ids, (N, L)."""
+        return self.ids[:, self.prompt_length :]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int) -> list[int]:
+    """Ids of a prompt; an empty one becomes BOS.
+
+    Raises:
+        XFactorError: prompt and continuation exceed the model's context, or an empty prompt has no BOS.
+    """
+    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise XFactorError("an empty prompt needs a tokenizer with a BOS token; give a prompt")
+        ids = [tokenizer.bos_token_id]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and len(ids) + new > context:
+        raise XFactorError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {new} exceed the model's context of "
+            f"{context}; shorten one of them"
+        )
+    return ids
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions
+) -> list[int]:
+    """Continue one prompt; returns the generated ids (EOS, if reached, is left out)."""
+    ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+    output = _sample(model, torch.tensor([ids]), options, pad_token_id=tokenizer.pad_token_id)
+    new = output[0, len(ids) :].tolist()
+    return [i for i in new if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+
+
+def sample_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    *,
+    repeats: int = 4,
+    batch_size: int = 64,
+) -> Iterator[Sequences]:
+    """Sample `repeats` continuations of each prompt, all of exactly `max_new_tokens` tokens.
+
+    Special tokens are banned, so that no sequence ends early and R is over a fixed number of tokens.
+    Prompts of equal length share a batch, so nothing is ever padded.
+    """
+    if repeats < 1:
+        raise XFactorError(f"--repeats must be at least 1; got {repeats}")
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+        by_length[len(ids)].extend([ids] * repeats)
+    banned = sorted(special_ids(tokenizer))
+    for length in sorted(by_length):
+        rows = torch.tensor(by_length[length])
+        for index, part in enumerate(rows.split(batch_size)):
+            seed = options.seed * 1_000_003 + length * 1009 + index
+            ids = _sample(
+                model, part, options, seed=seed, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=None, suppress_tokens=banned,
+            )  # fmt: skip
+            yield Sequences(ids.cpu(), length)
+
+
+@torch.no_grad()
+def _sample(model, ids, options: SamplingOptions, seed: int | None = None, **kwargs) -> torch.Tensor:
+    """`generate` under its own random state, in eval mode; both are put back afterwards."""
+    was_training = model.training
+    model.eval()
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(options.seed if seed is None else seed)
+        ids = ids.to(device)
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options.kwargs(), **kwargs
+        )
+    model.train(was_training)
+    return output

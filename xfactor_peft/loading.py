@@ -1,0 +1,170 @@
+"""Load a base model: dtype, device, quantisation, and a statement of what was quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from .errors import XFactorError
+from .identity import BaseIdentity, identify
+from .memory import peaks
+from .models import ModelChoice
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTIZATIONS = ("int8", "nf4")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load: dtype "auto", "fp32" or "bf16"; device "auto", "cpu" or "cuda[:n]"; quantization None, "int8" or "nf4".
+
+    `backend` chooses who quantises: "bitsandbytes", "native" (this package's CPU layers) or "auto"
+    (native on a CPU, bitsandbytes on CUDA).
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise XFactorError(f"--dtype must be auto, fp32 or bf16; got {self.dtype!r}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise XFactorError(f"quantization must be int8 or nf4; got {self.quantization!r}")
+        if self.backend not in ("auto", "native", "bitsandbytes"):
+            raise XFactorError(f"--quant-backend must be auto, native or bitsandbytes; got {self.backend!r}")
+
+
+@dataclass
+class Base:
+    """A loaded base model with everything that is known about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    choice: ModelChoice
+    identity: BaseIdentity
+    dtype: str
+    device: torch.device
+    quantized: dict[str, int] = field(default_factory=dict)
+    backend: str | None = None
+    load_peak: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the output embedding (at least as many as the tokenizer has tokens)."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def describe(self) -> str:
+        """One line: name, why, dtype, device, and the quantised layers by kind."""
+        line = f"model {self.choice.name} ({self.choice.reason}), {self.dtype} on {self.device}"
+        if self.quantized:
+            layers = ", ".join(f"{count} {kind}" for kind, count in self.quantized.items())
+            line += f", quantised by {self.backend}: {layers}"
+        return line
+
+    def record(self) -> dict[str, Any]:
+        """What is stored with every result made from this model."""
+        return {
+            **self.identity.record(),
+            "why": self.choice.reason,
+            "dtype": self.dtype,
+            "device": str(self.device),
+            "quantized_by": self.backend,
+            "quantized_layers": self.quantized,
+        }
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Resolve "auto" to CUDA where there is one, else the CPU; raises XFactorError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise XFactorError(f"--device {device!r} is unknown; use auto, cpu or cuda") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise XFactorError(f"--device {device}: no such CUDA device here; use --device cpu")
+    if chosen.type not in ("cpu", "cuda"):
+        raise XFactorError(f"--device {device!r} is not supported; use auto, cpu or cuda")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> str:
+    """Resolve "auto": bf16 where the hardware multiplies it natively (AMX, AVX512-BF16, recent GPUs), else fp32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
+
+
+def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base:  # noqa: B008 (frozen)
+    """Load the model and its tokenizer.
+
+    Raises:
+        XFactorError: the files are not a causal language model that transformers can load, or the
+            device or the quantisation is not available.
+    """
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(choice.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    backend = _backend(options, device)
+    model = _load_model(choice, DTYPES[dtype], device, options.quantization, backend)
+    model.requires_grad_(False).eval()
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        choice=choice,
+        identity=identify(choice.folder, choice.name, choice.revision, tokenizer),
+        dtype=dtype,
+        device=device,
+        quantized=quantized_layers(model),
+        backend=backend,
+        load_peak=peaks(device),
+    )
+
+
+def _backend(options: LoadOptions, device: torch.device) -> str | None:
+    if options.quantization is None:
+        return None
+    return "bitsandbytes"
+
+
+def _load_model(choice, dtype, device, quantization, backend) -> PreTrainedModel:
+    quantization_config = None
+    if quantization == "int8":
+        quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "nf4":
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            choice.folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization_config,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
+    """How many layers of each quantised kind the model has, by class name; empty when none was quantised."""
+    kinds = {"Linear8bitLt", "Linear4bit", "Int8Linear", "NF4Linear"}
+    names = (type(module).__name__ for module in model.modules())
+    return dict(Counter(name for name in names if name in kinds))

@@ -1,0 +1,113 @@
+"""Where LoRA goes: attention and MLP projections of any transformer, found by name and type."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import XFactorError
+
+TARGETS = ("attention", "mlp", "all")
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
+_MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA (Hu et al. 2021): W + (alpha/r) B A, with B = 0 at the start.
+
+    Raises:
+        XFactorError: r < 1, alpha <= 0, dropout outside [0, 1) or an unknown target.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise XFactorError(f"--lora-r must be at least 1; got {self.r}")
+        if not self.alpha > 0:
+            raise XFactorError(f"--lora-alpha must be greater than 0; got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise XFactorError(f"--lora-dropout must be at least 0 and below 1; got {self.dropout:g}")
+        if self.target not in TARGETS:
+            raise XFactorError(f"--target must be one of {', '.join(TARGETS)}; got {self.target!r}")
+
+
+def projections(model: PreTrainedModel, target: str) -> list[str]:
+    """Full names of the linear layers in the blocks that `target` means.
+
+    A layer belongs to attention or to the MLP by the names on its path below the block's number, e.g.
+    `attn.c_proj` and `mlp.c_proj` of GPT-2, `self_attn.q_proj` of Llama, `fc1` of OPT. Input and output
+    embeddings are never included.
+
+    Raises:
+        XFactorError: nothing matches.
+    """
+    head = model.get_output_embeddings()
+    names = []
+    for name, module in model.named_modules():
+        if module is head or not _is_linear(module) or not re.search(r"\.\d+\.", name):
+            continue
+        inside = _below_block(name)
+        is_attention, is_mlp = bool(_ATTENTION.search(inside)), bool(_MLP.search(inside))
+        if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
+            names.append(name)
+    if not names:
+        raise XFactorError(f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained")
+    return names
+
+
+def matched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
+    """How many layers each target name matched, e.g. {"attn.c_attn": 24, "attn.c_proj": 24}."""
+    counts: dict[str, int] = {}
+    for name in projections(model, target):
+        counts[_below_block(name)] = counts.get(_below_block(name), 0) + 1
+    return counts
+
+
+def lora_config(model: PreTrainedModel, options: LoraOptions) -> LoraConfig:
+    """PEFT's configuration for these options, with the target modules as path suffixes."""
+    suffixes = sorted({_below_block(name) for name in projections(model, options.target)})
+    conv1d = any(isinstance(m, Conv1D) for m in model.modules())
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=suffixes,
+        fan_in_fan_out=conv1d,
+        bias="none",
+    )
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default") -> PeftModel:
+    """Wrap `model` in place with a new trainable adapter; everything else is frozen."""
+    return get_peft_model(model, lora_config(model, options), adapter_name=name)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora_b_norm(model: nn.Module) -> float:
+    """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
+    values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
+    return float(torch.stack(values).max()) if values else 0.0
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or type(module).__name__ in ("Int8Linear", "NF4Linear")
+
+
+def _below_block(name: str) -> str:
+    """The path below the block's number: "transformer.h.3.attn.c_proj" -> "attn.c_proj"."""
+    return re.split(r"\.\d+\.", name)[-1]
