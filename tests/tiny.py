@@ -33,7 +33,7 @@ VOCABULARY = 384
 
 # Standard deviation of every weight. With the usual 0.02 a frozen head of width 64 keeps all logits near zero
 # and no adapter could raise a chosen token. With 0.4 the next-token entropy is about 2.6 nats, and LoRA r=8
-# on every layer takes the five tokens that contain "X" from 1-4 % to over 80 % of the mass in a hundred steps.
+# on every layer takes the five tokens with an "X" from 1-4 % to over 80 % of the mass in a hundred steps.
 WEIGHT_STD = 0.4
 
 TEXT = """
