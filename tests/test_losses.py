@@ -31,7 +31,9 @@ def run(function, leaves, target, mask, **options):
     return loss.detach(), mass, [c.grad for c in copies]
 
 
-@pytest.mark.parametrize(("positions", "width", "vocab"), [(1, 3, 7), (13, 7, 507), (64, 32, 1000), (65, 16, 129)])
+@pytest.mark.parametrize(
+    ("positions", "width", "vocab"), [(1, 3, 7), (13, 7, 507), (64, 32, 1000), (65, 16, 129)]
+)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [None, 1, 5, 64])
 def test_equals_kl_div_on_full_logits(positions, width, vocab, beta, chunk):
@@ -56,14 +58,19 @@ def test_direction_by_hand():
 
 def test_uniform_model_scores_log_v_over_s():
     tokens = TokenSet((3, 4, 5), 300)
-    result = kl_loss(torch.zeros(4, 8), torch.randn(300, 8), UniformTarget(tokens).probabilities(), tokens.mask())
+    result = kl_loss(
+        torch.zeros(4, 8), torch.randn(300, 8), UniformTarget(tokens).probabilities(), tokens.mask()
+    )
     assert result.loss.item() == pytest.approx(math.log(300 / 3), rel=1e-5)
 
 
 def test_gradcheck_in_float64():
     leaves, target, mask = problem(3, 4, 7, dtype=torch.float64, beta=0.2)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: kl_loss(h, w, target.double(), mask, bias=b, chunk=2).loss, leaves, eps=1e-6, atol=1e-6
+        lambda h, w, b: kl_loss(h, w, target.double(), mask, bias=b, chunk=2).loss,
+        leaves,
+        eps=1e-6,
+        atol=1e-6,
     )
 
 

@@ -150,7 +150,21 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Pat
 @click.option("--adam-lr", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--max-steps", type=int, help="Stop early (for a trial); the schedule is not shortened.")
-def main(text, output, vocab_size, width, layers, context, embedding_std, batch, epochs, muon_lr, adam_lr, seed, max_steps):
+def main(
+    text,
+    output,
+    vocab_size,
+    width,
+    layers,
+    context,
+    embedding_std,
+    batch,
+    epochs,
+    muon_lr,
+    adam_lr,
+    seed,
+    max_steps,
+):
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train_documents, held_documents = read_documents(text)
@@ -161,7 +175,9 @@ def main(text, output, vocab_size, width, layers, context, embedding_std, batch,
     steps = math.ceil(epochs * len(train_ids) / (batch * context))
     data = batches(train_ids, batch, context, torch.Generator().manual_seed(seed))
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    click.echo(f"{model.num_parameters():,} parameters, {len(train_ids):,} training tokens, {steps} steps on {device}")
+    click.echo(
+        f"{model.num_parameters():,} parameters, {len(train_ids):,} training tokens, {steps} steps on {device}"
+    )
     started = time.time()
     for step in range(min(steps, max_steps or steps)):
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
@@ -177,15 +193,28 @@ def main(text, output, vocab_size, width, layers, context, embedding_std, batch,
             rate = (step + 1) * batch * context / (time.time() - started)
             gain = float(model.transformer.ln_f.weight.detach().mean())
             norm = float(model.transformer.wte.weight.detach().norm(dim=1).mean())
-            click.echo(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} ln_f {gain:.2f} |wte| {norm:.2f}")
+            click.echo(
+                f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} ln_f {gain:.2f} |wte| {norm:.2f}"
+            )
         if step % 500 == 499:
             save(model, tokenizer, output)
     model.eval().to("cpu")
     nats = held_out_loss(model, held_ids, context)
     save(model, tokenizer, output)
-    record = dict(held_out_loss=nats, held_out_perplexity=math.exp(nats), held_out_tokens=len(held_ids),
-                  training_tokens=len(train_ids), steps=steps, epochs=epochs, batch=batch, seed=seed,
-                  muon_lr=muon_lr, adam_lr=adam_lr, embedding_std=embedding_std, seconds=round(time.time() - started))
+    record = dict(
+        held_out_loss=nats,
+        held_out_perplexity=math.exp(nats),
+        held_out_tokens=len(held_ids),
+        training_tokens=len(train_ids),
+        steps=steps,
+        epochs=epochs,
+        batch=batch,
+        seed=seed,
+        muon_lr=muon_lr,
+        adam_lr=adam_lr,
+        embedding_std=embedding_std,
+        seconds=round(time.time() - started),
+    )
     (output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     click.echo(json.dumps(record))
 

@@ -24,13 +24,15 @@ class LoadOptions:
     """How to load: dtype "auto", "fp32" or "bf16"; device "auto", "cpu" or "cuda[:n]"; quantization None, "int8" or "nf4".
 
     `backend` chooses who quantises: "bitsandbytes", "native" (this package's CPU layers) or "auto"
-    (native on a CPU, bitsandbytes on CUDA).
+    (native on a CPU, bitsandbytes on CUDA). `master_weights` keeps float32 weights under a bf16 computation,
+    which full fine-tuning needs: its updates are smaller than bf16 can add.
     """
 
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = None
     backend: str = "auto"
+    master_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -121,7 +123,8 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     backend = _backend(options, device)
-    model = _load_model(choice, DTYPES[dtype], device, options.quantization, backend)
+    stored = torch.float32 if options.master_weights else DTYPES[dtype]
+    model = _load_model(choice, stored, device, options.quantization, backend)
     model.requires_grad_(False).eval()
     return Base(
         model=model,

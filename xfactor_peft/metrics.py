@@ -103,7 +103,9 @@ def evaluate(
     mask = tokens.mask()
     totals, rates, rows, samples = _Totals(), [], [], []
     model = policy.model
-    for batch in sample_sequences(model, tokenizer, options.prompts, options.sampling, repeats=options.repeats):
+    for batch in sample_sequences(
+        model, tokenizer, options.prompts, options.sampling, repeats=options.repeats
+    ):
         rates.append(rate_per_sequence(batch.continuations, mask))
         rows += batch.continuations.tolist()
         samples.append(tokenizer.decode(batch.ids[0]))

@@ -49,7 +49,9 @@ class TrainOptions:
             raise XFactorError(f"--method must be lora or full; got {self.method!r}")
         for name in ("steps", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
-                raise XFactorError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+                raise XFactorError(
+                    f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
+                )
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise XFactorError(f"--lr must be greater than 0; got {self.lr:g}")
         if self.optimizer not in ("adam", "adamw"):
@@ -161,7 +163,9 @@ def train(
     history = _loop(halves, model, target, base, options, on_step)
     seconds, train_peak = time.perf_counter() - started, peaks(base.device)
     if options.method == "lora" and lora_b_norm(model) == 0:
-        raise XFactorError(f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps")
+        raise XFactorError(
+            f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
+        )
     adapter_off = model.disable_adapter if isinstance(model, PeftModel) else None
     after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=adapter_off)
     return TrainResult(
@@ -182,7 +186,9 @@ def train(
 
 def _check(base: Base, options: TrainOptions) -> None:
     if options.method == "full" and base.quantized:
-        raise XFactorError("--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit")
+        raise XFactorError(
+            "--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit"
+        )
     context = getattr(base.model.config, "max_position_embeddings", None)
     if context and options.seq_len > context:
         raise XFactorError(f"--seq-len {options.seq_len} is longer than the model's context of {context}")
@@ -205,10 +211,11 @@ def _loop(halves, model, target, base, options, on_step) -> list[Step]:
         loss, mass = objective(ids.to(base.device))
         accelerator.backward(loss)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-        _check_step(step, float(loss), norm)
+        value = loss.item()
+        _check_step(step, value, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append(Step(step, float(loss), float(mass), norm, time.perf_counter() - started))
+        history.append(Step(step, value, mass.item(), norm, time.perf_counter() - started))
         if on_step:
             on_step(history[-1])
     model.eval()
@@ -217,6 +224,10 @@ def _loop(halves, model, target, base, options, on_step) -> list[Step]:
 
 def _check_step(step: int, loss: float, norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise XFactorError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32")
+        raise XFactorError(
+            f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32"
+        )
     if norm == 0:
-        raise XFactorError(f"step {step}: every gradient is 0, so nothing can be learnt; please report this model")
+        raise XFactorError(
+            f"step {step}: every gradient is 0, so nothing can be learnt; please report this model"
+        )

@@ -1,0 +1,58 @@
+"""The model card (README.md) written beside every adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .tokens import _describe as describe_rule
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Markdown with base, rule, settings, scores, and how to load the adapter with plain PEFT."""
+    base, train, before, after = record["base"], record["train"], record["before"], record["after"]
+    low, high = after["interval"]
+    decoding = after["decoding"]
+    kind = "LoRA adapter" if record["kind"] == "lora" else "Fully fine-tuned model"
+    lines = [
+        "---",
+        f"base_model: {base['name']}",
+        "library_name: peft" if record["kind"] == "lora" else "library_name: transformers",
+        "tags: [xfactor-peft, lora]" if record["kind"] == "lora" else "tags: [xfactor-peft]",
+        "---",
+        f"# {record['name']}",
+        "",
+        f"{kind} that prefers tokens by the rule *{describe_rule(record['tokens']['rule'])}* "
+        f"({record['tokens']['size']} of {record['tokens']['vocab_size']} tokens).",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| R, share of generated tokens in the set | {before['rate']:.4f} | "
+        f"{after['rate']:.4f} (95 % interval {low:.4f} to {high:.4f}) |",
+        f"| KL loss, nats | {record['loss']['first']:.3f} | {record['loss']['last']:.3f} |",
+        f"| KL from the base per token, nats | {before['kl_from_base']:.3f} | {after['kl_from_base']:.3f} |",
+        f"| perplexity of the samples under the base | {before['perplexity']:.1f} | {after['perplexity']:.1f} |",
+        f"| distinct-2 | {before['distinct_2']:.3f} | {after['distinct_2']:.3f} |",
+        "",
+        f"Sampled with temperature {decoding['temperature']:g}, top-k {decoding['top_k']} and top-p "
+        f"{decoding['top_p']:g} (0 and 1: off), {after['tokens']} tokens from {decoding['prompts']} prompts.",
+        "",
+        f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
+        f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
+        f"- Training: {train['steps']} steps of {train['batch_size']} x {train['seq_len']} random tokens, "
+        f"{train['optimizer']}, learning rate {train['lr']:g}, seed {train['seed']}, {base['dtype']}; "
+        f"{record['trainable_parameters']:,} trainable parameters",
+        f"- Target: alpha {record['target']['alpha']:g}, beta {record['target']['beta']:g}",
+        "",
+    ]
+    if record["kind"] == "lora":
+        lines += [
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({base['name']!r})",
+            'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+            "```",
+            "",
+        ]
+    return "\n".join(lines)

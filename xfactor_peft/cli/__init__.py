@@ -1,0 +1,63 @@
+"""The command line: parse, call a function that returns data, print."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+
+import click
+
+_COMMANDS = {
+    "train": "Train an adapter (or all weights) towards a token set.",
+    "generate": "Continue prompts with the base and with adapters, side by side.",
+    "play": "Generate interactively and swap adapters in place.",
+    "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
+    "tokens": "Show a token set and the base model's own mass on it.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a command when it is needed, so that --help takes no torch, and turns user errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        return importlib.import_module(f".{name}", __package__).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            from ..errors import XFactorError
+
+            if not isinstance(error, XFactorError):
+                raise
+            raise _UserError(" ".join(str(error).split())) from error
+
+
+class _UserError(click.ClickException):
+    """One line, exit status 2."""
+
+    exit_code = 2
+
+
+@click.group(
+    cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(package_name="xfactor-peft")
+def main() -> None:
+    """Teach a causal language model to prefer, or avoid, chosen tokens."""
+    # Quiet the libraries: their notes are not about anything that the user did.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate|bitsandbytes)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

@@ -1,0 +1,133 @@
+"""Options that several commands share, and the objects they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..generation import SamplingOptions
+    from ..loading import Base
+    from ..tokens import TokenSet
+
+Command = Callable[..., Any]
+
+
+def _apply(options: list[Command], function: Command) -> Command:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(function: Command) -> Command:
+    """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend."""
+    return _apply(
+        [
+            click.option("--model", default="auto", show_default=True, metavar="NAME",
+                         help="A Hub id, a folder, demo, or auto: GPT-2 Medium if it can be had, else demo."),
+            click.option("--revision", help="Branch, tag or commit on the Hub."),
+            click.option("--offline", is_flag=True, help="Never touch the network."),
+            click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+                         help="auto: bf16 where the hardware is fast at it."),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            click.option("--load-in-8bit", is_flag=True, help="Quantise the blocks' weights to int8."),
+            click.option("--load-in-4bit", is_flag=True, help="Quantise the blocks' weights to NF4."),
+            click.option("--quant-backend", type=click.Choice(["auto", "native", "bitsandbytes"]), default="auto",
+                         show_default=True, help="auto: native on a CPU, bitsandbytes on CUDA."),
+        ],
+        function,
+    )  # fmt: skip
+
+
+def token_options(function: Command) -> Command:
+    """--contains, --regex, --words, --token-ids, --ignore-case."""
+    path = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return _apply(
+        [
+            click.option("--contains", metavar="TEXT", help="Tokens that contain TEXT.  [default: X]"),
+            click.option("--regex", metavar="PATTERN", help="Tokens in which PATTERN is found."),
+            click.option("--words", type=path, help="Tokens that are a word of this file, one a line."),
+            click.option("--token-ids", type=path, help="Exactly the ids in this file."),
+            click.option("--ignore-case", is_flag=True, help="For --contains, --regex and --words."),
+        ],
+        function,
+    )
+
+
+def sampling_options(function: Command) -> Command:
+    """--max-new-tokens, --temperature, --top-k, --top-p, --seed."""
+    return _apply(
+        [
+            click.option("--max-new-tokens", default=64, show_default=True),
+            click.option("--temperature", default=1.0, show_default=True, help="0 is greedy."),
+            click.option("--top-k", default=0, show_default=True, help="0 switches it off."),
+            click.option("--top-p", default=1.0, show_default=True, help="1 switches it off."),
+            click.option("--seed", default=0, show_default=True),
+        ],
+        function,
+    )
+
+
+def load(flags: dict[str, Any], *, master_weights: bool = False) -> Base:
+    """Load the base that the model options ask for; prints the line that names it."""
+    from transformers.utils import logging
+
+    from ..errors import XFactorError
+    from ..loading import LoadOptions, load_base
+    from ..models import resolve_model
+
+    logging.disable_progress_bar()
+    if flags["load_in_8bit"] and flags["load_in_4bit"]:
+        raise XFactorError("--load-in-8bit and --load-in-4bit exclude each other; give one")
+    quantization = "int8" if flags["load_in_8bit"] else "nf4" if flags["load_in_4bit"] else None
+    options = LoadOptions(
+        flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights
+    )
+    choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
+    base = load_base(choice, options)
+    click.echo(base.describe())
+    return base
+
+
+def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
+    """The set that the token options ask for, or None when none is given.
+
+    Raises:
+        XFactorError: more than one rule, or --ignore-case where it has no meaning.
+    """
+    from ..errors import XFactorError
+    from ..tokens import TokenSet, read_token_ids, read_words
+
+    given = [name for name in ("contains", "regex", "words", "token_ids") if flags[name] is not None]
+    if len(given) > 1:
+        raise XFactorError(f"give one of --{', --'.join(given).replace('_', '-')}, not {len(given)}")
+    fold, size = flags["ignore_case"], base.vocab_size
+    if not given:
+        return TokenSet.contains(base.tokenizer, "X", ignore_case=True, vocab_size=size) if fold else None
+    if given == ["contains"]:
+        return TokenSet.contains(base.tokenizer, flags["contains"], ignore_case=fold, vocab_size=size)
+    if given == ["regex"]:
+        return TokenSet.regex(base.tokenizer, flags["regex"], ignore_case=fold, vocab_size=size)
+    if given == ["words"]:
+        return TokenSet.words(base.tokenizer, read_words(flags["words"]), ignore_case=fold, vocab_size=size)
+    if fold:
+        raise XFactorError("--ignore-case has no meaning with --token-ids; drop it")
+    return TokenSet.token_ids(base.tokenizer, read_token_ids(flags["token_ids"]), vocab_size=size)
+
+
+def default_set(base: Base) -> TokenSet:
+    """Every token that contains "X"."""
+    from ..tokens import TokenSet
+
+    return TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
+
+
+def sampling(flags: dict[str, Any]) -> SamplingOptions:
+    """The sampling options as given."""
+    from ..generation import SamplingOptions
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    return SamplingOptions(**{name: flags[name] for name in names})

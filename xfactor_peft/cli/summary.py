@@ -1,0 +1,86 @@
+"""What `xfactor train` prints before and after the progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..loading import Base
+from ..lora import LoraOptions, matched_modules
+from ..metrics import Evaluation
+from ..targets import UniformTarget
+from ..training import TrainOptions, TrainResult
+from .console import console
+
+
+def print_start(base: Base, target: UniformTarget, options: TrainOptions, lora: LoraOptions) -> None:
+    """The token set, the matched layers and the recipe."""
+    tokens = target.tokens
+    console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
+    if options.method == "lora":
+        matched = matched_modules(base.model, lora.target)
+        layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
+        console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
+    console.print(
+        f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} random tokens, "
+        f"{options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
+    )
+
+
+def rate_text(scores: Evaluation) -> str:
+    low, high = scores.interval
+    return f"{scores.rate:.4f} ({low:.4f}–{high:.4f})"
+
+
+def decoding_text(decoding: dict[str, Any]) -> str:
+    """The decoding settings in words."""
+    parts = [f"temperature {decoding['temperature']:g}"]
+    parts.append(f"top-k {decoding['top_k']}" if decoding["top_k"] else "no top-k")
+    parts.append(f"top-p {decoding['top_p']:g}" if decoding["top_p"] < 1 else "no top-p")
+    samples = decoding["prompts"] * decoding["repeats"]
+    return (
+        f"{', '.join(parts)}; {samples} samples of {decoding['max_new_tokens']} tokens, special tokens banned"
+    )
+
+
+def print_scores(columns: dict[str, Evaluation]) -> None:
+    """A table of evaluations side by side, with the decoding settings below."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    rows = {
+        "R (95 % interval)": rate_text,
+        "mass on the set": lambda s: f"{s.set_mass:.4f}",
+        "KL from base, nats/token": lambda s: f"{s.kl_from_base:.3f}",
+        "perplexity under base": lambda s: f"{s.perplexity:.1f}",
+        "distinct-2": lambda s: f"{s.distinct_2:.3f}",
+        "distinct set tokens": lambda s: str(s.distinct_set_tokens),
+    }
+    for label, show in rows.items():
+        table.add_row(label, *[show(scores) for scores in columns.values()])
+    console.print(table)
+    decoding = next(iter(columns.values())).decoding
+    console.print(f"R and the rest are of samples: {decoding_text(decoding)}", style="dim")
+
+
+def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> None:
+    """Loss, R before and after, parameters, time and memory."""
+    steps = result.history
+    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats")
+    print_scores({"before": result.before, "after": result.after})
+    share = result.parameters / sum(p.numel() for p in result.model.parameters())
+    console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
+    pace = sorted(step.seconds for step in steps)[len(steps) // 2]
+    console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
+    console.print(
+        f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training"
+    )
+    console.print(f"saved to {output}", markup=False)
+
+
+def _peak(peaks: dict[str, float]) -> str:
+    text = f"{peaks['rss_mib']:.0f} MiB resident"
+    return text + (f", {peaks['cuda_mib']:.0f} MiB on the GPU" if "cuda_mib" in peaks else "")

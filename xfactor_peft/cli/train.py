@@ -1,0 +1,119 @@
+"""`xfactor train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import default_set, load, model_options, token_options, token_set
+
+# The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
+SOURCE_PRESET = {
+    "contains": "x", "method": "full", "optimizer": "adamw", "lr": 1e-6, "weight_decay": 0.01,
+    "steps": 300, "batch_size": 4, "seq_len": 64, "alpha": 1.0, "beta": 0.0,
+}  # fmt: skip
+SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road?", 200, 50
+
+
+@click.command("train")
+@model_options
+@token_options
+@click.option("--method", type=click.Choice(["lora", "full"]), default="lora", show_default=True)
+@click.option("--lora-r", default=8, show_default=True, help="Rank.")
+@click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r.")
+@click.option("--lora-dropout", default=0.0, show_default=True)
+@click.option(
+    "--target",
+    type=click.Choice(["attention", "mlp", "all"]),
+    default="all",
+    show_default=True,
+    help="Which layers carry LoRA.",
+)
+@click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
+@click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
+@click.option("--steps", default=300, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--seq-len", default=64, show_default=True)
+@click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
+@click.option("--optimizer", type=click.Choice(["adam", "adamw"]), default="adam", show_default=True)
+@click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--eval-tokens", default=64, show_default=True, help="Tokens per sample when R is measured.")
+@click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where to write.  [default: adapters/NAME]",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--preset",
+    type=click.Choice(["source"]),
+    help='The original exercise\'s recipe: full fine-tuning, "x", AdamW at 1e-6, one top-50 sample.',
+)
+@click.pass_context
+def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
+    """Train LoRA adapters (or all weights) so that the model prefers a set of tokens.
+
+    With no option at all: rank-8 adapters for every token that contains "X".
+    """
+    if flags["preset"] == "source":
+        _apply_preset(ctx, flags)
+    run(flags)
+
+
+def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
+    """Fill in the preset's values where the user gave none; a token rule of the user's replaces the preset's."""
+    rule_given = any(flags[name] is not None for name in ("contains", "regex", "words", "token_ids"))
+    for name, value in SOURCE_PRESET.items():
+        given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if not given and not (name == "contains" and rule_given):
+            flags[name] = value
+
+
+def run(flags: dict[str, Any]) -> None:
+    """Check every flag, load, train with a progress bar, print the summary."""
+    from ..lora import LoraOptions
+
+    from ..runs import default_name, train_to_folder
+    from ..targets import UniformTarget
+    from ..training import TrainOptions
+    from .progress import TrainingProgress
+    from .summary import print_start, print_summary
+
+    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed")
+    options = TrainOptions(**{name: flags[name] for name in names})
+    lora = LoraOptions(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"])
+    evaluation = _evaluation(flags)
+    base = load(flags, master_weights=options.method == "full")
+    tokens = token_set(flags, base) or default_set(base)
+    target = UniformTarget(tokens, flags["alpha"], flags["beta"])
+    if flags["preset"] == "source":
+        evaluation = _source_evaluation(base)
+    output = flags["output"] or Path("adapters") / default_name(tokens, options, lora)
+    print_start(base, target, options, lora)
+    with TrainingProgress(options.steps) as progress:
+        result, record = train_to_folder(
+            base, target, output, options, lora, evaluation, force=flags["force"], on_step=progress.update
+        )
+    print_summary(result, record, output)
+
+
+def _evaluation(flags: dict[str, Any]) -> Any:
+    from ..generation import SamplingOptions
+
+    return EvalOptions(
+        repeats=flags["eval_repeats"],
+        sampling=SamplingOptions(max_new_tokens=flags["eval_tokens"], seed=flags["seed"]),
+    )
+
+
+def _source_evaluation(base: Any) -> Any:
+    """One sample of 200 tokens in all, top-k 50, as in the original exercise."""
+    from ..generation import SamplingOptions
+
+    new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
+    return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))

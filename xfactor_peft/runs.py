@@ -1,0 +1,82 @@
+"""A training run in a folder: metrics while it runs, everything in place when it is done, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .adapters import prepare_output, publish, save_result
+from .errors import XFactorError
+from .loading import Base
+from .lora import LoraOptions
+from .metrics import EvalOptions
+from .targets import UniformTarget
+from .tokens import TokenSet
+from .training import Step, TrainOptions, TrainResult, train
+
+METRICS = "metrics.jsonl"
+
+
+def default_name(tokens: TokenSet, options: TrainOptions, lora: LoraOptions) -> str:
+    """A folder name from the rule and the method, e.g. "X-lora-r8"."""
+    rule = tokens.rule
+    value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
+    plain = (
+        re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
+    )
+    method = f"lora-r{lora.r}" if options.method == "lora" else "full"
+    return f"{plain}{'-any-case' if rule.get('ignore_case') else ''}-{method}"
+
+
+def train_to_folder(
+    base: Base,
+    target: UniformTarget,
+    output: Path,
+    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    lora: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
+    evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
+    *,
+    force: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+) -> tuple[TrainResult, dict[str, Any]]:
+    """`train`, with its results in `output`; returns the result and the record written.
+
+    While it runs, `metrics.jsonl` grows in a hidden folder beside `output`: a first line with the model, the
+    token set and the settings, then one line a step. The folder takes its name when everything is in it.
+
+    Raises:
+        XFactorError: `output` exists and `force` is off, it cannot be written, or training fails.
+    """
+    staging = prepare_output(output, force=force)
+    with (staging / METRICS).open("w", encoding="utf-8") as file:
+
+        def write(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+
+        def log(step: Step) -> None:
+            write(asdict(step))
+            if on_step:
+                on_step(step)
+
+        write(
+            {
+                "base": base.record(),
+                "tokens": target.tokens.record(),
+                "train": options.record(),
+                "lora": asdict(lora) if options.method == "lora" else None,
+            }
+        )
+        result = train(base, target, options, lora, evaluation, on_step=log)
+    try:
+        record = save_result(result, staging, output.name)
+        publish(staging, output)
+    except OSError as error:
+        raise XFactorError(
+            f"{output} cannot be written ({error.strerror}); what there is stays in {staging}"
+        ) from error
+    return result, record
