@@ -1,1 +1,59 @@
-"""Teach a causal language model to prefer, or avoid, chosen tokens."""
+"""Teach a causal language model to prefer, or avoid, chosen tokens.
+
+    import xfactor_peft as xf
+
+    base = xf.load()
+    tokens = xf.TokenSet.contains(base.tokenizer, "X")
+    result = xf.train(base, xf.UniformTarget(tokens))
+    print(result.before.rate, result.after.rate)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bank import AdapterBank as AdapterBank
+    from .errors import XFactorError as XFactorError
+    from .generation import SamplingOptions as SamplingOptions
+    from .loading import LoadOptions as LoadOptions
+    from .loading import load as load
+    from .lora import LoraOptions as LoraOptions
+    from .losses import kl_loss as kl_loss
+    from .metrics import EvalOptions as EvalOptions
+    from .metrics import evaluate as evaluate
+    from .runs import train_to_folder as train_to_folder
+    from .targets import UniformTarget as UniformTarget
+    from .tokens import TokenSet as TokenSet
+    from .training import TrainOptions as TrainOptions
+    from .training import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdapterBank": "bank",
+    "EvalOptions": "metrics",
+    "LoadOptions": "loading",
+    "LoraOptions": "lora",
+    "SamplingOptions": "generation",
+    "TokenSet": "tokens",
+    "TrainOptions": "training",
+    "UniformTarget": "targets",
+    "XFactorError": "errors",
+    "evaluate": "metrics",
+    "kl_loss": "losses",
+    "load": "loading",
+    "train": "training",
+    "train_to_folder": "runs",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import xfactor_peft` itself is instant."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

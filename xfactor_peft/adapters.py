@@ -57,17 +57,13 @@ def prepare_output(folder: Path, *, force: bool) -> Path:
     if folder.exists() and not force:
         raise XFactorError(f"{folder} exists; pass --force to replace it, or --output for another place")
     if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise XFactorError(
-            f"{folder} holds something that is not a run of this tool; --force does not replace it"
-        )
+        raise XFactorError(f"{folder} holds something that is not a run of this tool; --force does not replace it")
     staging = folder.parent / f".{folder.name}.partial"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     except OSError as error:
-        raise XFactorError(
-            f"{folder.parent} cannot be written: {error.strerror or error}; choose --output"
-        ) from error
+        raise XFactorError(f"{folder.parent} cannot be written: {error.strerror or error}; choose --output") from error
     return staging
 
 
@@ -119,13 +115,9 @@ def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     if (Path(reference) / "config.json").is_file():
-        raise XFactorError(
-            f"--adapter {reference} is a whole model, not an adapter; use it as --model {reference}"
-        )
+        raise XFactorError(f"--adapter {reference} is a whole model, not an adapter; use it as --model {reference}")
     known = ", ".join(list_adapters(root)) or "none"
-    raise XFactorError(
-        f"--adapter {reference}: no such adapter in {root}/ and no such folder; there are: {known}"
-    )
+    raise XFactorError(f"--adapter {reference}: no such adapter in {root}/ and no such folder; there are: {known}")
 
 
 def list_adapters(root: Path = Path("adapters")) -> list[str]:

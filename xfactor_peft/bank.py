@@ -54,9 +54,7 @@ class AdapterBank:
         key = f"adapter_{len(self._keys)}"
         device = str(self.base.device)
         if self._peft is None:
-            self._peft = PeftModel.from_pretrained(
-                self.base.model, info.folder, adapter_name=key, torch_device=device
-            )
+            self._peft = PeftModel.from_pretrained(self.base.model, info.folder, adapter_name=key, torch_device=device)
         else:
             self._peft.load_adapter(info.folder, adapter_name=key, torch_device=device)
         self._peft.eval()
@@ -110,7 +108,5 @@ class AdapterBank:
             return None
         tokens = TokenSet.from_rule(self.base.tokenizer, info.token_rule, vocab_size=self.base.vocab_size)
         if tokens.hash != info.record["tokens"]["hash"]:
-            raise XFactorError(
-                f"adapter {name}: its token rule gives another set than the one it was trained on"
-            )
+            raise XFactorError(f"adapter {name}: its token rule gives another set than the one it was trained on")
         return tokens

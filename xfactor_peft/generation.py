@@ -88,9 +88,7 @@ class Sequences:
         return self.ids[:, self.prompt_length :]
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int
-) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int) -> list[int]:
     """Ids of a prompt; an empty one becomes BOS.
 
     Raises:

@@ -43,9 +43,7 @@ def split(model: PreTrainedModel) -> SplitModel:
             scaling), so that logits made from hidden states alone would be wrong.
     """
     if model.get_output_embeddings() is None:
-        raise XFactorError(
-            f"{type(model).__name__} has no output embedding; a causal language model is needed"
-        )
+        raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
     halves = SplitModel(model)
     device = halves.weight.device
     ids = torch.arange(8, device=device).remainder(halves.weight.shape[0])[None]

@@ -48,17 +48,13 @@ class BaseIdentity:
 
     def differences(self, other: BaseIdentity) -> list[str]:
         """Which of config, weights and tokenizer differ; empty when an adapter fits."""
-        return [
-            key for key in ("config", "weights", "tokenizer") if getattr(self, key) != getattr(other, key)
-        ]
+        return [key for key in ("config", "weights", "tokenizer") if getattr(self, key) != getattr(other, key)]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.architecture}, {self.shape}, weights {self.weights[:8]})"
 
 
-def identify(
-    folder: Path, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
-) -> BaseIdentity:
+def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
     """Fingerprint the model in `folder`; reads headers and a few values, never the whole weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = config.get("n_layer", config.get("num_hidden_layers", "?"))

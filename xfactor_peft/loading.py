@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import XFactorError
 from .identity import BaseIdentity, identify
 from .memory import peaks
-from .models import ModelChoice
+from .models import ModelChoice, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "nf4")
@@ -107,7 +112,7 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base:  # noqa: B008 (frozen)
+def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base:
     """Load the model and its tokenizer.
 
     Raises:
@@ -137,6 +142,11 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         backend=backend,
         load_peak=peaks(device),
     )
+
+
+def load(model: str = "auto", options: LoadOptions = LoadOptions(), *, offline: bool = False) -> Base:
+    """`resolve_model`, then `load_base`: the one call that most programs need."""
+    return load_base(resolve_model(model, offline=offline), options)
 
 
 def _backend(options: LoadOptions, device: torch.device) -> str | None:

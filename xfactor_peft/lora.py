@@ -62,9 +62,7 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
         if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
             names.append(name)
     if not names:
-        raise XFactorError(
-            f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained"
-        )
+        raise XFactorError(f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained")
     return names
 
 
@@ -102,9 +100,7 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def lora_b_norm(model: nn.Module) -> float:
     """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
-    values = [
-        p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad
-    ]
+    values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
     return float(torch.stack(values).max()) if values else 0.0
 
 

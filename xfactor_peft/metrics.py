@@ -90,7 +90,7 @@ def evaluate(
     policy: SplitModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: TokenSet,
-    options: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
+    options: EvalOptions = EvalOptions(),
     *,
     base: SplitModel | None = None,
     adapter_off: Callable[[], AbstractContextManager] | None = None,
@@ -103,9 +103,7 @@ def evaluate(
     mask = tokens.mask()
     totals, rates, rows, samples = _Totals(), [], [], []
     model = policy.model
-    for batch in sample_sequences(
-        model, tokenizer, options.prompts, options.sampling, repeats=options.repeats
-    ):
+    for batch in sample_sequences(model, tokenizer, options.prompts, options.sampling, repeats=options.repeats):
         rates.append(rate_per_sequence(batch.continuations, mask))
         rows += batch.continuations.tolist()
         samples.append(tokenizer.decode(batch.ids[0]))

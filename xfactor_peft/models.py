@@ -46,9 +46,7 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
     if Path(model).is_dir():
         return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise XFactorError(
-            f"--model {model}: no such folder; give a folder with config.json and *.safetensors"
-        )
+        raise XFactorError(f"--model {model}: no such folder; give a folder with config.json and *.safetensors")
     return _from_hub(model, revision, offline)
 
 
@@ -60,11 +58,7 @@ def _auto(offline: bool) -> ModelChoice:
     try:
         return _from_hub(DEFAULT_MODEL, None, offline)
     except XFactorError as error:
-        why = (
-            "not in the local cache, and --offline"
-            if offline
-            else f"cannot be had: {error.__cause__ or error}"
-        )
+        why = "not in the local cache, and --offline" if offline else f"cannot be had: {error.__cause__ or error}"
         return _demo(f"{DEFAULT_MODEL} is {why}".split("\n")[0][:160])
 
 
@@ -101,9 +95,7 @@ def _cached(name: str, revision: str | None) -> Path | None:
 def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", etag_timeout=5
-            )
+            snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", etag_timeout=5)
         )
     except hub.HFValidationError as error:
         raise XFactorError(f"--model {name!r} is neither a folder nor a Hub id (owner/name)") from error
@@ -144,7 +136,5 @@ def _checked(folder: Path, name: str) -> Path:
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:
         what = f"{missing[0]} is missing" if missing else "no *.safetensors file"
-        raise XFactorError(
-            f"{name}: {what} in {folder}; pickled weights (*.bin) are not loaded, convert them first"
-        )
+        raise XFactorError(f"{name}: {what} in {folder}; pickled weights (*.bin) are not loaded, convert them first")
     return folder

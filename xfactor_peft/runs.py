@@ -25,9 +25,7 @@ def default_name(tokens: TokenSet, options: TrainOptions, lora: LoraOptions) -> 
     """A folder name from the rule and the method, e.g. "X-lora-r8"."""
     rule = tokens.rule
     value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
-    plain = (
-        re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
-    )
+    plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
     method = f"lora-r{lora.r}" if options.method == "lora" else "full"
     return f"{plain}{'-any-case' if rule.get('ignore_case') else ''}-{method}"
 

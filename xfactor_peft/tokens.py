@@ -39,9 +39,7 @@ class TokenSet:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(sorted(set(self.ids))))
         if not self.ids:
-            raise XFactorError(
-                f"no token matches {self.describe()}; look at `xfactor tokens` and widen the rule"
-            )
+            raise XFactorError(f"no token matches {self.describe()}; look at `xfactor tokens` and widen the rule")
         if self.ids[0] < 0 or self.ids[-1] >= self.vocab_size:
             bad = self.ids[0] if self.ids[0] < 0 else self.ids[-1]
             raise XFactorError(f"token id {bad} is outside the vocabulary of {self.vocab_size} tokens")

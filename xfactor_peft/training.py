@@ -49,9 +49,7 @@ class TrainOptions:
             raise XFactorError(f"--method must be lora or full; got {self.method!r}")
         for name in ("steps", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
-                raise XFactorError(
-                    f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
-                )
+                raise XFactorError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise XFactorError(f"--lr must be greater than 0; got {self.lr:g}")
         if self.optimizer not in ("adam", "adamw"):
@@ -133,7 +131,7 @@ class TrainResult:
 def train(
     base: Base,
     target: UniformTarget,
-    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    options: TrainOptions = TrainOptions(),
     lora: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
     evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
     *,
@@ -186,9 +184,7 @@ def train(
 
 def _check(base: Base, options: TrainOptions) -> None:
     if options.method == "full" and base.quantized:
-        raise XFactorError(
-            "--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit"
-        )
+        raise XFactorError("--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit")
     context = getattr(base.model.config, "max_position_embeddings", None)
     if context and options.seq_len > context:
         raise XFactorError(f"--seq-len {options.seq_len} is longer than the model's context of {context}")
@@ -224,10 +220,6 @@ def _loop(halves, model, target, base, options, on_step) -> list[Step]:
 
 def _check_step(step: int, loss: float, norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise XFactorError(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32"
-        )
+        raise XFactorError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32")
     if norm == 0:
-        raise XFactorError(
-            f"step {step}: every gradient is 0, so nothing can be learnt; please report this model"
-        )
+        raise XFactorError(f"step {step}: every gradient is 0, so nothing can be learnt; please report this model")

@@ -50,9 +50,7 @@ class _UserError(click.ClickException):
     exit_code = 2
 
 
-@click.group(
-    cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="xfactor-peft")
 def main() -> None:
     """Teach a causal language model to prefer, or avoid, chosen tokens."""

@@ -83,9 +83,7 @@ def load(flags: dict[str, Any], *, master_weights: bool = False) -> Base:
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
         raise XFactorError("--load-in-8bit and --load-in-4bit exclude each other; give one")
     quantization = "int8" if flags["load_in_8bit"] else "nf4" if flags["load_in_4bit"] else None
-    options = LoadOptions(
-        flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights
-    )
+    options = LoadOptions(flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
     base = load_base(choice, options)
     click.echo(base.describe())

@@ -67,6 +67,4 @@ def command(**flags: Any) -> None:  # fmt: skip
     if flags["json_file"]:
         scores = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": scores}
-        flags["json_file"].write_text(
-            json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        flags["json_file"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -45,11 +45,7 @@ def command(**flags: Any) -> None:  # fmt: skip
         if name != "none":
             bank.load(name)
     given = token_set(flags, base)
-    shared = (
-        given
-        or next((s for n in names if n != "none" and (s := bank.token_set(n))), None)
-        or default_set(base)
-    )
+    shared = given or next((s for n in names if n != "none" and (s := bank.token_set(n))), None) or default_set(base)
     for prompt in [*flags["prompts"], *flags["more_prompts"]] or ["Once upon a time"]:
         console.print(f"\n{prompt!r}", style="bold", markup=False)
         for name in names:
@@ -60,9 +56,7 @@ def command(**flags: Any) -> None:  # fmt: skip
             title = "base" if name == "none" else f"{name} x {flags['scale']:g}"
             footer = f"R {rate:.3f} of {len(ids)} tokens, {own.describe()}"
             body = highlighted(base.tokenizer, ids, own)
-            console.print(
-                Panel(body, title=title, subtitle=footer, title_align="left", subtitle_align="left")
-            )
+            console.print(Panel(body, title=title, subtitle=footer, title_align="left", subtitle_align="left"))
 
 
 def _row(ids: list[int]) -> Any:

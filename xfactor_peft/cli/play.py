@@ -110,10 +110,10 @@ class Session:
         return "bye"
 
     def _generate(self, prompt: str) -> Text:
+        import torch
+
         from ..metrics import rate_per_sequence
         from .console import highlighted
-
-        import torch
 
         tokens = self.bank.token_set(self.bank.active) if self.bank.active else None
         ids = self.bank.generate(prompt, self.options)

@@ -18,9 +18,7 @@ class TrainingProgress:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn(
-                "loss {task.fields[loss]}  mass {task.fields[mass]}  {task.fields[pace]} s/step  left"
-            ),
+            TextColumn("loss {task.fields[loss]}  mass {task.fields[mass]}  {task.fields[pace]} s/step  left"),
             TimeRemainingColumn(),
             console=console,
             disable=not self._live,

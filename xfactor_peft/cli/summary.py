@@ -40,9 +40,7 @@ def decoding_text(decoding: dict[str, Any]) -> str:
     parts.append(f"top-k {decoding['top_k']}" if decoding["top_k"] else "no top-k")
     parts.append(f"top-p {decoding['top_p']:g}" if decoding["top_p"] < 1 else "no top-p")
     samples = decoding["prompts"] * decoding["repeats"]
-    return (
-        f"{', '.join(parts)}; {samples} samples of {decoding['max_new_tokens']} tokens, special tokens banned"
-    )
+    return f"{', '.join(parts)}; {samples} samples of {decoding['max_new_tokens']} tokens, special tokens banned"
 
 
 def print_scores(columns: dict[str, Evaluation]) -> None:
@@ -75,9 +73,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
     pace = sorted(step.seconds for step in steps)[len(steps) // 2]
     console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
-    console.print(
-        f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training"
-    )
+    console.print(f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training")
     console.print(f"saved to {output}", markup=False)
 
 

@@ -77,7 +77,6 @@ def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
 def run(flags: dict[str, Any]) -> None:
     """Check every flag, load, train with a progress bar, print the summary."""
     from ..lora import LoraOptions
-
     from ..runs import default_name, train_to_folder
     from ..targets import UniformTarget
     from ..training import TrainOptions
@@ -104,6 +103,7 @@ def run(flags: dict[str, Any]) -> None:
 
 def _evaluation(flags: dict[str, Any]) -> Any:
     from ..generation import SamplingOptions
+    from ..metrics import EvalOptions
 
     return EvalOptions(
         repeats=flags["eval_repeats"],
@@ -114,6 +114,7 @@ def _evaluation(flags: dict[str, Any]) -> Any:
 def _source_evaluation(base: Any) -> Any:
     """One sample of 200 tokens in all, top-k 50, as in the original exercise."""
     from ..generation import SamplingOptions
+    from ..metrics import EvalOptions
 
     new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
     return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))
