@@ -1,11 +1,11 @@
 """Teach a causal language model to prefer, or avoid, chosen tokens.
 
-    import xfactor_peft as xf
+import xfactor_peft as xf
 
-    base = xf.load()
-    tokens = xf.TokenSet.contains(base.tokenizer, "X")
-    result = xf.train(base, xf.UniformTarget(tokens))
-    print(result.before.rate, result.after.rate)
+base = xf.load()
+tokens = xf.TokenSet.contains(base.tokenizer, "X")
+result = xf.train(base, xf.UniformTarget(tokens))
+print(result.before.rate, result.after.rate)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HOME = {
     "train": "training",
     "train_to_folder": "runs",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,9 @@ QUANTIZATIONS = ("int8", "nf4")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: dtype "auto", "fp32" or "bf16"; device "auto", "cpu" or "cuda[:n]"; quantization None, "int8" or "nf4".
+    """How to load a model.
 
+    `dtype` is "auto", "fp32" or "bf16"; `device` "auto", "cpu" or "cuda[:n]"; `quantization` None, "int8" or "nf4".
     `backend` chooses who quantises: "bitsandbytes", "native" (this package's CPU layers) or "auto"
     (native on a CPU, bitsandbytes on CUDA). `master_weights` keeps float32 weights under a bf16 computation,
     which full fine-tuning needs: its updates are smaller than bf16 can add.
