@@ -31,9 +31,7 @@ def run(function, leaves, target, mask, **options):
     return loss.detach(), mass, [c.grad for c in copies]
 
 
-@pytest.mark.parametrize(
-    ("positions", "width", "vocab"), [(1, 3, 7), (13, 7, 507), (64, 32, 1000), (65, 16, 129)]
-)
+@pytest.mark.parametrize(("positions", "width", "vocab"), [(1, 3, 7), (13, 7, 507), (64, 32, 1000), (65, 16, 129)])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [None, 1, 5, 64])
 def test_equals_kl_div_on_full_logits(positions, width, vocab, beta, chunk):
@@ -58,9 +56,7 @@ def test_direction_by_hand():
 
 def test_uniform_model_scores_log_v_over_s():
     tokens = TokenSet((3, 4, 5), 300)
-    result = kl_loss(
-        torch.zeros(4, 8), torch.randn(300, 8), UniformTarget(tokens).probabilities(), tokens.mask()
-    )
+    result = kl_loss(torch.zeros(4, 8), torch.randn(300, 8), UniformTarget(tokens).probabilities(), tokens.mask())
     assert result.loss.item() == pytest.approx(math.log(300 / 3), rel=1e-5)
 
 
@@ -120,9 +116,7 @@ def test_chunk_follows_the_byte_budget():
     assert chunk_positions(10**9) == 1
 
 
-@pytest.mark.parametrize(
-    ("alpha", "beta"), [(1, 1), (0, 0), (1, 2), (1, -0.1), (float("nan"), 0), (float("inf"), 0)]
-)
+@pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (0, 0), (1, 2), (1, -0.1), (float("nan"), 0), (float("inf"), 0)])
 def test_alpha_must_exceed_beta(alpha, beta):
     with pytest.raises(XFactorError, match="--alpha must be greater than --beta"):
         UniformTarget(TokenSet((1,), 5), alpha, beta)

@@ -175,9 +175,7 @@ def main(
     steps = math.ceil(epochs * len(train_ids) / (batch * context))
     data = batches(train_ids, batch, context, torch.Generator().manual_seed(seed))
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    click.echo(
-        f"{model.num_parameters():,} parameters, {len(train_ids):,} training tokens, {steps} steps on {device}"
-    )
+    click.echo(f"{model.num_parameters():,} parameters, {len(train_ids):,} training tokens, {steps} steps on {device}")
     started = time.time()
     for step in range(min(steps, max_steps or steps)):
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
@@ -193,9 +191,7 @@ def main(
             rate = (step + 1) * batch * context / (time.time() - started)
             gain = float(model.transformer.ln_f.weight.detach().mean())
             norm = float(model.transformer.wte.weight.detach().norm(dim=1).mean())
-            click.echo(
-                f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} ln_f {gain:.2f} |wte| {norm:.2f}"
-            )
+            click.echo(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} ln_f {gain:.2f} |wte| {norm:.2f}")
         if step % 500 == 499:
             save(model, tokenizer, output)
     model.eval().to("cpu")
