@@ -1,0 +1,33 @@
+# make demo   create the environment, run the main job, show text before and after
+# make test   create the environment, run the tests
+# make lint / make bench / make clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python cli.py train --lora-r 8 --force
+	$(BIN)/python cli.py generate --adapter none --adapter X-lora-r8 --offline \
+	    "Once upon a time" "The captain stood on the deck and"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run.sh
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,plot]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
