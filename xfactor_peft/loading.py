@@ -132,6 +132,7 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
     model.requires_grad_(False).eval()
+    switch_off_dropout(model)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -175,6 +176,19 @@ def _load_model(choice, dtype, device, quantization, backend) -> PreTrainedModel
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout rate of the base to 0, also those that are plain attributes (attention, OPT's layers).
+
+    The target is a fixed distribution, as in the source experiment; LoRA's own dropout is added later and stays.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
