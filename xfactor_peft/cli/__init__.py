@@ -36,6 +36,9 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else ctx.command_path
+            raise _UserError(f"{error.format_message()} See `{where} --help`.") from error
         except ValueError as error:
             from ..errors import XFactorError
 

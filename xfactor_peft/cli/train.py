@@ -40,7 +40,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.option("--optimizer", type=click.Choice(["adam", "adamw"]), default="adam", show_default=True)
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--eval-tokens", default=64, show_default=True, help="Tokens per sample when R is measured.")
+@click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
 @click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
 @click.option(
     "--output",
@@ -91,7 +91,7 @@ def run(flags: dict[str, Any]) -> None:
     tokens = token_set(flags, base) or default_set(base)
     target = UniformTarget(tokens, flags["alpha"], flags["beta"])
     if flags["preset"] == "source":
-        evaluation = _source_evaluation(base)
+        evaluation = _source_evaluation(base, flags["eval_tokens"])
     output = flags["output"] or Path("adapters") / default_name(tokens, options, lora)
     print_start(base, target, options, lora)
     with TrainingProgress(options.steps) as progress:
@@ -107,14 +107,14 @@ def _evaluation(flags: dict[str, Any]) -> Any:
 
     return EvalOptions(
         repeats=flags["eval_repeats"],
-        sampling=SamplingOptions(max_new_tokens=flags["eval_tokens"], seed=flags["seed"]),
+        sampling=SamplingOptions(max_new_tokens=flags["eval_tokens"] or 64, seed=flags["seed"]),
     )
 
 
-def _source_evaluation(base: Any) -> Any:
-    """One sample of 200 tokens in all, top-k 50, as in the original exercise."""
+def _source_evaluation(base: Any, new: int | None) -> Any:
+    """One top-50 sample as in the original exercise: 200 tokens in all, unless --eval-tokens asks for another length."""
     from ..generation import SamplingOptions
     from ..metrics import EvalOptions
 
-    new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
+    new = new or SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
     return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))
