@@ -139,7 +139,7 @@ def test_an_adapter_for_another_base_is_refused(root, tiny_folders, tmp_path, ot
         (folder / "tokenizer.json").write_text(json.dumps(spec))
     base = load_base(resolve_model(str(folder)), LoadOptions("fp32"))
     bank, before = AdapterBank(base, root), logits(base.model)
-    with pytest.raises(XFactorError, match="was made for .*gpt2.*but the model here is") as caught:
+    with pytest.raises(XFactorError, match=r"was made for .*gpt2.*but the model here is") as caught:
         bank.load("x")
     assert str(folder) in str(caught.value)
     assert other == "family" or f"different: {other}" in str(caught.value)
@@ -184,16 +184,18 @@ def first(tensors):
     return next(iter(sorted(tensors)))
 
 
+UNREADABLE = "cannot be read as safetensors"
+UNKNOWN_LAYER = {"base_model.model.foo.lora_A.weight": torch.zeros(8, 64)}
 DAMAGE = {
-    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x08" * 40), "cannot be read as safetensors"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "cannot be read as safetensors"),
+    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x08" * 40), UNREADABLE),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), UNREADABLE),
     "not json": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     "json list": (lambda f: (f / "xfactor.json").write_text("[]"), "must hold a JSON object"),
     "no identity": (lambda f: (f / "xfactor.json").write_text('{"base": {}}'), "is damaged"),
     "other type": (edit_config(peft_type="IA3"), "only LORA is"),
     "shape": (edit_weights(lambda t: t.update({first(t): torch.zeros(8, 63)})), "does not fit the layer"),
     "nan": (edit_weights(lambda t: t[first(t)].fill_(float("nan"))), "NaN or infinity"),
-    "extra key": (edit_weights(lambda t: t.update({"base_model.model.foo.lora_A.weight": torch.zeros(8, 64)})), "no layer foo"),
+    "extra key": (edit_weights(lambda t: t.update(UNKNOWN_LAYER)), "no layer foo"),
     "strange key": (edit_weights(lambda t: t.update({"hello": torch.zeros(1)})), "unexpected tensor hello"),
 }  # fmt: skip
 

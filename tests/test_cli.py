@@ -147,6 +147,7 @@ MISTAKES = {
     "long sequence": (["train", "--model", "GPT2", "--seq-len", "999"], "longer than the model's context"),
     "no adapter": (["generate", "--model", "GPT2", "--adapter", "nope"], "no such adapter"),
     "long prompt": (["generate", "--model", "GPT2", "--max-new-tokens", "999"], "exceed the model's context"),
+    "no eval tokens": (["train", "--eval-tokens", "0"], "--max-new-tokens must be at least 1"),
     "zero top-p": (["generate", "--model", "GPT2", "--top-p", "0"], "--top-p must be above 0"),
     "no ids": (["tokens", "--model", "GPT2", "--token-ids", "nowhere.txt"], "does not exist"),
     "unwritable": (["train", "--model", "GPT2", "--output", "/proc/nope/x", *FAST], "cannot be written"),

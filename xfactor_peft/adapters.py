@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
         "format": 1,
         "name": name,
         "kind": result.options.method,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         **result.record(),

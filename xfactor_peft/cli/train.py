@@ -105,16 +105,15 @@ def _evaluation(flags: dict[str, Any]) -> Any:
     from ..generation import SamplingOptions
     from ..metrics import EvalOptions
 
-    return EvalOptions(
-        repeats=flags["eval_repeats"],
-        sampling=SamplingOptions(max_new_tokens=flags["eval_tokens"] or 64, seed=flags["seed"]),
-    )
+    new = 64 if flags["eval_tokens"] is None else flags["eval_tokens"]
+    return EvalOptions(repeats=flags["eval_repeats"], sampling=SamplingOptions(max_new_tokens=new, seed=flags["seed"]))
 
 
 def _source_evaluation(base: Any, new: int | None) -> Any:
-    """One top-50 sample as in the original exercise: 200 tokens in all, unless --eval-tokens asks for another length."""
+    """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
     from ..generation import SamplingOptions
     from ..metrics import EvalOptions
 
-    new = new or SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
+    if new is None:
+        new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
     return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))
