@@ -232,6 +232,17 @@ def test_existing_output_is_kept(tiny, root, tmp_path):
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_run_that_fails_leaves_only_what_is_worth_keeping(load_tiny, tmp_path):
+    base = load_tiny()
+    with pytest.raises(XFactorError, match="longer than the model's context"):
+        train_to_folder(base, x_target(base), tmp_path / "a", TrainOptions(seq_len=999), evaluation=QUICK)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(XFactorError, match="lower --lr"):
+        train_to_folder(base, x_target(base), tmp_path / "a", TrainOptions(lr=1e30, seq_len=8), evaluation=QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.partial"]
+    assert '"step": 0' in (tmp_path / ".a.partial/metrics.jsonl").read_text()
+
+
 def test_force_replaces_a_run(tiny, root, tmp_path):
     folder = shutil.copytree(root / "x", tmp_path / "x")
     train_to_folder(tiny, x_target(tiny), folder, TrainOptions(steps=2, seq_len=8), evaluation=QUICK, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,13 @@ def train_to_folder(
                 "lora": asdict(lora) if options.method == "lora" else None,
             }
         )
-        result = train(base, target, options, lora, evaluation, on_step=log)
+        header_end = file.tell()
+        try:
+            result = train(base, target, options, lora, evaluation, on_step=log)
+        except XFactorError:
+            if file.tell() == header_end:  # not one step was made, so there is nothing worth keeping
+                shutil.rmtree(staging)
+            raise
     try:
         record = save_result(result, staging, output.name)
         publish(staging, output)
