@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import XFactorError
 from .token_bytes import special_ids
@@ -126,8 +126,11 @@ def sample_sequences(
     *,
     repeats: int = 4,
     batch_size: int = 64,
+    tilt: torch.Tensor | None = None,
 ) -> Iterator[Sequences]:
     """Sample `repeats` continuations of each prompt, all of exactly `max_new_tokens` tokens.
+
+    `tilt` (V,) is added to the logits: an exact logit bias.
 
     Special tokens are banned, so that no sequence ends early and R is over a fixed number of tokens.
     Prompts of equal length share a batch, so nothing is ever padded.
@@ -145,14 +148,46 @@ def sample_sequences(
             seed = options.seed * 1_000_003 + length * 1009 + index
             ids = _sample(
                 model, part, options, seed=seed, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=None, suppress_tokens=banned,
+                eos_token_id=None, suppress_tokens=banned, tilt=tilt,
             )  # fmt: skip
             yield Sequences(ids.cpu(), length)
 
 
+def sample_after(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    new: int,
+    *,
+    seed: int,
+    banned: Sequence[int] = (),
+    tilt: torch.Tensor | None = None,
+    batch_size: int = 128,
+) -> torch.Tensor:
+    """Continue (N, P) ids by `new` tokens from the model's own distribution -> (N, P + new), on the CPU."""
+    options, parts = SamplingOptions(max_new_tokens=new), []
+    extra = {"suppress_tokens": list(banned)} if banned else {}
+    for index, part in enumerate(ids.split(batch_size)):
+        out = _sample(model, part, options, seed * 1_000_003 + index, tilt=tilt, eos_token_id=None,
+                      pad_token_id=0, **extra)  # fmt: skip
+        parts.append(out.cpu())
+    return torch.cat(parts)
+
+
+class _AddTilt(LogitsProcessor):
+    def __init__(self, tilt: torch.Tensor) -> None:
+        self._tilt = tilt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + self._tilt
+
+
 @torch.no_grad()
-def _sample(model, ids, options: SamplingOptions, seed: int | None = None, **kwargs) -> torch.Tensor:
+def _sample(
+    model, ids, options: SamplingOptions, seed: int | None = None, tilt: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
     """`generate` under its own random state, in eval mode; both are put back afterwards."""
+    if tilt is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([_AddTilt(tilt.to(model.device))])
     was_training = model.training
     model.eval()
     device = model.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -13,9 +14,13 @@ from .errors import XFactorError
 
 @dataclass(frozen=True)
 class SplitModel:
-    """logits = F.linear(trunk(ids), weight, bias), so that a loss can make the logits in chunks."""
+    """logits = F.linear(trunk(ids), weight, bias), so that a loss can make the logits in chunks.
+
+    `tilt` (V,) is added to the logits when it is given: the exact logit bias, for the teacher and the frontier.
+    """
 
     model: PreTrainedModel
+    tilt: torch.Tensor | None = None
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Last hidden states, after the final norm; (B, T) ids -> (B, T, D)."""
@@ -32,7 +37,11 @@ class SplitModel:
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weight, self.bias)
+        """The model's logits, an active set head's term and the tilt included; (..., D) -> (..., V)."""
+        head = self.model.get_output_embeddings()
+        # PEFT's wrapper adds the set head; the plain product is the same for every other head, quantised or not.
+        z = head(hidden) if isinstance(head, LoraLayer) else F.linear(hidden, self.weight, self.bias)
+        return z if self.tilt is None else z.float() + self.tilt
 
 
 def split(model: PreTrainedModel) -> SplitModel:

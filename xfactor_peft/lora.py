@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import XFactorError
+from .set_head import freeze_block_biases, head_name, with_set_head
 
-TARGETS = ("attention", "mlp", "all")
+BLOCK_TARGETS = ("attention", "mlp", "all")
+TARGETS = (*BLOCK_TARGETS, "head", *(f"{name},head" for name in BLOCK_TARGETS))
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
 
@@ -30,6 +32,17 @@ class LoraOptions:
     alpha: int = 16
     dropout: float = 0.0
     target: str = "all"
+
+    @property
+    def blocks(self) -> str | None:
+        """The part of `target` inside the blocks: "attention", "mlp", "all", or None for the set head alone."""
+        name = self.target.removesuffix("head").removesuffix(",")
+        return name or None
+
+    @property
+    def head(self) -> bool:
+        """Whether the output embedding carries a set head (see `set_head`)."""
+        return self.target.endswith("head")
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -68,17 +81,21 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
 
 def matched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
     """How many layers each target name matched, e.g. {"attn.c_attn": 24, "attn.c_proj": 24}."""
+    options = LoraOptions(target=target)
     counts: dict[str, int] = {}
-    for name in projections(model, target):
+    for name in projections(model, options.blocks) if options.blocks else []:
         counts[_below_block(name)] = counts.get(_below_block(name), 0) + 1
-    return counts
+    return {**counts, head_name(model): 1} if options.head else counts
 
 
-def lora_config(model: PreTrainedModel, options: LoraOptions) -> LoraConfig:
-    """PEFT's configuration for these options, with the target modules as path suffixes."""
-    suffixes = sorted({_below_block(name) for name in projections(model, options.target)})
+def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> LoraConfig:
+    """PEFT's configuration for these options, with the target modules as path suffixes.
+
+    `sets` is the rank of the set head, needed when `options.head`.
+    """
+    suffixes = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
     conv1d = any(isinstance(m, Conv1D) for m in model.modules())
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.r,
         lora_alpha=options.alpha,
@@ -87,11 +104,18 @@ def lora_config(model: PreTrainedModel, options: LoraOptions) -> LoraConfig:
         fan_in_fan_out=conv1d,
         bias="none",
     )
+    if options.head:
+        if sets < 1:
+            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
+        with_set_head(config, model, sets, alone=options.blocks is None)
+    return config
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default") -> PeftModel:
+def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
     """Wrap `model` in place with a new trainable adapter; everything else is frozen."""
-    return get_peft_model(model, lora_config(model, options), adapter_name=name)
+    wrapped = get_peft_model(model, lora_config(model, options, sets), adapter_name=name)
+    freeze_block_biases(wrapped)
+    return wrapped
 
 
 def trainable_parameters(model: nn.Module) -> int:

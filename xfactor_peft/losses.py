@@ -36,39 +36,54 @@ def chunk_positions(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 
 
 class _ChunkedKL(torch.autograd.Function):
+    """Both targets in one loop: `target` is P itself (V,), or None when `teacher` makes it chunk by chunk."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, mask, chunk):
+    def forward(ctx, hidden, weight, bias, set_logits, target, teacher, members, chunk):
         positions = hidden.shape[0]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        # q @ [P, 1[S]] gives both reductions over V in one pass.
-        target = target.to(accumulate)
-        members = mask.to(accumulate)
-        entropy = torch.special.xlogy(target, target).sum()
+        members = members.to(accumulate)
+        if target is not None:
+            target = target.to(accumulate)
+            entropy = torch.special.xlogy(target, target).sum()
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
-        mass = torch.zeros_like(loss)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        mass = torch.zeros(len(members), dtype=accumulate, device=hidden.device)
+        want_hidden, want_weight, want_bias, want_set = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and want_bias else None
+        grad_set = torch.empty_like(set_logits) if set_logits is not None and want_set else None
         for start in range(0, positions, chunk):
-            h = hidden[start : start + chunk]
+            part = slice(start, start + chunk)
+            h = hidden[part]
             z = F.linear(h, weight, bias).to(accumulate)
+            if set_logits is not None:
+                z.addmm_(set_logits[part].to(accumulate), members)
             z -= z.logsumexp(dim=1, keepdim=True)
-            loss += len(h) * entropy - (z @ target).sum()
+            if teacher is None:
+                loss += len(h) * entropy - (z @ target).sum()
+                wanted = target
+            else:
+                log_wanted = teacher.log_probabilities(part, weight, bias)
+                wanted = log_wanted.exp()
+                loss += (wanted * log_wanted.sub_(z)).sum()
             q = z.exp_()
-            mass += (q @ members).sum()
-            difference = q.sub_(target).div_(positions)
-            if want_bias and bias is not None:
+            mass += (q @ members.T).sum(0)
+            difference = q.sub_(wanted).div_(positions)
+            if grad_bias is not None:
                 grad_bias += difference.sum(0)
+            if grad_set is not None:
+                grad_set[part] = (difference @ members.T).to(grad_set.dtype)
             difference = difference.to(weight.dtype)
             if want_hidden:
-                torch.mm(difference, weight, out=grad_hidden[start : start + chunk])
+                torch.mm(difference, weight, out=grad_hidden[part])
             if want_weight:
                 grad_weight += difference.T @ h
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            grad_set,
         )
         mass = mass / positions
         ctx.mark_non_differentiable(mass)
@@ -77,7 +92,24 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_mass):
         grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
+
+
+class Teacher(NamedTuple):
+    """The tilted base, as hidden states: log q = log_softmax(W h_base + b + tilt).
+
+    Attributes:
+        hidden: (N, D), the base's states at the same positions, without gradient.
+        tilt: (V,), sum_k lambda_k 1[i in S_k].
+    """
+
+    hidden: torch.Tensor
+    tilt: torch.Tensor
+
+    def log_probabilities(self, part: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """log q at the positions of `part`, (n, V), float32 or better."""
+        z = F.linear(self.hidden[part], weight, bias)
+        return (z.to(torch.promote_types(z.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
 
 
 def kl_loss(
@@ -115,4 +147,47 @@ def kl_loss(
         if vector is not None and vector.shape != (vocab_size,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({vocab_size},)")
     chunk = chunk or chunk_positions(vocab_size)
-    return KLResult(*_ChunkedKL.apply(flat, weight, bias, target, mask, chunk))
+    loss, mass = _ChunkedKL.apply(flat, weight, bias, None, target, None, mask[None], chunk)
+    return KLResult(loss, mass[0])
+
+
+def tilted_kl_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: Teacher,
+    members: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    set_logits: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> KLResult:
+    """Mean D_KL(q || softmax(W h + b + F^T s)) over positions, in chunks; q is the tilted base.
+
+        dKL/ds_k = sum over i in S_k of (student_i - q_i)         (N, K)
+
+    Args:
+        hidden: (..., D), the student's states.
+        weight: (V, D), shared by student and teacher.
+        teacher: the base's states (N, D) and the tilt (V,).
+        members: F, (K, V), 0/1.
+        bias: (V,) or None, shared too.
+        set_logits: s, (..., K): what the student's set head adds to the logits of each set; None without one.
+        chunk: as in `kl_loss`.
+
+    Returns:
+        KLResult(loss, set_mass) with one mean mass a set, (K,).
+
+    Raises:
+        ValueError: the shapes do not fit together, or there is no position.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if flat.shape[0] == 0:
+        raise ValueError("tilted_kl_loss needs at least one position")
+    if teacher.hidden.shape != flat.shape:
+        raise ValueError(f"teacher has {tuple(teacher.hidden.shape)} states, the student {tuple(flat.shape)}")
+    if members.shape[1:] != teacher.tilt.shape or len(teacher.tilt) != len(weight):
+        raise ValueError(f"members {tuple(members.shape)} and tilt {tuple(teacher.tilt.shape)} need {len(weight)} tokens")
+    if set_logits is not None:
+        set_logits = set_logits.reshape(len(flat), len(members))
+    chunk = chunk or chunk_positions(len(weight))
+    return KLResult(*_ChunkedKL.apply(flat, weight, bias, set_logits, None, teacher, members, chunk))

@@ -23,3 +23,23 @@ def kl_loss(
     log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     loss = F.kl_div(log_q, target.to(log_q.dtype).expand_as(log_q), reduction="batchmean")
     return loss, log_q.detach().exp()[:, mask].sum(-1).mean()
+
+
+def tilted_kl_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: tuple[torch.Tensor, torch.Tensor],
+    members: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    set_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean D_KL(tilted base || student) through whole tensors of logits; as `losses.tilted_kl_loss`."""
+    states, tilt = teacher
+    logits = F.linear(hidden, weight, bias)
+    if set_logits is not None:
+        logits = logits + set_logits @ members.to(set_logits.dtype)
+    log_q = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    log_p = (F.linear(states, weight, bias).to(log_q.dtype) + tilt).log_softmax(dim=-1)
+    loss = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return loss, (log_q.detach().exp() @ members.T.to(log_q.dtype)).mean(0)
