@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from .losses import kl_loss as kl_loss
     from .metrics import EvalOptions as EvalOptions
     from .metrics import evaluate as evaluate
+    from .objectives import ObjectiveOptions as ObjectiveOptions
     from .runs import train_to_folder as train_to_folder
+    from .targets import Goal as Goal
+    from .targets import TiltedTarget as TiltedTarget
     from .targets import UniformTarget as UniformTarget
     from .tokens import TokenSet as TokenSet
     from .training import TrainOptions as TrainOptions
@@ -34,9 +37,12 @@ __version__ = "0.1.0"
 _HOME = {
     "AdapterBank": "bank",
     "EvalOptions": "metrics",
+    "Goal": "targets",
     "LoadOptions": "loading",
     "LoraOptions": "lora",
+    "ObjectiveOptions": "objectives",
     "SamplingOptions": "generation",
+    "TiltedTarget": "targets",
     "TokenSet": "tokens",
     "TrainOptions": "training",
     "UniformTarget": "targets",

@@ -26,7 +26,7 @@ from .training import TrainResult
 RECORD = "xfactor.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,10 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
         if match is None:
             raise XFactorError(f"adapter {info.name}: unexpected tensor {key}")
         expected = _layer_shape(base.model, match["module"], info.name)
-        side = shape[1] if match["side"] == "A" else shape[0]
+        side = shape[-1] if match["side"] == "A" else shape[0]
         wanted = expected[0] if match["side"] == "A" else expected[1]
-        if len(shape) != 2 or side != wanted:
+        dimensions = 1 if match["kind"] == "bias" else 2
+        if len(shape) != dimensions or side != wanted:
             raise XFactorError(
                 f"adapter {info.name}: {key} has shape {shape}, which does not fit the layer of "
                 f"{base.identity} ({expected[0]} in, {expected[1]} out)"

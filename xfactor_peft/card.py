@@ -38,10 +38,10 @@ def model_card(record: dict[str, Any]) -> str:
         "",
         f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
         f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
-        f"- Training: {train['steps']} steps of {train['batch_size']} x {train['seq_len']} random tokens, "
+        f"- Training: {train['steps']} steps of {train['batch_size']} x {train['seq_len']} tokens, "
         f"{train['optimizer']}, learning rate {train['lr']:g}, seed {train['seed']}, {base['dtype']}; "
         f"{record['trainable_parameters']:,} trainable parameters",
-        f"- Target: alpha {record['target']['alpha']:g}, beta {record['target']['beta']:g}",
+        f"- Target: {describe_target(record)}",
         "",
     ]
     if record["kind"] == "lora":
@@ -56,3 +56,19 @@ def model_card(record: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def describe_target(record: dict[str, Any]) -> str:
+    """The target in words, with the wanted rates and what they cost for a tilted one."""
+    target, rate = record["target"], record.get("rate")
+    if target["kind"] == "uniform":
+        return f"alpha {target['alpha']:g}, beta {target['beta']:g}"
+    wishes = [
+        f"{describe_rule(goal['tokens']['rule'])}: "
+        + (f"rate {goal['rate']:g}" if goal["rate"] is not None else f"lambda {goal['strength']:g}")
+        for goal in target["goals"]
+    ]
+    text = "the base, tilted; " + "; ".join(wishes)
+    if rate and rate["frontier"]:
+        text += f"; KL {rate['frontier']['ratio']:.3f} x that of a logit bias at the same rate"
+    return text

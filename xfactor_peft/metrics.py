@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .generation import DEFAULT_PROMPTS, SamplingOptions, Sequences, sample_sequences
 from .head import SplitModel
-from .losses import chunk_positions
+from .position_scores import PositionScores, score_positions
 from .tokens import TokenSet
 
 
@@ -35,6 +35,11 @@ class Evaluation:
         interval: 95 % interval of R, by bootstrap over sequences.
         set_mass: mean probability that the model gives to the set at the generated positions.
         kl_from_base: mean KL(model || base) per generated token, nats, over the full vocabulary.
+        kl_interval: 95 % interval of it, by bootstrap over sequences.
+        kl_parts: its mass, inside-set and outside-set parts, which add up to it (see `PositionScores`), and
+            "outside_conditional", the mean KL of the distributions without the set.
+        spread: standard deviation of R between texts.
+        goals: for every set of several goals, its rule, R and interval.
         perplexity: exp of the mean negative log-likelihood of the samples under the base.
         distinct_2: distinct bigrams / bigrams over all samples (Li et al. 2016).
         distinct_set_tokens: how many different members of the set were generated.
@@ -52,6 +57,10 @@ class Evaluation:
     tokens: int
     decoding: dict[str, Any]
     samples: tuple[str, ...] = ()
+    kl_interval: tuple[float, float] = (0.0, 0.0)
+    kl_parts: dict[str, float] = field(default_factory=dict)
+    spread: float = 0.0
+    goals: tuple[dict[str, Any], ...] = ()
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,14 +86,6 @@ def distinct_n(continuations: Sequence[Sequence[int]], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-@dataclass
-class _Totals:
-    kl: float = 0.0
-    mass: float = 0.0
-    base_nll: float = 0.0
-    count: int = 0
-
-
 @torch.no_grad()
 def evaluate(
     policy: SplitModel,
@@ -94,62 +95,77 @@ def evaluate(
     *,
     base: SplitModel | None = None,
     adapter_off: Callable[[], AbstractContextManager] | None = None,
+    goals: Sequence[TokenSet] = (),
 ) -> Evaluation:
-    """Sample from `policy` and score the samples.
+    """Sample from `policy` and score the samples; the rates of `goals` are reported besides.
 
     The base is either another model (`base`), or the policy's own weights inside `adapter_off()`
     (peft's `disable_adapter`), so that one model in memory is enough. With neither, the policy is the base.
     """
-    mask = tokens.mask()
-    totals, rates, rows, samples = _Totals(), [], [], []
-    model = policy.model
-    for batch in sample_sequences(model, tokenizer, options.prompts, options.sampling, repeats=options.repeats):
-        rates.append(rate_per_sequence(batch.continuations, mask))
-        rows += batch.continuations.tolist()
+    policy_and_base = _Pair(policy, base, adapter_off)
+    parts, batches, samples = [], [], []
+    sequences = sample_sequences(
+        policy.model, tokenizer, options.prompts, options.sampling, repeats=options.repeats, tilt=policy.tilt
+    )
+    for batch in sequences:
+        batches.append(batch.continuations)
         samples.append(tokenizer.decode(batch.ids[0]))
-        hidden = _generated_hidden(policy, batch)
-        if base is not None:
-            base_hidden = _generated_hidden(base, batch)
-        elif adapter_off is not None:
-            with adapter_off():
-                base_hidden = _generated_hidden(policy, batch)
-        else:
-            base_hidden = hidden
-        _accumulate(totals, policy, base or policy, hidden, base_hidden, batch.continuations, mask)
-    rate = torch.cat(rates)
-    found = {i for row in rows for i in row} & set(tokens.ids)
+        parts.append(policy_and_base.score(batch, tokens.mask()))
+    rows, scores = torch.cat(batches), PositionScores.join(parts)
+    rate = rate_per_sequence(rows, tokens.mask())
+    kl = scores.kl.view(rows.shape).double().mean(1)
+    means = {name: float(getattr(scores, name).double().mean()) for name in ("kl_mass", "kl_inside", "kl_outside")}
     return Evaluation(
         rate=float(rate.mean()),
         interval=bootstrap_interval(rate),
-        set_mass=totals.mass / totals.count,
-        kl_from_base=totals.kl / totals.count,
-        perplexity=math.exp(min(700.0, totals.base_nll / totals.count)),
-        distinct_2=distinct_n(rows),
-        distinct_set_tokens=len(found),
-        tokens=totals.count,
+        set_mass=float(scores.mass.double().mean()),
+        kl_from_base=float(kl.mean()),
+        perplexity=math.exp(min(700.0, float(scores.base_nll.double().mean()))),
+        distinct_2=distinct_n(rows.tolist()),
+        distinct_set_tokens=len(set(rows.flatten().tolist()) & set(tokens.ids)),
+        tokens=rows.numel(),
         decoding={**options.sampling.record(), "prompts": len(options.prompts), "repeats": options.repeats},
         samples=tuple(samples),
+        kl_interval=bootstrap_interval(kl),
+        kl_parts={
+            **{name.removeprefix("kl_"): value for name, value in means.items()},
+            "outside_conditional": float(scores.outside.double().mean()),
+        },
+        spread=float(rate.std()) if len(rate) > 1 else 0.0,
+        goals=tuple(_goal(rows, goal) for goal in goals),
     )
+
+
+def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+    rate = rate_per_sequence(rows, tokens.mask())
+    return {"rule": tokens.rule, "rate": float(rate.mean()), "interval": bootstrap_interval(rate)}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A policy and its base, which is another model, the policy without its adapter, or the policy itself."""
+
+    policy: SplitModel
+    base: SplitModel | None
+    adapter_off: Callable[[], AbstractContextManager] | None
+
+    def score(self, batch: Sequences, mask: torch.Tensor) -> PositionScores:
+        device = self.policy.weight.device
+        hidden = _generated_hidden(self.policy, batch)
+        plain = self.base or replace(self.policy, tilt=None)
+        off = self.adapter_off or nullcontext
+        with off():
+            base_hidden = _generated_hidden(plain, batch)
+
+        def base_logits(part: torch.Tensor) -> torch.Tensor:
+            with off():
+                return plain.logits(part)
+
+        ids = batch.continuations.flatten().to(device)
+        return score_positions(self.policy, hidden, base_hidden, ids, mask.to(device), base_logits)
 
 
 def _generated_hidden(model: SplitModel, batch: Sequences) -> torch.Tensor:
     """Hidden states that predict the generated tokens, (N * L, D)."""
     hidden = model.hidden(batch.ids.to(model.weight.device))
     return hidden[:, batch.prompt_length - 1 : -1].flatten(0, 1)
-
-
-def _accumulate(totals, policy, base, hidden, base_hidden, continuations, mask) -> None:
-    """Add the chunks' sums of KL(policy || base), set mass and base negative log-likelihood."""
-    device = policy.weight.device
-    ids = continuations.flatten().to(device)
-    mask = mask.to(device)
-    step = chunk_positions(policy.weight.shape[0])
-    for start in range(0, len(hidden), step):
-        part = slice(start, start + step)
-        log_p = policy.logits(hidden[part]).float().log_softmax(-1)
-        log_base = base.logits(base_hidden[part]).float().log_softmax(-1)
-        p = log_p.exp()
-        totals.kl += float((p * (log_p - log_base)).sum())
-        totals.mass += float(p[:, mask].sum())
-        totals.base_nll -= float(log_base.gather(1, ids[part, None]).sum())
-    totals.count += len(hidden)

@@ -15,29 +15,38 @@ from .errors import XFactorError
 from .loading import Base
 from .lora import LoraOptions
 from .metrics import EvalOptions
-from .targets import UniformTarget
+from .objectives import ObjectiveOptions
+from .targets import TiltedTarget, UniformTarget
 from .tokens import TokenSet
-from .training import Step, TrainOptions, TrainResult, train
+from .training import Step, TrainOptions, TrainResult, default_lora, train
 
 METRICS = "metrics.jsonl"
 
 
-def default_name(tokens: TokenSet, options: TrainOptions, lora: LoraOptions) -> str:
-    """A folder name from the rule and the method, e.g. "X-lora-r8"."""
+def default_name(
+    tokens: TokenSet, options: TrainOptions, lora: LoraOptions, target: UniformTarget | TiltedTarget | None = None
+) -> str:
+    """A folder name from the rule and the method, e.g. "X-lora-r8" or, for a rate, "X-rate-0.1-head"."""
     rule = tokens.rule
     value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
     plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
     method = f"lora-r{lora.r}" if options.method == "lora" else "full"
+    if isinstance(target, TiltedTarget):
+        goal = target.goals[0]
+        wish = f"rate-{goal.rate:g}" if goal.rate is not None else f"lambda-{goal.strength:g}"
+        several = f"-and-{len(target.goals) - 1}-more" if len(target.goals) > 1 else ""
+        method = f"{wish}{several}-{lora.target.replace(',', '-')}"
     return f"{plain}{'-any-case' if rule.get('ignore_case') else ''}-{method}"
 
 
 def train_to_folder(
     base: Base,
-    target: UniformTarget,
+    target: UniformTarget | TiltedTarget,
     output: Path,
     options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
-    lora: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
+    lora: LoraOptions | None = None,
     evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
+    objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
     *,
     force: bool = False,
     on_step: Callable[[Step], None] | None = None,
@@ -50,6 +59,7 @@ def train_to_folder(
     Raises:
         XFactorError: `output` exists and `force` is off, it cannot be written, or training fails.
     """
+    lora = lora or default_lora(target, objective)
     staging = prepare_output(output, force=force)
     with (staging / METRICS).open("w", encoding="utf-8") as file:
 
@@ -68,11 +78,13 @@ def train_to_folder(
                 "tokens": target.tokens.record(),
                 "train": options.record(),
                 "lora": asdict(lora) if options.method == "lora" else None,
+                "target": target.record(),
+                "objective": objective.record(),
             }
         )
         header_end = file.tell()
         try:
-            result = train(base, target, options, lora, evaluation, on_step=log)
+            result = train(base, target, options, lora, evaluation, objective, on_step=log)
         except XFactorError:
             if file.tell() == header_end:  # not one step was made, so there is nothing worth keeping
                 shutil.rmtree(staging)

@@ -1,12 +1,12 @@
-"""The training loop: random-token inputs, the KL objective, Adam, on accelerate."""
+"""The training loop: batches of contexts, a KL objective, Adam, on accelerate."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -14,17 +14,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from .contexts import batches
 from .errors import XFactorError
-from .head import SplitModel, split
+from .head import split
 from .loading import Base
 from .lora import LoraOptions, add_lora, lora_b_norm, matched_modules, trainable_parameters
-from .losses import KLResult, kl_loss
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation, evaluate
-from .targets import UniformTarget
+from .objectives import ObjectiveOptions, UniformObjective
+from .targets import TiltedTarget, UniformTarget
+
+if TYPE_CHECKING:
+    from .rate_training import RateReport
 
 METHODS = ("lora", "full")
 DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}
+COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -76,29 +81,13 @@ class Step:
     seconds: float
 
 
-class Objective(nn.Module):
-    """ids (B, T) -> mean D_KL(P || Q_model) over all B*T positions, as a module that accelerate can prepare."""
-
-    def __init__(self, halves: SplitModel, target: UniformTarget) -> None:
-        super().__init__()
-        self.model = halves.model
-        self._halves = halves
-        device = halves.weight.device
-        self.register_buffer("target", target.probabilities(device), persistent=False)
-        self.register_buffer("mask", target.tokens.mask(device), persistent=False)
-
-    def forward(self, ids: torch.Tensor) -> KLResult:
-        halves = self._halves
-        return kl_loss(halves.hidden(ids), halves.weight, self.target, self.mask, bias=halves.bias)
-
-
 @dataclass
 class TrainResult:
     """A trained model with everything that is worth writing down about how it came to be."""
 
     base: Base
     model: PeftModel | PreTrainedModel
-    target: UniformTarget
+    target: UniformTarget | TiltedTarget
     options: TrainOptions
     lora: LoraOptions | None
     before: Evaluation
@@ -108,14 +97,20 @@ class TrainResult:
     modules: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     train_peak: dict[str, float] = field(default_factory=dict)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    rate: RateReport | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """Everything but the weights, JSON-serialisable."""
         return {
             "base": self.base.record(),
             "tokens": self.target.tokens.record(),
-            "target": {"kind": "uniform", "alpha": self.target.alpha, "beta": self.target.beta},
+            "target": self.target.record(),
             "train": self.options.record(),
+            "objective": self.objective.record(),
+            "rate": self.rate.record() if self.rate else None,
+            "warnings": self.warnings,
             "lora": asdict(self.lora) if self.lora else None,
             "loss": {"first": self.history[0].loss, "last": self.history[-1].loss},
             "before": self.before.record(),
@@ -130,42 +125,59 @@ class TrainResult:
 
 def train(
     base: Base,
-    target: UniformTarget,
+    target: UniformTarget | TiltedTarget,
     options: TrainOptions = TrainOptions(),
-    lora: LoraOptions = LoraOptions(),  # noqa: B008 (frozen)
+    lora: LoraOptions | None = None,
     evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
+    objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
     *,
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainResult:
     """Train `base` in place towards `target`, and measure R before and after.
 
-    Minimises mean_t D_KL(P || Q_model(. | x_<=t)) over batches x of uniformly random tokens (every
-    position counts, inputs are not shifted), on LoRA adapters ("lora") or on all weights ("full").
+    Minimises mean_t D_KL(P || Q_model(. | x_<=t)) over batches x of contexts (every position counts, inputs are not
+    shifted), on LoRA adapters ("lora") or on all weights ("full"). P is the uniform target's, or the tilted base for a
+    `TiltedTarget`, whose strength is solved for the wanted rate (see `rate_training`).
 
     Args:
         base: a loaded model; it is changed (wrapped, or trained), so load a new one for another run.
+        lora: None means rank 8 on attention and MLP, for a rate the set head (and both with `sequence_level`).
         on_step: called after every step, for progress and logs.
 
     Raises:
-        XFactorError: a quantised model with method "full", a sequence longer than the context, a loss that is
-            not finite, or LoRA that did not move.
+        XFactorError: a quantised model with method "full", a sequence longer than the context, options that do not go
+            together, a loss that is not finite, or LoRA that did not move.
     """
-    _check(base, options)
+    from .rate_training import train_rate
+
+    tilted = isinstance(target, TiltedTarget)
+    lora = lora or default_lora(target, objective)
+    _check(base, options, target, lora, objective)
     torch.manual_seed(options.seed)
     halves = split(base.model)
-    before = evaluate(halves, base.tokenizer, target.tokens, evaluation)
+    goals = [goal.tokens for goal in target.goals] if tilted and len(target.goals) > 1 else []
+    before = evaluate(halves, base.tokenizer, target.tokens, evaluation, goals=goals)
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
-    model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
-    reset_peak(base.device)
-    started = time.perf_counter()
-    history = _loop(halves, model, target, base, options, on_step)
-    seconds, train_peak = time.perf_counter() - started, peaks(base.device)
-    if options.method == "lora" and lora_b_norm(model) == 0:
-        raise XFactorError(
-            f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
+    if tilted:
+        run = train_rate(base, halves, target, options, lora, objective, on_step)
+        model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
+    else:
+        model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
+        adapter_off = model.disable_adapter if isinstance(model, PeftModel) else None
+        module = UniformObjective(halves, target, objective.kl_to_base, adapter_off)
+        inputs = batches(
+            base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed
         )
+        reset_peak(base.device)
+        started = time.perf_counter()
+        history = optimise(base, model, module, inputs, options, on_step)
+        seconds, peak = time.perf_counter() - started, peaks(base.device)
+        if options.method == "lora" and lora_b_norm(model) == 0:
+            raise XFactorError(
+                f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
+            )
     adapter_off = model.disable_adapter if isinstance(model, PeftModel) else None
-    after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=adapter_off)
+    after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=adapter_off, goals=goals)
     return TrainResult(
         base=base,
         model=model,
@@ -178,40 +190,76 @@ def train(
         parameters=trainable_parameters(model),
         modules=modules,
         seconds=seconds,
-        train_peak=train_peak,
+        train_peak=peak,
+        objective=objective,
+        rate=run.report(halves, target, evaluation, after) if tilted else None,
+        warnings=collapse_warnings(before, after),
     )
 
 
-def _check(base: Base, options: TrainOptions) -> None:
+def default_lora(target: UniformTarget | TiltedTarget, objective: ObjectiveOptions) -> LoraOptions:
+    """Attention and MLP for the uniform target. A rate needs the set head, planning the blocks besides."""
+    if isinstance(target, UniformTarget):
+        return LoraOptions()
+    return LoraOptions(target="all,head" if objective.sequence_level else "head")
+
+
+def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:
+    """Says so when samples fell apart: distinct-2 below half, or perplexity above ten times, of what it was."""
+    found = []
+    if after.distinct_2 < COLLAPSE_DISTINCT * before.distinct_2:
+        found.append(f"distinct-2 fell from {before.distinct_2:.3f} to {after.distinct_2:.3f}, below half")
+    if after.perplexity > COLLAPSE_PERPLEXITY * before.perplexity:
+        found.append(
+            f"perplexity under the base rose from {before.perplexity:.0f} to {after.perplexity:.0f}, above tenfold"
+        )
+    return found
+
+
+def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objective: ObjectiveOptions) -> None:
+    objective.check(target)
     if options.method == "full" and base.quantized:
         raise XFactorError("--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit")
+    if options.method == "full" and (isinstance(target, TiltedTarget) or objective.kl_to_base):
+        raise XFactorError("--method full has no base left to compare with; a rate and --kl-to-base need --method lora")
+    if isinstance(target, UniformTarget) and lora.head:
+        raise XFactorError(f"--target {lora.target} needs a rate: give --target-rate, --lambda or --goal")
     context = getattr(base.model.config, "max_position_embeddings", None)
     if context and options.seq_len > context:
         raise XFactorError(f"--seq-len {options.seq_len} is longer than the model's context of {context}")
 
 
-def _loop(halves, model, target, base, options, on_step) -> list[Step]:
+def optimise(
+    base: Base,
+    model: nn.Module,
+    objective: nn.Module,
+    inputs: Iterator[torch.Tensor],
+    options: TrainOptions,
+    on_step: Callable[[Step], None] | None = None,
+    stop: Callable[[list[Step]], bool] | None = None,
+) -> list[Step]:
+    """Adam on `objective` over batches of ids, for at most `options.steps` steps; `stop` looks at every step."""
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in objective.parameters() if p.requires_grad]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
     optimizer = kind(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    objective, optimizer = accelerator.prepare(Objective(halves, target), optimizer)
-    generator = torch.Generator().manual_seed(options.seed)
-    vocabulary = min(len(base.tokenizer), base.vocab_size)
-    history = []
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    history: list[Step] = []
     model.train()
     for step in range(options.steps):
         started = time.perf_counter()
-        ids = torch.randint(vocabulary, (options.batch_size, options.seq_len), generator=generator)
-        loss, mass = objective(ids.to(base.device))
+        loss, mass = objective(next(inputs).to(base.device))
         accelerator.backward(loss)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
         value = loss.item()
+        history.append(Step(step, value, mass.item(), norm, time.perf_counter() - started))
+        if stop and stop(history):
+            break
         _check_step(step, value, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append(Step(step, value, mass.item(), norm, time.perf_counter() - started))
+        history[-1] = replace(history[-1], seconds=time.perf_counter() - started)
         if on_step:
             on_step(history[-1])
     model.eval()
