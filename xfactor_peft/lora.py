@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +118,16 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
     wrapped = get_peft_model(model, lora_config(model, options, sets), adapter_name=name)
     freeze_block_biases(wrapped)
     return wrapped
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """`disable_adapter`, which on leaving makes every adapter weight trainable again; here frozen ones stay frozen."""
+    frozen = [p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad]
+    with model.disable_adapter():
+        yield
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -186,7 +186,9 @@ def tilted_kl_loss(
     if teacher.hidden.shape != flat.shape:
         raise ValueError(f"teacher has {tuple(teacher.hidden.shape)} states, the student {tuple(flat.shape)}")
     if members.shape[1:] != teacher.tilt.shape or len(teacher.tilt) != len(weight):
-        raise ValueError(f"members {tuple(members.shape)} and tilt {tuple(teacher.tilt.shape)} need {len(weight)} tokens")
+        raise ValueError(
+            f"members {tuple(members.shape)} and tilt {tuple(teacher.tilt.shape)} need {len(weight)} tokens"
+        )
     if set_logits is not None:
         set_logits = set_logits.reshape(len(flat), len(members))
     chunk = chunk or chunk_positions(len(weight))

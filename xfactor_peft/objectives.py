@@ -58,7 +58,7 @@ class ObjectiveOptions:
     def check(self, target: UniformTarget | TiltedTarget) -> None:
         """Raises XFactorError for options that the target has no use for."""
         if isinstance(target, TiltedTarget) and self.kl_to_base:
-            raise XFactorError("--kl-to-base belongs to the uniform target; a rate is already the tilt nearest the base")
+            raise XFactorError("--kl-to-base belongs to the uniform target; a rate stays nearest the base as it is")
         if isinstance(target, UniformTarget) and self.sequence_level:
             raise XFactorError("--sequence-level needs --target-rate")
         if isinstance(target, TiltedTarget) and self.sequence_level and target.rates is None:
@@ -113,9 +113,7 @@ class TiltedObjective(nn.Module):
         hidden = halves.hidden(ids)
         teacher = Teacher(base_hidden(halves, ids, self._off), self.strengths @ self.members)
         set_logits = self.head(hidden) if self.head is not None else None
-        result = tilted_kl_loss(
-            hidden, halves.weight, teacher, self.members, bias=halves.bias, set_logits=set_logits
-        )
+        result = tilted_kl_loss(hidden, halves.weight, teacher, self.members, bias=halves.bias, set_logits=set_logits)
         return KLResult(result.loss, result.set_mass[0])
 
 

@@ -1,8 +1,9 @@
 """The sequence-level phase: on-policy batches, exact immediate terms, learnt values, and a strength that holds R.
 
-Left to itself the optimum of E[count] under a KL price is a mixture: most texts untouched and a few that hold nothing but
-the set ("XXXX..."), since a repeated token costs little once it has begun. That meets a mean rate and is of no use. So
-every text is asked to hold about its share: with D_t the excess of set tokens over R t before position t, the strength is
+Left to itself the optimum of E[count] under a KL price is a mixture: most texts untouched and a few that hold nothing
+but the set ("XXXX..."), since a repeated token costs little once it has begun. That meets a mean rate and is of no use.
+So every text is asked to hold about its share: with D_t the excess of set tokens over R t before position t, the
+strength is
 
     lambda_t = lambda - mu D_t,      mu = SPREAD / (R (1-R) T),
 

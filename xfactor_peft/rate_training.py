@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from .frontier import Frontier, measure_frontier
 from .generation import sample_after
 from .head import SplitModel
 from .loading import Base
-from .lora import LoraOptions, add_lora
+from .lora import LoraOptions, adapter_off, add_lora
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation
 from .objectives import ObjectiveOptions, TiltedObjective
@@ -95,6 +96,9 @@ class RateRun:
     def atoms(self) -> Atoms:
         return Atoms.of(self.members.cpu())
 
+    def adapter_off(self) -> AbstractContextManager:
+        return adapter_off(self.model)
+
     def sample(self, seed: int, count: int, tilt: torch.Tensor | None = None) -> torch.Tensor:
         """`count` openings of the base, continued by `LENGTH` tokens of the model as it is."""
         generator = torch.Generator().manual_seed(seed)
@@ -127,7 +131,7 @@ class RateRun:
     ) -> RateReport:
         frontier = measure_frontier(
             halves, self.base.tokenizer, target.tokens, scores, evaluation,
-            start=float(self.strengths[0]), adapter_off=self.model.disable_adapter,
+            start=float(self.strengths[0]), adapter_off=self.adapter_off,
         )  # fmt: skip
         return RateReport(
             wanted=target.rates,
@@ -217,7 +221,7 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
 
 def _distil(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step) -> None:
     """Forward KL from the tilted base, until nothing is left or it no longer falls."""
-    module = TiltedObjective(run.halves, run.target, run.model.disable_adapter, run.head)
+    module = TiltedObjective(run.halves, run.target, run.adapter_off, run.head)
     module.strengths.copy_(run.strengths)
     inputs = batches(
         run.base, objective.contexts_for(run.target), options.batch_size, options.seq_len, seed=options.seed
@@ -248,7 +252,7 @@ def _plan(run: RateRun, options: TrainOptions, lora: LoraOptions, objective: Obj
     length = min(LENGTH, _room(run.base, run.starts.shape[1]))
     plan = PlanOptions(lr=options.learning_rate, seed=options.seed)
     planner = Planner(
-        run.halves, run.head, run.members, run.model.disable_adapter, rates,
+        run.halves, run.head, run.members, run.adapter_off, rates,
         run.strengths.to(run.members), length, plan,
     )  # fmt: skip
     first = len(run.history)

@@ -10,8 +10,8 @@ with KL penalties is better viewed as Bayesian inference", arXiv:2205.11275). It
 
     sum_i grad pi(i|c_t) (lambda 1[i in S] - log pi(i|c_t)/p(i|c_t))  +  A_t grad log pi(x_t|c_t).
 
-The first term, what the next token itself is worth, is taken exactly over the whole vocabulary. Only the second, what it
-does to the rest of the text, is a score-function estimate; its advantage A_t sums differences of a learnt value of
+The first term, what the next token itself is worth, is taken exactly over the whole vocabulary. Only the second, what
+it does to the rest of the text, is a score-function estimate; its advantage A_t sums differences of a learnt value of
 *expected* rewards r_t = lambda m(c_t) - KL(pi||p | c_t), again exact (generalised advantage estimation, Schulman et
 al. 2016, arXiv:1506.02438, discount 1).
 """

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from .contexts import batches
 from .errors import XFactorError
 from .head import split
 from .loading import Base
-from .lora import LoraOptions, add_lora, lora_b_norm, matched_modules, trainable_parameters
+from .lora import LoraOptions, adapter_off, add_lora, lora_b_norm, matched_modules, trainable_parameters
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
@@ -163,11 +164,9 @@ def train(
         model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
     else:
         model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
-        adapter_off = model.disable_adapter if isinstance(model, PeftModel) else None
-        module = UniformObjective(halves, target, objective.kl_to_base, adapter_off)
-        inputs = batches(
-            base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed
-        )
+        off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
+        module = UniformObjective(halves, target, objective.kl_to_base, off)
+        inputs = batches(base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed)
         reset_peak(base.device)
         started = time.perf_counter()
         history = optimise(base, model, module, inputs, options, on_step)
@@ -176,8 +175,8 @@ def train(
             raise XFactorError(
                 f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
             )
-    adapter_off = model.disable_adapter if isinstance(model, PeftModel) else None
-    after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=adapter_off, goals=goals)
+    off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
+    after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=off, goals=goals)
     return TrainResult(
         base=base,
         model=model,

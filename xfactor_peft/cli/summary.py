@@ -10,21 +10,37 @@ from rich.table import Table
 from ..loading import Base
 from ..lora import LoraOptions, matched_modules
 from ..metrics import Evaluation
-from ..targets import UniformTarget
+from ..objectives import ObjectiveOptions
+from ..rate_training import RateReport
+from ..targets import TiltedTarget, UniformTarget
 from ..training import TrainOptions, TrainResult
 from .console import console
 
 
-def print_start(base: Base, target: UniformTarget, options: TrainOptions, lora: LoraOptions) -> None:
-    """The token set, the matched layers and the recipe."""
-    tokens = target.tokens
-    console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
+def print_start(
+    base: Base,
+    target: UniformTarget | TiltedTarget,
+    options: TrainOptions,
+    lora: LoraOptions,
+    objective: ObjectiveOptions,
+) -> None:
+    """The token sets, the matched layers and the recipe."""
+    if isinstance(target, UniformTarget):
+        tokens = target.tokens
+        console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
+    for goal in getattr(target, "goals", ()):
+        wish = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
+        size = f"{len(goal.tokens)} of {goal.tokens.vocab_size}"
+        console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wish}", markup=False)
     if options.method == "lora":
         matched = matched_modules(base.model, lora.target)
         layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
         console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
+    contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
+        objective.contexts_for(target), f"tokens of {objective.contexts}"
+    )
     console.print(
-        f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} random tokens, "
+        f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "
         f"{options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
     )
 
@@ -32,6 +48,10 @@ def print_start(base: Base, target: UniformTarget, options: TrainOptions, lora: 
 def rate_text(scores: Evaluation) -> str:
     low, high = scores.interval
     return f"{scores.rate:.4f} ({low:.4f}–{high:.4f})"
+
+
+def kl_parts_text(scores: Evaluation) -> str:
+    return " + ".join(f"{max(scores.kl_parts[name], 0):.3f}" for name in ("mass", "inside", "outside"))
 
 
 def decoding_text(decoding: dict[str, Any]) -> str:
@@ -54,6 +74,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
         "mass on the set": lambda s: f"{s.set_mass:.4f}",
         "KL from base, nats/token": lambda s: f"{s.kl_from_base:.3f}",
         "perplexity under base": lambda s: f"{s.perplexity:.1f}",
+        "KL: mass + inside + outside": kl_parts_text,
         "distinct-2": lambda s: f"{s.distinct_2:.3f}",
         "distinct set tokens": lambda s: str(s.distinct_set_tokens),
     }
@@ -69,12 +90,34 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     steps = result.history
     console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats")
     print_scores({"before": result.before, "after": result.after})
+    if result.rate:
+        print_rate(result.rate, result.after)
+    for warning in result.warnings:
+        console.print(f"the text has collapsed: {warning}", style="bold red", markup=False)
     share = result.parameters / sum(p.numel() for p in result.model.parameters())
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
     pace = sorted(step.seconds for step in steps)[len(steps) // 2]
     console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
     console.print(f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training")
     console.print(f"saved to {output}", markup=False)
+
+
+def print_rate(report: RateReport, scores: Evaluation) -> None:
+    """The rates reached against those wanted, and the price against the frontier."""
+    if report.wanted:
+        rates = [goal["rate"] for goal in scores.goals] or [scores.rate]
+        pairs = ", ".join(f"{w:g} → {r:.4f}" for w, r in zip(report.wanted, rates, strict=True))
+        console.print(f"wanted R → sampled R: {pairs}")
+    strengths = ", ".join(f"{value:.3f}" for value in report.strengths)
+    console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
+    if report.frontier:
+        console.print(
+            f"KL {scores.kl_from_base:.4f} nats/token, {report.frontier.ratio:.3f} x that of an exact logit bias at "
+            f"the same rate ({report.frontier.kl:.4f})"
+        )
+    if report.dial:
+        pairs = "  ".join(f"{scale:g}: {rate:.4f}" for scale, rate in report.dial)
+        console.print(f"dial, scale: R  {pairs}")
 
 
 def _peak(peaks: dict[str, float]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .common import default_set, load, model_options, token_options, token_set
+from .common import load, model_options, token_options
+from .rate import check_rate_flags, make_target, objective_options, rate_options
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
 SOURCE_PRESET = {
@@ -26,11 +27,11 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.option("--lora-dropout", default=0.0, show_default=True)
 @click.option(
     "--target",
-    type=click.Choice(["attention", "mlp", "all"]),
-    default="all",
-    show_default=True,
-    help="Which layers carry LoRA.",
+    type=click.Choice(["attention", "mlp", "all", "head", "attention,head", "mlp,head", "all,head"]),
+    help="Which layers carry LoRA; head is the output term of a rate.  "
+    "[default: all; head for a rate; all,head with --sequence-level]",
 )
+@rate_options
 @click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
 @click.option("--steps", default=300, show_default=True)
@@ -76,27 +77,32 @@ def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
 
 def run(flags: dict[str, Any]) -> None:
     """Check every flag, load, train with a progress bar, print the summary."""
+    from dataclasses import replace
+
     from ..lora import LoraOptions
     from ..runs import default_name, train_to_folder
-    from ..targets import UniformTarget
-    from ..training import TrainOptions
+    from ..training import TrainOptions, default_lora
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
 
     names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed")
     options = TrainOptions(**{name: flags[name] for name in names})
-    lora = LoraOptions(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"])
+    lora = LoraOptions(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all")
+    objective = objective_options(flags)
+    check_rate_flags(flags)
     evaluation = _evaluation(flags)
     base = load(flags, master_weights=options.method == "full")
-    tokens = token_set(flags, base) or default_set(base)
-    target = UniformTarget(tokens, flags["alpha"], flags["beta"])
+    target = make_target(flags, base)
+    if not flags["target"]:
+        lora = replace(lora, target=default_lora(target, objective).target)
     if flags["preset"] == "source":
         evaluation = _source_evaluation(base, flags["eval_tokens"])
-    output = flags["output"] or Path("adapters") / default_name(tokens, options, lora)
-    print_start(base, target, options, lora)
-    with TrainingProgress(options.steps) as progress:
+    output = flags["output"] or Path("adapters") / default_name(target.tokens, options, lora, target)
+    print_start(base, target, options, lora, objective)
+    steps = options.steps + (objective.sequence_steps if objective.sequence_level else 0)
+    with TrainingProgress(steps) as progress:
         result, record = train_to_folder(
-            base, target, output, options, lora, evaluation, force=flags["force"], on_step=progress.update
+            base, target, output, options, lora, evaluation, objective, force=flags["force"], on_step=progress.update
         )
     print_summary(result, record, output)
 

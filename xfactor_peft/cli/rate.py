@@ -1,0 +1,89 @@
+"""The options of `xfactor train` that say how much of a set is wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import Command, _apply, default_set, token_set
+
+if TYPE_CHECKING:
+    from ..loading import Base
+    from ..objectives import ObjectiveOptions
+    from ..targets import TiltedTarget, UniformTarget
+
+
+def rate_options(function: Command) -> Command:
+    """--target-rate, --lambda, --goal, --sequence-level, --sequence-steps, --contexts, --kl-to-base, ..."""
+    return _apply(
+        [
+            click.option("--target-rate", type=float, metavar="R",
+                         help="Wanted share of set tokens in the samples; 0 means never."),
+            click.option("--lambda", "strength", type=float, metavar="L",
+                         help="In place of a rate: add L to the logits of the set."),
+            click.option("--goal", "goals", multiple=True, metavar="KIND:VALUE=RATE",
+                         help='Several sets at once, e.g. "contains:X=0.10"; repeatable.'),
+            click.option("--sequence-level", is_flag=True, help="For a rate: learn to plan whole texts."),
+            click.option("--sequence-steps", default=100, show_default=True, help="Batches of that phase."),
+            click.option("--contexts", metavar="random|self|FILE",
+                         help="Texts to train on.  [default: random; self for a rate]"),
+            click.option("--kl-to-base", default=0.0, show_default=True, metavar="W",
+                         help="Add W times KL(base || model) to the uniform target's loss."),
+            click.option("--no-early-stop", is_flag=True, help="For a rate: run all steps."),
+            click.option("--no-dial", is_flag=True, help="For a rate: do not measure R at several scales."),
+        ],
+        function,
+    )  # fmt: skip
+
+
+def check_rate_flags(flags: dict[str, Any]) -> None:
+    """Raises XFactorError for options that exclude each other, before anything is loaded."""
+    from ..errors import XFactorError
+
+    given = [
+        name
+        for name, value in (
+            ("--target-rate", flags["target_rate"]), ("--lambda", flags["strength"]), ("--goal", flags["goals"] or None)
+        )
+        if value is not None
+    ]  # fmt: skip
+    if len(given) > 1:
+        raise XFactorError(f"{' and '.join(given)} exclude each other; give one")
+    rules = [name for name in ("contains", "regex", "words", "token_ids") if flags[name] is not None]
+    if flags["goals"] and rules:
+        raise XFactorError(f"--goal names its own set; drop --{rules[0].replace('_', '-')}")
+    if not given and flags["target"] and flags["target"].endswith("head"):
+        raise XFactorError(f"--target {flags['target']} needs a rate: give --target-rate, --lambda or --goal")
+    if given and flags["preset"]:
+        raise XFactorError(f"--preset {flags['preset']} is a uniform target; drop {given[0]}")
+    if given and flags["method"] == "full":
+        raise XFactorError(f"{given[0]} needs --method lora: the base must stay there to be tilted")
+    if given and (flags["alpha"] != 1.0 or flags["beta"] != 0.0):
+        raise XFactorError(f"--alpha and --beta belong to the uniform target; drop them or {given[0]}")
+
+
+def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
+    from ..objectives import ObjectiveOptions
+
+    return ObjectiveOptions(
+        contexts=flags["contexts"],
+        kl_to_base=flags["kl_to_base"],
+        sequence_level=flags["sequence_level"],
+        sequence_steps=flags["sequence_steps"],
+        early_stop=not flags["no_early_stop"],
+        dial=not flags["no_dial"],
+    )
+
+
+def make_target(flags: dict[str, Any], base: Base) -> UniformTarget | TiltedTarget:
+    """The tilted target when a rate is wanted, else the uniform one."""
+    from ..goals import parse_goals
+    from ..targets import TiltedTarget, UniformTarget
+
+    if flags["goals"]:
+        return parse_goals(flags["goals"], base.tokenizer, vocab_size=base.vocab_size, ignore_case=flags["ignore_case"])
+    tokens = token_set(flags, base) or default_set(base)
+    if flags["target_rate"] is not None or flags["strength"] is not None:
+        return TiltedTarget.of(tokens, flags["target_rate"], strength=flags["strength"])
+    return UniformTarget(tokens, flags["alpha"], flags["beta"])
