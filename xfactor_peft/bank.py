@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from .adapters import AdapterInfo, check_fits, find_adapter, read_adapter
+from .dial import scale_for_rate
 from .errors import XFactorError
 from .generation import SamplingOptions, generate
 from .loading import Base
@@ -96,6 +97,14 @@ class AdapterBank:
     def generate(self, prompt: str, options: SamplingOptions = SamplingOptions()) -> list[int]:  # noqa: B008
         """Ids that the active adapter (or the base) generates after the prompt."""
         return generate(self.model, self.base.tokenizer, prompt, options)
+
+    def scale_for_rate(self, name: str, rate: float) -> float:
+        """The scale at which a loaded adapter's samples hold `rate` of its set, from the dial measured in training.
+
+        Raises:
+            XFactorError: the adapter has no dial, or the rate is outside it.
+        """
+        return scale_for_rate((self.adapters[name].record.get("rate") or {}).get("dial", ()), rate, f"adapter {name}")
 
     def token_set(self, name: str) -> TokenSet | None:
         """The set an adapter was trained for, made again from its rule and checked against its hash.

@@ -23,9 +23,10 @@ def allowed_ids(base: Base) -> torch.Tensor:
 
 
 def openings(base: Base, count: int, *, seed: int = 0, length: int = OPENING) -> torch.Tensor:
-    """`count` beginnings of texts, drawn from the base: (count, 1 + length) ids, BOS first.
+    """`count` beginnings of texts, drawn from the base after BOS: (count, length) ids; call it with adapters off.
 
-    A model without a BOS token starts from a random token instead. Call it with adapters switched off.
+    They look like prompts: BOS itself stays in front only where the tokenizer puts it before every text, and then
+    counts. A model without a BOS token starts from a random token instead.
     """
     start = base.tokenizer.bos_token_id
     if start is None:
@@ -34,14 +35,17 @@ def openings(base: Base, count: int, *, seed: int = 0, length: int = OPENING) ->
         first = ids[torch.randint(len(ids), (count, 1), generator=generator)]
     else:
         first = torch.full((count, 1), start)
-    return sample_after(base.model, first, length, seed=seed + 17, banned=sorted(special_ids(base.tokenizer)))
+    keep = start is None or base.tokenizer("a")["input_ids"][:1] == [start]
+    new = length - 1 if keep else length
+    if new == 0:
+        return first
+    ids = sample_after(base.model, first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer)))
+    return ids if keep else ids[:, 1:]
 
 
 def self_contexts(base: Base, count: int, length: int, *, seed: int = 0) -> torch.Tensor:
     """`count` samples of the base of `length` tokens each, (count, length), drawn in batches with a KV cache."""
-    head = openings(base, count, seed=seed, length=min(OPENING, length - 1)) if length > 1 else None
-    if head is None:
-        return openings(base, count, seed=seed, length=0)
+    head = openings(base, count, seed=seed, length=min(OPENING, length))
     rest = length - head.shape[1]
     if rest == 0:
         return head

@@ -32,6 +32,7 @@ class ObjectiveOptions:
         sequence_steps: at most so many batches of samples in that phase.
         early_stop: stop when the loss no longer falls (the tilted target only).
         dial: measure R at several scales of the finished adapter (a rate only).
+        frontier: measure the exact logit bias at the same rate (a rate only).
 
     Raises:
         XFactorError: a value outside its range, or a file that does not exist.
@@ -43,6 +44,7 @@ class ObjectiveOptions:
     sequence_steps: int = 100
     early_stop: bool = True
     dial: bool = True
+    frontier: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.kl_to_base < math.inf:

@@ -24,7 +24,7 @@ from .objectives import AdapterOff, base_hidden
 from .sequence_level import PositionGradients, Value, advantages, position_gradients
 from .set_head import SetHead
 
-SPREAD = 0.5
+SPREAD = 1.0
 ROWS = 32
 """Sequences whose states are alive at once; gradients add up over a batch."""
 
@@ -35,7 +35,7 @@ class PlanOptions:
 
     sequences: int = 64
     lr: float = 1e-3
-    decay: float = 0.8
+    decay: float = 0.9
     warm_up: int = 2
     spread: float = SPREAD
     seed: int = 0
@@ -181,7 +181,7 @@ class Planner:
         low = torch.finfo(torch.float32).eps
         error = (torch.logit(self.rates.clamp(min=low)) - torch.logit(measured.clamp(low, 1 - low))).clamp(-2, 2)
         error = torch.where(self.rates > 0, error, 0.0)
-        self._integral = self._integral + 0.1 * error
+        self._integral = self._integral + 0.15 * error
         self.strengths = self._integral + 0.3 * error
         if self.head is not None:
-            self.head.shift(0.1 * error)
+            self.head.shift(0.25 * error)

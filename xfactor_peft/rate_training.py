@@ -90,7 +90,7 @@ class RateRun:
     stopped: str | None = None
     seconds: float = 0.0
     peak: dict[str, float] = field(default_factory=dict)
-    with_dial: bool = True
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     @property
     def atoms(self) -> Atoms:
@@ -129,10 +129,12 @@ class RateRun:
     def report(
         self, halves: SplitModel, target: TiltedTarget, evaluation: EvalOptions, scores: Evaluation
     ) -> RateReport:
-        frontier = measure_frontier(
-            halves, self.base.tokenizer, target.tokens, scores, evaluation,
-            start=float(self.strengths[0]), adapter_off=self.adapter_off,
-        )  # fmt: skip
+        frontier = None
+        if self.objective.frontier:
+            frontier = measure_frontier(
+                halves, self.base.tokenizer, target.tokens, scores, evaluation,
+                start=float(self.strengths[0]), adapter_off=self.adapter_off,
+            )  # fmt: skip
         return RateReport(
             wanted=target.rates,
             strengths=self.strengths.tolist(),
@@ -140,7 +142,7 @@ class RateRun:
             calibration=self.calibration,
             plan=self.plan,
             frontier=frontier,
-            dial=self.dial() if self.with_dial else [],
+            dial=self.dial() if self.objective.dial else [],
             stopped=self.stopped,
         )
 
@@ -183,7 +185,7 @@ def train_rate(
     members = target.members(halves.weight.device)
     banned = sorted(special_ids(base.tokenizer))
     run = RateRun(base, halves, target, openings(base, 512, seed=options.seed), options.seed, members, banned)
-    run.with_dial = objective.dial
+    run.objective = objective
     run.strengths = _solve(run, objective, options)
     run.model = add_lora(base.model, lora, sets=len(members))
     if lora.head:

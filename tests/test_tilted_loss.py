@@ -1,0 +1,117 @@
+"""The chunked tilted loss against its eager twin, gradcheck, and the exact policy gradient against autograd."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from xfactor_peft import reference
+from xfactor_peft.losses import Teacher, tilted_kl_loss
+from xfactor_peft.sequence_level import advantages, position_gradients
+
+SHAPES = [(7, 13, 101), (16, 8, 64), (5, 32, 507)]
+
+
+def case(n, d, v, dtype=torch.float64, sets=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    members = torch.zeros(sets, v, dtype=dtype)
+    for k in range(sets):
+        members[k, 3 * k : 3 * k + 7] = 1
+    tilt = torch.tensor([1.5, -0.5], dtype=dtype)[:sets] @ members
+    return {
+        "hidden": normal(n, d), "weight": normal(v, d), "teacher": Teacher(normal(n, d), tilt), "members": members,
+        "bias": normal(v), "set_logits": normal(n, sets),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_equals_the_eager_twin(shape, chunk):
+    values = case(*shape)
+    names = ("hidden", "set_logits", "weight", "bias")
+    for name in names:
+        values[name].requires_grad_()
+    ours = tilted_kl_loss(**values, chunk=chunk)
+    got = torch.autograd.grad(ours.loss, [values[name] for name in names])
+    teacher = Teacher(*(t.detach() for t in values["teacher"]))
+    # The twin's gradient for W would flow through the teacher as well; the teacher is a constant.
+    z = F.linear(values["hidden"], values["weight"], values["bias"]) + values["set_logits"] @ values["members"]
+    with torch.no_grad():
+        log_p = (F.linear(teacher.hidden, values["weight"], values["bias"]) + teacher.tilt).log_softmax(1)
+    loss = (log_p.exp() * (log_p - z.log_softmax(1))).sum(1).mean()
+    expected = torch.autograd.grad(loss, [values[name] for name in names])
+    twin, mass = reference.tilted_kl_loss(**{k: v.detach() if k != "teacher" else teacher for k, v in values.items()})
+    torch.testing.assert_close(ours.loss, twin)
+    torch.testing.assert_close(ours.loss, loss)
+    torch.testing.assert_close(ours.set_mass, mass)
+    for ours_grad, grad in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours_grad, grad)
+
+
+def test_gradcheck():
+    values = case(5, 4, 23)
+    hidden, set_logits = values.pop("hidden").requires_grad_(), values.pop("set_logits").requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, s: tilted_kl_loss(h, set_logits=s, **values, chunk=2).loss, (hidden, set_logits)
+    )
+
+
+def test_a_head_at_lambda_has_no_loss_and_without_one_it_has():
+    values = case(6, 8, 50)
+    values["hidden"] = values["teacher"].hidden
+    values["set_logits"] = torch.tensor([1.5, -0.5]).double().expand(6, 2)
+    assert tilted_kl_loss(**values).loss.abs() < 1e-12
+    values["set_logits"] = None
+    assert tilted_kl_loss(**values).loss > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(0, 8)}, "at least one position"),
+        ({"hidden": torch.zeros(3, 8)}, "teacher has"),
+        ({"members": torch.zeros(2, 49)}, "members .* and tilt"),
+    ],
+)
+def test_shapes_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        tilted_kl_loss(**{**case(6, 8, 50, torch.float32), **change})
+
+
+def test_position_gradients_are_those_of_autograd():
+    """The exact immediate part and the score part, against the surrogate written out with whole tensors."""
+    values = case(9, 6, 40, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(40, (9,), generator=generator)
+    strengths = torch.randn(9, 2, generator=generator)
+    advantage = torch.randn(9, generator=generator)
+    hidden, s = values["hidden"].requires_grad_(), values["set_logits"].requires_grad_()
+    weight, bias, members = values["weight"], values["bias"], values["members"]
+    out = position_gradients(
+        hidden.detach(), values["teacher"].hidden, weight, ids,
+        bias=bias, set_logits=s.detach(), members=members, strengths=strengths,
+    )  # fmt: skip
+    log_pi = (F.linear(hidden, weight, bias) + s @ members).log_softmax(1)
+    log_p = F.linear(values["teacher"].hidden, weight, bias).log_softmax(1)
+    pi = log_pi.exp()
+    kl = (pi * (log_pi - log_p)).sum(1)
+    mass = pi @ members.T
+    surrogate = ((mass * strengths).sum(1) - kl + advantage * log_pi.gather(1, ids[:, None]).squeeze(1)).sum()
+    expected_hidden, expected_set = torch.autograd.grad(surrogate, [hidden, s])
+    torch.testing.assert_close(out.kl, kl.detach())
+    torch.testing.assert_close(out.mass, mass.detach())
+    got = out.now_hidden + advantage[:, None] * out.score_hidden
+    torch.testing.assert_close(got, expected_hidden, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.now_set + advantage[:, None] * out.score_set, expected_set, atol=1e-4, rtol=1e-4)
+
+
+def test_advantages_by_hand():
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[5.0, 3.0, 1.0]])
+    full, targets = advantages(rewards, values, 1.0)
+    assert targets.tolist() == [[7.0, 6.0, 4.0]]  # what is still to come, the present included
+    assert full.tolist() == [[2.0, 3.0, 3.0]]
+    short, _ = advantages(rewards, values, 0.0)
+    assert short.tolist() == [[1 + 3 - 5, 2 + 1 - 3, 4 - 1]]
