@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], default=list(RATES))
     parser.add_argument("--block-rates", type=lambda text: [float(x) for x in text.split(",")], default=[0.1])
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
-    parser.add_argument("--sequence-steps", type=int, default=100)
+    parser.add_argument("--sequence-steps", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     options = parser.parse_args()

@@ -41,7 +41,7 @@ class ObjectiveOptions:
     contexts: str | None = None
     kl_to_base: float = 0.0
     sequence_level: bool = False
-    sequence_steps: int = 100
+    sequence_steps: int = 80
     early_stop: bool = True
     dial: bool = True
     frontier: bool = True

@@ -25,7 +25,7 @@ def rate_options(function: Command) -> Command:
             click.option("--goal", "goals", multiple=True, metavar="KIND:VALUE=RATE",
                          help='Several sets at once, e.g. "contains:X=0.10"; repeatable.'),
             click.option("--sequence-level", is_flag=True, help="For a rate: learn to plan whole texts."),
-            click.option("--sequence-steps", default=100, show_default=True, help="Batches of that phase."),
+            click.option("--sequence-steps", default=80, show_default=True, help="Batches of that phase."),
             click.option("--contexts", metavar="random|self|FILE",
                          help="Texts to train on.  [default: random; self for a rate]"),
             click.option("--kl-to-base", default=0.0, show_default=True, metavar="W",
