@@ -27,6 +27,7 @@ from .common import default_set, load, model_options, sampling, sampling_options
     help="One prompt a line.  [default: sixteen openings]",
 )
 @click.option("--repeats", default=4, show_default=True, help="Samples per prompt.")
+@click.option("--frontier", is_flag=True, help="Also measure the exact logit bias at each adapter's rate.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the scores here."
 )
@@ -39,10 +40,11 @@ def command(**flags: Any) -> None:  # fmt: skip
 
     from ..bank import AdapterBank
     from ..errors import XFactorError
+    from ..frontier import measure_frontier
     from ..head import split
     from ..metrics import EvalOptions, evaluate
     from .console import console
-    from .summary import print_scores
+    from .summary import print_frontier, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
@@ -64,6 +66,13 @@ def command(**flags: Any) -> None:  # fmt: skip
         columns[name] = evaluate(halves, base.tokenizer, own, options, adapter_off=bank.off)
     console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
     print_scores(columns)
+    for name, info in infos.items():
+        if wanted := (info.record.get("rate") or {}).get("wanted"):
+            console.print(f"{name}: wanted R {wanted[0]:g}, sampled {columns[name].rate:.4f}", markup=False)
+        if flags["frontier"]:
+            bank.use(None)
+            own = given or bank.token_set(name) or tokens
+            print_frontier(name, columns[name], measure_frontier(halves, base.tokenizer, own, columns[name], options))
     if flags["json_file"]:
         scores = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": scores}

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..frontier import Frontier
 from ..loading import Base
 from ..lora import LoraOptions, matched_modules
 from ..metrics import Evaluation
@@ -110,14 +111,20 @@ def print_rate(report: RateReport, scores: Evaluation) -> None:
         console.print(f"wanted R → sampled R: {pairs}")
     strengths = ", ".join(f"{value:.3f}" for value in report.strengths)
     console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
-    if report.frontier:
-        console.print(
-            f"KL {scores.kl_from_base:.4f} nats/token, {report.frontier.ratio:.3f} x that of an exact logit bias at "
-            f"the same rate ({report.frontier.kl:.4f})"
-        )
+    print_frontier("KL", scores, report.frontier)
     if report.dial:
         pairs = "  ".join(f"{scale:g}: {rate:.4f}" for scale, rate in report.dial)
         console.print(f"dial, scale: R  {pairs}")
+
+
+def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> None:
+    """KL against that of the exact logit bias at the same rate."""
+    if frontier:
+        console.print(
+            f"{name}: {scores.kl_from_base:.4f} nats/token, {frontier.ratio:.3f} x that of an exact logit bias at the "
+            f"same rate ({frontier.kl:.4f}, lambda {frontier.strength:.2f})",
+            markup=False,
+        )
 
 
 def _peak(peaks: dict[str, float]) -> str:
