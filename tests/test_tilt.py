@@ -9,6 +9,7 @@ from tests.tiny import tiny_tokenizer
 from xfactor_peft.dial import scale_for_rate
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.goals import parse_goal, parse_goals
+from xfactor_peft.rollouts import calibrate
 from xfactor_peft.targets import Goal, TiltedTarget
 from xfactor_peft.tilt import SUPPRESS, Atoms, solve_rate, solve_rates, tilt_kl, tilted_atoms, tilted_mass
 from xfactor_peft.tokens import TokenSet
@@ -172,3 +173,21 @@ def test_dial_inverts_its_pairs():
         scale_for_rate([], 0.1)
     with pytest.raises(XFactorError, match="--rate must be above 0"):
         scale_for_rate(dial, 0.0)
+
+
+def test_calibration_averages_over_rounds():
+    """A noisy, drifting response: the error is that of all rounds together, and a wanted 0 is left alone."""
+    rates, errors = torch.tensor([0.1, 0.0]).double(), []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+
+        def measure(offset, index, generator=generator):
+            noise = 0.05 * torch.randn(2, generator=generator, dtype=torch.float64)
+            return torch.sigmoid(1.4 * offset - 6.0 + noise)
+
+        offset, trace = calibrate(measure, torch.tensor([3.0, -20.0]).double(), rates)
+        assert 3 <= len(trace) <= 7
+        assert offset[1] == -20
+        errors.append(abs(float(torch.sigmoid(1.4 * offset[0] - 6.0)) - 0.1))
+    assert sum(errors) / len(errors) < 0.0035
+    assert max(errors) < 0.008

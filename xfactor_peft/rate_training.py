@@ -106,10 +106,10 @@ class RateRun:
         new = min(LENGTH, _room(self.base, rows.shape[1]))
         return sample_after(self.halves.model, rows, new, seed=seed, banned=self.banned, tilt=tilt)
 
-    def rates(self, tilt: torch.Tensor | None = None, count: int = CALIBRATION_TEXTS) -> torch.Tensor:
-        """Sampled rates (K,) float64; the seed is the same every time, so that differences are not noise."""
+    def rates(self, tilt: torch.Tensor | None = None, count: int = CALIBRATION_TEXTS, index: int = 0) -> torch.Tensor:
+        """Sampled rates (K,) float64; the same texts come again for the same index."""
         policy = SplitModel(self.halves.model, tilt)
-        ids = self.sample(self.seed + 7919, count, tilt)
+        ids = self.sample(7919 * (self.seed + 1) + index, count, tilt)
         banned = torch.tensor(self.banned, device=self.halves.weight.device)
         masses = atom_masses(policy, ids, self.starts.shape[1], self.atoms, banned)
         return (masses @ self.atoms.patterns).mean(0)
@@ -118,11 +118,11 @@ class RateRun:
         """Move the set head's offset until the sampled rates are the wanted ones."""
         head, wanted = self.head, torch.tensor(self.target.rates, dtype=torch.float64)
 
-        def measure(offset: torch.Tensor) -> torch.Tensor:
+        def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())
-            return self.rates()
+            return self.rates(index=index)
 
-        offset, _, trace = calibrate(measure, head.offset.detach().double().cpu(), wanted)
+        offset, trace = calibrate(measure, head.offset.detach().double().cpu(), wanted)
         head.shift(offset.to(head.offset) - head.offset.detach())
         self.calibration += trace
 
@@ -213,10 +213,10 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
     first = solve(masses, run.atoms, target.rates)
     wanted = torch.tensor(target.rates, dtype=torch.float64)
 
-    def measure(strengths: torch.Tensor) -> torch.Tensor:
-        return run.rates(strengths.to(run.members) @ run.members)
+    def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
+        return run.rates(strengths.to(run.members) @ run.members, index=index)
 
-    strengths, _, trace = calibrate(measure, first, wanted)
+    strengths, trace = calibrate(measure, first, wanted)
     run.calibration += trace
     return strengths
 
