@@ -84,8 +84,8 @@ def calibrate(
 ) -> tuple[torch.Tensor, Trace]:
     """Find the offset (K,) at which the sampled rates (K,) are the wanted ones.
 
-    `measure(offset, round)` samples afresh in every round, and all rounds count: near the goal the log-odds of the rate
-    are a line in the offset, whose height is the mean over rounds, those at offsets far from the last one counting less.
+    `measure(offset, round)` samples afresh in every round, and all rounds count: near the goal the log-odds of the
+    rate are a line in the offset, whose height is the mean over rounds; offsets far from the last one count less.
     So the error falls with the number of samples in all rounds, not with those of the last.
 
     Returns the offset and every round's pair.
