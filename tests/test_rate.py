@@ -17,7 +17,8 @@ from xfactor_peft.head import SplitModel, split
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.metrics import EvalOptions, evaluate
 from xfactor_peft.objectives import ObjectiveOptions
-from xfactor_peft.rate_training import plateau
+from xfactor_peft.planning import PlanStep
+from xfactor_peft.rate_training import plateau, stop_planning
 from xfactor_peft.runs import default_name, train_to_folder
 from xfactor_peft.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.tokens import TokenSet
@@ -214,6 +215,15 @@ def test_text_contexts_train(tiny, tmp_path):
     objective = replace(PLAIN, contexts=str(text))
     result = train(tiny, TiltedTarget.of(x_set(tiny), 0.2), BRIEF, evaluation=SCORES, objective=objective)
     assert result.after.rate == pytest.approx(0.2, abs=0.06)
+
+
+def test_planning_stops_when_nothing_is_won_or_texts_drift_apart():
+    def steps(kl, spread, count=90):
+        return [PlanStep(i, 0.1, kl(i), 3.0, 0.1, 0.5, spread(i), 1.0) for i in range(count)]
+
+    assert stop_planning(steps(lambda i: 1 - 0.005 * i, lambda i: 0.05), 0.1) is None
+    assert "no longer falls" in stop_planning(steps(lambda i: 0.25, lambda i: 0.05), 0.1)
+    assert "drift apart" in stop_planning(steps(lambda i: 1 - 0.005 * i, lambda i: 0.01 * i), 0.1)
 
 
 def test_plateau():

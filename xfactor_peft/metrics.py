@@ -16,6 +16,8 @@ from .head import SplitModel
 from .position_scores import PositionScores, score_positions
 from .tokens import TokenSet
 
+COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -169,3 +171,15 @@ def _generated_hidden(model: SplitModel, batch: Sequences) -> torch.Tensor:
     """Hidden states that predict the generated tokens, (N * L, D)."""
     hidden = model.hidden(batch.ids.to(model.weight.device))
     return hidden[:, batch.prompt_length - 1 : -1].flatten(0, 1)
+
+
+def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:
+    """Says so when samples fell apart: distinct-2 below half, or perplexity above ten times, of what it was."""
+    found = []
+    if after.distinct_2 < COLLAPSE_DISTINCT * before.distinct_2:
+        found.append(f"distinct-2 fell from {before.distinct_2:.3f} to {after.distinct_2:.3f}, below half")
+    if after.perplexity > COLLAPSE_PERPLEXITY * before.perplexity:
+        found.append(
+            f"perplexity under the base rose from {before.perplexity:.0f} to {after.perplexity:.0f}, above tenfold"
+        )
+    return found

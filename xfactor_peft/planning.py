@@ -43,7 +43,11 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One batch: expected set rates (first set), KL per token, strength lambda, gradient norm, variance explained."""
+    """One batch: expected rate (first set), KL per token, lambda, gradient norm, and how it was made.
+
+    `spread` is the standard deviation of the expected rate between texts, `explained` the share of the variance of the
+    rewards to come that the learnt value explained.
+    """
 
     step: int
     rate: float
@@ -51,6 +55,7 @@ class PlanStep:
     strength: float
     grad_norm: float
     explained: float
+    spread: float
     seconds: float
 
 
@@ -102,9 +107,9 @@ class Planner:
         for step in range(steps):
             started = time.perf_counter()
             self._set_learning_rate(step / steps)
-            rate, kl, norm, explained = self._update(sample(step), step < self.options.warm_up)
+            rate, kl, *rest = self._update(sample(step), step < self.options.warm_up)
             strength = float(self.strengths[0])
-            yield PlanStep(step, rate, kl, strength, norm, explained, time.perf_counter() - started)
+            yield PlanStep(step, rate, kl, strength, *rest, time.perf_counter() - started)
 
     def _set_learning_rate(self, progress: float) -> None:
         """Constant for half of the run, then linear down to a tenth."""
@@ -112,7 +117,7 @@ class Planner:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
 
-    def _update(self, ids: torch.Tensor, warm_up: bool) -> tuple[float, float, float, float]:
+    def _update(self, ids: torch.Tensor, warm_up: bool) -> tuple[float, float, float, float, float]:
         ids = ids.to(self.halves.weight.device)
         excess = self.excess(ids[:, -self.length :])
         strengths = self.strengths - self.options.spread / self._variance * excess
@@ -133,7 +138,8 @@ class Planner:
         measured = mass.mean((0, 1))
         if not warm_up:
             self._adapt(measured)
-        return float(measured[0]), float(kl.mean()), norm, explained
+        spread = float(mass[..., 0].mean(1).std()) if len(mass) > 1 else 0.0
+        return float(measured[0]), float(kl.mean()), norm, explained, spread
 
     def excess(self, continuations: torch.Tensor) -> torch.Tensor:
         """D_t, set tokens before position t beyond R t; (N, T) ids -> (N, T, K)."""

@@ -21,16 +21,15 @@ from .head import split
 from .loading import Base
 from .lora import LoraOptions, adapter_off, add_lora, lora_b_norm, matched_modules, trainable_parameters
 from .memory import peaks, reset_peak
-from .metrics import EvalOptions, Evaluation, evaluate
+from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
 from .targets import TiltedTarget, UniformTarget
 
 if TYPE_CHECKING:
-    from .rate_training import RateReport
+    from .rate_run import RateReport
 
 METHODS = ("lora", "full")
 DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}
-COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -201,18 +200,6 @@ def default_lora(target: UniformTarget | TiltedTarget, objective: ObjectiveOptio
     if isinstance(target, UniformTarget):
         return LoraOptions()
     return LoraOptions(target="all,head" if objective.sequence_level else "head")
-
-
-def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:
-    """Says so when samples fell apart: distinct-2 below half, or perplexity above ten times, of what it was."""
-    found = []
-    if after.distinct_2 < COLLAPSE_DISTINCT * before.distinct_2:
-        found.append(f"distinct-2 fell from {before.distinct_2:.3f} to {after.distinct_2:.3f}, below half")
-    if after.perplexity > COLLAPSE_PERPLEXITY * before.perplexity:
-        found.append(
-            f"perplexity under the base rose from {before.perplexity:.0f} to {after.perplexity:.0f}, above tenfold"
-        )
-    return found
 
 
 def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objective: ObjectiveOptions) -> None:

@@ -12,7 +12,7 @@ from ..loading import Base
 from ..lora import LoraOptions, matched_modules
 from ..metrics import Evaluation
 from ..objectives import ObjectiveOptions
-from ..rate_training import RateReport
+from ..rate_run import RateReport
 from ..targets import TiltedTarget, UniformTarget
 from ..training import TrainOptions, TrainResult
 from .console import console
