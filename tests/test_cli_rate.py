@@ -14,7 +14,7 @@ def test_a_rate_from_flags_to_text(run, tiny_folders):  # noqa: F811
     model = ["--model", tiny_folders["gpt2"], "--dtype", "fp32"]
     flat = " ".join(run("train", *model, "--target-rate", "0.2", *BRIEF).output.split())
     for words in (
-        "wanted rate 0.2", "on 1 layers (lm_head x 1)", "tokens of the model's own", "wanted R → sampled R: 0.2 →",
+        "wanted rate 0.2", "set head: rank 1 on lm_head", "tokens of the model's own", "wanted R → sampled R: 0.2 →",
         "the adapter is the tilt", "x that of an exact logit bias", "dial, scale: R", "KL: mass + inside + outside",
         "saved to adapters/X-rate-0.2-head",
     ):  # fmt: skip
@@ -42,7 +42,8 @@ def test_goals_and_sequence_level(run, tiny_folders):  # noqa: F811
     flat = " ".join(output.split())
     assert "wanted rate 0.2" in flat
     assert "wanted rate 0" in flat
-    assert "on 9 layers" in flat
+    assert "set head: rank 2 on lm_head" in flat
+    assert "on 8 layers" in flat
     assert Path("adapters/X-rate-0.2-and-1-more-all-head/adapter_model.safetensors").is_file()
 
 

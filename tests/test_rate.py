@@ -154,6 +154,31 @@ def taught_to_fork(base):
     return TokenSet.token_ids(base.tokenizer, [ids["X"]], vocab_size=base.vocab_size)
 
 
+def test_swaps_with_an_adapter_of_another_shape(tiny, load_tiny, tmp_path):
+    """A set head and a plain LoRA in one bank: each keeps its logits, in any order, and none leaks into the base."""
+    train_to_folder(tiny, TiltedTarget.of(x_set(tiny), 0.3), tmp_path / "rate", BRIEF, None, SCORES, PLAIN)
+    other = load_tiny()
+    train_to_folder(other, UniformTarget(x_set(other)), tmp_path / "uniform", BRIEF, None, SCORES)
+    bank, ids = AdapterBank(load_tiny(), tmp_path), torch.arange(12)[None]
+
+    def logits(name):
+        bank.use(name)
+        with torch.no_grad():
+            return bank.model(input_ids=ids).logits
+
+    base = logits(None)
+    for name in ("uniform", "rate"):
+        bank.load(name)
+    first, second = logits("rate"), logits("uniform")
+    assert torch.equal(logits("rate"), first)
+    assert torch.equal(logits("uniform"), second)
+    assert torch.equal(logits(None), base)
+    members = x_set(tiny).mask()
+    assert torch.equal(first[..., ~members], base[..., ~members])
+    torch.testing.assert_close((first - base)[..., members].std(), torch.tensor(0.0), atol=1e-4, rtol=0)
+    assert not torch.allclose(second, base)
+
+
 def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
     tokens = taught_to_fork(tiny)
     scores = EvalOptions(("b", "a"), 32, SamplingOptions(max_new_tokens=64, seed=5))

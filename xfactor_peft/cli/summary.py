@@ -35,8 +35,13 @@ def print_start(
         console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wish}", markup=False)
     if options.method == "lora":
         matched = matched_modules(base.model, lora.target)
-        layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
-        console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
+        if lora.head:
+            *_, head = matched
+            del matched[head]
+            console.print(f"set head: rank {len(target.goals)} on {head}")
+        if matched:
+            layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
+            console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         objective.contexts_for(target), f"tokens of {objective.contexts}"
     )
