@@ -26,7 +26,7 @@ from .tilt import Atoms
 if TYPE_CHECKING:
     from .training import Step
 
-CALIBRATION_TEXTS, LENGTH = 192, 64
+CALIBRATION_TEXTS, LENGTH = 256, 64
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 
 
