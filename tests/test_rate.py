@@ -91,6 +91,7 @@ def test_blocks_alone_learn_something_but_pay_more(tiny):
     assert result.rate.offsets is None
     assert result.history[-1].loss < 0.5 * result.history[0].loss
     assert result.after.rate > result.before.rate + 0.1
+    assert result.after.rate == pytest.approx(0.3, abs=0.08)
     assert result.rate.frontier.ratio > 1.02
     assert result.after.kl_parts["outside_conditional"] > 1e-3
 
