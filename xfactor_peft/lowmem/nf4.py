@@ -1,0 +1,108 @@
+"""Linear layers with 4-bit NormalFloat weights, packed as bitsandbytes packs them.
+
+    W_n = code[q_n] absmax_(n // 64),     n counts the entries of W row by row
+
+q is 4 bits: the even entry of a pair in the high half of its byte. Dettmers et al. 2023, arXiv:2305.14314, section 3.
+`weight` is uint8 (ceil(out in / 2), 1), `absmax` a float32 buffer (ceil(out in / 64),).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .quantized import QuantizedLinear
+from .scratch import scratch
+
+BLOCK = 64
+# Quantiles of the normal distribution, normalised to [-1, 1], with an exact 0 (appendix E of the paper).
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, in) floating point -> packed (ceil(n/2), 1) uint8 and absmax (ceil(n/64),) float32."""
+    flat = weight.detach().reshape(-1).to(torch.float32)
+    padded = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    absmax = padded.abs().amax(dim=1)
+    scaled = padded * (1 / absmax.clamp(min=1e-38))[:, None]
+    code = torch.tensor(CODE)
+    q = torch.bucketize(scaled.view(-1), (code[:-1] + code[1:]) / 2, out_int32=True)[: len(flat)].to(torch.uint8)
+    q = F.pad(q, (0, len(q) % 2), value=7)  # 7 is the code of 0
+    return ((q[::2] << 4) | q[1::2])[:, None], absmax
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> torch.Tensor:
+    """(256,) table from a byte to its two values in `dtype`, bit for bit in one integer of twice the width."""
+    code = torch.tensor(CODE, dtype=dtype)
+    byte = torch.arange(256)
+    table = torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
+    wide = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return table.contiguous().view(wide).view(256)
+
+
+def dequantize_into(out: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """Write W into `out`, contiguous with a multiple of 64 entries beyond the last whole block; returns it flat."""
+    table = _pairs(out.dtype).to(out.device)
+    index = scratch("index", packed.shape[:1], torch.int32, out.device).copy_(packed[:, 0])
+    torch.index_select(table, 0, index, out=out[: 2 * len(index)].view(table.dtype))
+    out.view(-1, BLOCK).mul_(absmax.to(out.dtype)[:, None])
+    return out
+
+
+class NF4Linear(QuantizedLinear):
+    """A frozen linear layer with 4-bit weights, dequantised into one scratch buffer for every product."""
+
+    scale_name = "absmax"
+
+    def _allocate(self) -> None:
+        entries = self.out_features * self.in_features
+        self.weight = nn.Parameter(torch.empty((entries + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("absmax", torch.empty(-(-entries // BLOCK)))
+
+    @classmethod
+    def from_bitsandbytes(
+        cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int], *, from_conv1d: bool = False
+    ) -> Self:
+        """From the `state_dict` of a bitsandbytes Linear4bit of `shape` (out, in), NF4 in blocks of 64.
+
+        Raises:
+            ValueError: the state is FP4, doubly quantised, or in blocks of another size.
+        """
+        if any("nested_absmax" in key for key in state) or "weight.quant_state.bitsandbytes__nf4" not in state:
+            raise ValueError("only NF4 without double quantisation converts; load with bnb_4bit_use_double_quant=False")
+        layer = cls(shape[1], shape[0], "bias" in state, from_conv1d=from_conv1d)
+        layer.set_codes(
+            state["weight"].view(torch.uint8).reshape(-1, 1).clone(), state["weight.absmax"].float().clone()
+        )
+        if "bias" in state:
+            layer.bias = nn.Parameter(state["bias"].clone(), requires_grad=False)
+        return layer
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        self.set_codes(*quantize_nf4(weight))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._in_scratch(dtype).clone()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self._in_scratch(x.dtype), bias)
+
+    def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient @ self._in_scratch(gradient.dtype)
+
+    def _in_scratch(self, dtype: torch.dtype) -> torch.Tensor:
+        """W in `dtype` in the scratch buffer, valid until the next layer dequantises."""
+        entries = self.out_features * self.in_features
+        flat = scratch("weight", (len(self.absmax) * BLOCK,), dtype, self.weight.device)
+        return dequantize_into(flat, self.weight, self.absmax)[:entries].view(self.out_features, self.in_features)

@@ -1,0 +1,192 @@
+"""Load a causal language model tensor by tensor, quantising on the way: no second copy, no fragmented heap."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from .allocator import own_pages
+from .checkpoint_files import StoredTensor, stored_tensors
+from .int8 import Int8Linear
+from .nf4 import NF4Linear
+from .quantized import QuantizedLinear
+from .scratch import release_scratch
+
+QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
+# Causal masks that older checkpoints carry, and rotary frequencies, which follow from the configuration.
+_IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+class UnsupportedCheckpoint(ValueError):
+    """The checkpoint may be fine, but needs transformers' own loader: fall back to `from_pretrained`."""
+
+
+def load_streaming(
+    folder: Path, *, dtype: torch.dtype, quantization: str | None = None, skip: tuple[str, ...] | None = None
+) -> PreTrainedModel:
+    """Load `folder` on the CPU, frozen and in evaluation mode; peak memory is the model plus its largest tensor.
+
+    Args:
+        dtype: of everything that is not quantised.
+        quantization: None, "int8" or "nf4": which layers nn.Linear and Conv1D become.
+        skip: full names of layers to leave as they are; by default the output embedding.
+
+    Raises:
+        UnsupportedCheckpoint: this loader cannot do this model; transformers' may.
+        ValueError: the files are damaged or do not fit the configuration, or `quantization` is unknown.
+    """
+    if quantization not in (None, *QUANTIZED):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZED)} or None; got {quantization!r}")
+    stored = stored_tensors(Path(folder))
+    with own_pages():
+        model = _empty_model(folder, dtype)
+        if quantization is not None:
+            _replace_layers(model, QUANTIZED[quantization], skip)
+        sources = _match(model, stored, folder)
+        for name, source in sources.items():
+            _load_parameter(model, name, source, dtype)
+        model.tie_weights()
+        release_scratch()
+    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if left:
+        raise UnsupportedCheckpoint(f"{folder}: {left[0]} is neither in the files nor tied to anything that is")
+    return model.requires_grad_(False).eval()
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on the meta device and buffers (causal masks, rotary frequencies) as constructed."""
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedCheckpoint(f"{folder} is quantised already")
+    try:
+        with no_init_weights(), _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedCheckpoint(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        raise UnsupportedCheckpoint(f"{type(model).__name__} keeps parts in float32")
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(folder)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta():
+    """Inside, a module's parameters lose their storage as soon as they are registered; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", on_meta):
+        yield
+
+
+def _renamings(model: PreTrainedModel) -> list:
+    """The changes of names that transformers applies to checkpoints of this kind of model.
+
+    Raises:
+        UnsupportedCheckpoint: it also changes values, such as fusing two tensors into one.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers before the conversions
+        return []
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    if not all(isinstance(change, WeightRenaming) for change in changes):
+        raise UnsupportedCheckpoint(f"tensors of {type(model).__name__} are converted while loading")
+    return changes
+
+
+def _replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and (module is not head if skip is None else name not in skip)
+    ]
+    for name in names:
+        old = model.get_submodule(name)
+        conv1d = isinstance(old, Conv1D)
+        shape = old.weight.shape if conv1d else old.weight.shape[::-1]
+        with torch.device("meta"):
+            new = kind(*shape, old.bias is not None, from_conv1d=conv1d)
+        model.set_submodule(name, new)
+
+
+def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """Which stored tensor fills which parameter or persistent buffer.
+
+    Raises:
+        ValueError: tensors are missing, left over or of the wrong shape; names the first of each.
+    """
+    scales = {f"{n}.{m.scale_name}" for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    wanted = {name for name in model.state_dict() if name not in scales}
+    prefix = f"{model.base_model_prefix}."
+    renamings = _renamings(model)
+    sources, left_over = {}, []
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    for key, tensor in stored.items():
+        renamed = key
+        for renaming in renamings:
+            renamed = renaming.rename_source_key(renamed)[0]
+        candidates = (n for k in (key, renamed) for n in (k, prefix + k, k.removeprefix(prefix)))
+        name = next((n for n in candidates if n in wanted), None)
+        if name is not None:
+            sources[name] = tensor
+        elif not (_IGNORED.search(key) or any(pattern.search(key) for pattern in ignored)):
+            left_over.append(key)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    for name in tied & sources.keys():  # one copy is enough, and it is the source's
+        if model.all_tied_weights_keys[name] in sources:
+            del sources[name]
+    problems = [
+        ("missing", sorted(wanted - sources.keys() - tied)),
+        ("not part of the model", sorted(left_over)),
+        ("of the wrong shape or type", [n for n, t in sources.items() if not _fits(model, n, t)]),
+    ]
+    found = [f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names]
+    if found:
+        raise ValueError(f"{folder} does not hold a whole {type(model).__name__}: {'; '.join(found)}")
+    return sources
+
+
+def _fits(model: PreTrainedModel, name: str, source: StoredTensor) -> bool:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    expected = tuple(getattr(owner, leaf).shape)
+    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+        expected = (owner.out_features, owner.in_features)
+        expected = expected[::-1] if owner.from_conv1d else expected
+    return source.dtype is not None and source.shape == expected
+
+
+def _load_parameter(model: PreTrainedModel, name: str, source: StoredTensor, dtype: torch.dtype) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+        weight = source.read()
+        if weight.dtype == torch.float64:
+            weight = weight.float()
+        owner.quantize_(weight.T if owner.from_conv1d else weight)
+        return
+    is_buffer = leaf in owner._buffers
+    target = torch.empty(source.shape, dtype=getattr(owner, leaf).dtype if is_buffer else dtype)
+    for rows, values in source.pieces():
+        (target[rows] if target.dim() else target).copy_(values)
+    if is_buffer:
+        owner._buffers[leaf] = target
+    else:
+        setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
