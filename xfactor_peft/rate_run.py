@@ -39,7 +39,7 @@ class RateReport:
         offsets: b of every goal in the set head; None without one.
         calibration: rounds of (strength, sampled rate).
         plan: steps of the sequence-level phase.
-        frontier: the exact logit bias at the same set mass (of the first goal).
+        frontier: the exact logit bias at the same set mass; None for several goals, whose tilt is one itself.
         dial: pairs (scale, expected R).
     """
 
@@ -119,7 +119,7 @@ class RateRun:
         self, halves: SplitModel, target: TiltedTarget, evaluation: EvalOptions, scores: Evaluation
     ) -> RateReport:
         frontier = None
-        if self.objective.frontier:
+        if self.objective.frontier and len(target.goals) == 1:
             frontier = measure_frontier(
                 halves, self.base.tokenizer, target.tokens, scores, evaluation,
                 start=float(self.strengths[0]), adapter_off=self.adapter_off,
