@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention import use_short_attention
+
 
 class TanhGELU(nn.Module):
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
@@ -41,8 +43,9 @@ def prepare_for_training(model: PreTrainedModel, checkpointing: bool | int = Fal
     Raises:
         ValueError: checkpointing is asked for and the model has no blocks that support it.
     """
-    fuse_gelu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    fuse_gelu(base)
+    use_short_attention(base)
     blocks = checkpointed_blocks(base)
     if not checkpointing:
         if blocks:

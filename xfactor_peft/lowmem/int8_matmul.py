@@ -119,8 +119,8 @@ def _quantize(x: torch.Tensor, column: torch.Tensor | None):
     wide = scratch("float", x.shape, torch.float32).copy_(x)
     if column is not None:
         wide.mul_(column)
-    low, high = torch.aminmax(wide, dim=1, keepdim=True)
-    peak = torch.maximum(high, low.neg_())
+    # torch.aminmax and the maximum norm are 10 to 20 times slower here than these two reductions
+    peak = torch.maximum(wide.amax(dim=1, keepdim=True), wide.amin(dim=1, keepdim=True).neg_())
     limit = torch.linalg.vector_norm(wide, dim=1, keepdim=True).mul_(CREST / x.shape[1] ** 0.5)
     outliers = None
     if (peak > limit).any():

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import nf4_kernel
 from .quantized import QuantizedLinear
 from .scratch import scratch
 
 BLOCK = 64
+_CELLS = 1024
 # Quantiles of the normal distribution, normalised to [-1, 1], with an exact 0 (appendix E of the paper).
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -35,10 +37,32 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     absmax = padded.abs().amax(dim=1)
     scaled = padded * (1 / absmax.clamp(min=1e-38))[:, None]
-    code = torch.tensor(CODE)
-    q = torch.bucketize(scaled.view(-1), (code[:-1] + code[1:]) / 2, out_int32=True)[: len(flat)].to(torch.uint8)
+    q = _nearest(scaled.view(-1))[: len(flat)]
     q = F.pad(q, (0, len(q) % 2), value=7)  # 7 is the code of 0
     return ((q[::2] << 4) | q[1::2])[:, None], absmax
+
+
+def _nearest(scaled: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest code for values in [-1, 1], uint8; ties go down, as in bucketize but 3 times as fast.
+
+    A grid of `_CELLS` cells is so fine that each holds at most one bound between codes: one look-up, one comparison.
+    """
+    below, bound = _grid()
+    q = torch.empty(scaled.shape, dtype=torch.uint8)
+    for values, index in zip(scaled.split(2**18), q.split(2**18), strict=True):
+        cell = ((values + 1) * (_CELLS // 2)).to(torch.int32)
+        torch.index_select(below, 0, cell, out=index)
+        index += values > bound.index_select(0, cell)
+    return q
+
+
+@cache
+def _grid() -> tuple[torch.Tensor, torch.Tensor]:
+    """For each cell of [-1, 1]: how many bounds lie below it, uint8, and the next bound from there on."""
+    code = torch.tensor(CODE)
+    bounds = (code[:-1] + code[1:]) / 2
+    below = torch.bucketize(torch.arange(_CELLS + 1) * (2 / _CELLS) - 1, bounds)
+    return below.to(torch.uint8), torch.cat([bounds, torch.tensor([torch.inf])])[below]
 
 
 @cache
@@ -103,6 +127,11 @@ class NF4Linear(QuantizedLinear):
 
     def _in_scratch(self, dtype: torch.dtype) -> torch.Tensor:
         """W in `dtype` in the scratch buffer, valid until the next layer dequantises."""
-        entries = self.out_features * self.in_features
+        shape = (self.out_features, self.in_features)
+        kernel = nf4_kernel.compiled_kernel(dtype, self.weight.device)
+        if kernel is not None and self.in_features % 2 == 0:
+            weight = scratch("weight", shape, dtype)
+            kernel(self.weight, self.absmax, weight, BLOCK)
+            return weight
         flat = scratch("weight", (len(self.absmax) * BLOCK,), dtype, self.weight.device)
-        return dequantize_into(flat, self.weight, self.absmax)[:entries].view(self.out_features, self.in_features)
+        return dequantize_into(flat, self.weight, self.absmax)[: shape[0] * shape[1]].view(shape)
