@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -48,15 +51,26 @@ def prepare_for_training(model: PreTrainedModel, checkpointing: bool | int = Fal
     use_short_attention(base)
     blocks = checkpointed_blocks(base)
     if not checkpointing:
-        if blocks:
-            base.gradient_checkpointing_disable()
+        _switch(base, False)
         return
     if not blocks:
         raise ValueError(f"{type(base).__name__} supports no activation checkpointing; use --checkpointing off")
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _switch(base, True)
     if checkpointing is not True:
         for block in blocks[checkpointing:]:
             block.gradient_checkpointing = False
+
+
+def _switch(model: PreTrainedModel, on: bool) -> None:
+    """What `activation_checkpointing_enable` does, whose name and warnings change between versions of transformers.
+
+    The flag on the model itself keeps the key-value cache out of blocks that are run twice.
+    """
+    recompute = partial(checkpoint, use_reentrant=False)
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module._gradient_checkpointing_func = recompute
+            module.gradient_checkpointing = on
 
 
 def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
