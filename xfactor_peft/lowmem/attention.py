@@ -41,17 +41,19 @@ class ShortAttention(torch.autograd.Function):
         batch, heads, length, _ = grad.shape
         wide = torch.promote_types(grad.dtype, torch.float32)
         mask = torch.full((length, length), -torch.inf, dtype=wide, device=grad.device).triu(1)
-        results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        step = max(1, GROUP_BYTES // (wide.itemsize * length * length))
-        for row in range(batch):
-            for first in range(0, heads, step):
-                part = (row, slice(first, first + step))
-                q, k, v, g = (x[part].to(wide) for x in (*inputs, grad))
+        results = [torch.empty_like(x) for x in inputs]
+        group = max(1, GROUP_BYTES // (wide.itemsize * length * length))  # heads at a time
+        rows, step = max(1, group // heads), min(group, heads)
+        for row in range(0, batch, rows):
+            for head in range(0, heads, step):
+                part = slice(row, row + rows), slice(head, head + step)
+                q, k, v, g = (x[part].to(wide, memory_format=torch.contiguous_format) for x in (*inputs, grad))
+                shape, (q, k, v, g) = q.shape, (x.flatten(0, 1) for x in (q, k, v, g))
                 p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=ctx.scaling).softmax(-1)
-                ds = torch._softmax_backward_data(g @ v.transpose(1, 2), p, -1, wide)
-                results[0][part] = (ds @ k).mul_(ctx.scaling)
-                results[1][part] = (ds.transpose(1, 2) @ q).mul_(ctx.scaling)
-                results[2][part] = p.transpose(1, 2) @ g
+                ds = torch._softmax_backward_data(g @ v.transpose(1, 2), p, -1, wide).mul_(ctx.scaling)
+                results[0][part] = (ds @ k).view(shape)
+                results[1][part] = (ds.transpose(1, 2) @ q).view(shape)
+                results[2][part] = (p.transpose(1, 2) @ g).view(shape)
         return (*results, None)
 
 

@@ -12,7 +12,6 @@ from typing import Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import int8_matmul
 from .quantized import QuantizedLinear
@@ -68,13 +67,14 @@ class Int8Linear(QuantizedLinear):
         wide = torch.promote_types(dtype, torch.float32)
         return (self.weight.to(wide) * (self.SCB.to(wide) / 127)[:, None]).to(dtype)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
         if not int8_matmul.enabled(x):
-            return F.linear(x, self._in_scratch(x.dtype), bias)
+            weight = self._in_scratch(x.dtype)
+            return x @ weight.T if addend is None else addend.addmm_(x, weight.T)
         if x.shape[0] <= int8_matmul.FEW_ROWS:
             y = int8_matmul.few_rows(x, self.weight, self.SCB)
-            return y if bias is None else y.add_(bias)
-        return int8_matmul.product(x, self.weight, self.SCB, bias)
+            return y if addend is None else addend.add_(y)
+        return int8_matmul.product(x, self.weight, self.SCB, addend)
 
     def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
         if int8_matmul.enabled(gradient, backward=True):

@@ -68,18 +68,17 @@ def few_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torc
     return y.to(x.dtype)
 
 
-def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b; (M, in) -> (M, out) in x's dtype."""
-    y = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype)
+def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+    """x W^T, or addend + x W^T in the storage of `addend`; (M, in) -> (M, out) in x's dtype."""
+    y = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype) if addend is None else addend
     column = scales / 127
     for rows in _pieces(x.shape[0], codes.shape[0]):
         q, row_scale, outliers = _quantize(x[rows], None)
-        z = _int_product(q, codes.T)
-        z.mul_(column)
-        if bias is None:
+        z = _int_product(q, codes.T).mul_(column)
+        if addend is None:
             z.mul_(row_scale)
         else:
-            torch.addcmul(bias, z, row_scale, out=z)
+            torch.addcmul(scratch("addend", z.shape, z.dtype).copy_(y[rows]), z, row_scale, out=z)
         if outliers is not None:
             index, values = outliers
             z.addmm_(values, (codes[:, index].float() * column[:, None]).T)

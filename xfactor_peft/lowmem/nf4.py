@@ -119,8 +119,9 @@ class NF4Linear(QuantizedLinear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self._in_scratch(dtype).clone()
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, self._in_scratch(x.dtype), bias)
+    def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        weight = self._in_scratch(x.dtype)
+        return x @ weight.T if addend is None else addend.addmm_(x, weight.T)
 
     def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient @ self._in_scratch(gradient.dtype)

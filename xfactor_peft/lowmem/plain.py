@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from .scratch import scratch
 
@@ -17,9 +16,10 @@ class PlainWeight:
     weight: torch.Tensor
     transposed: bool = False
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
         weight = self._in(x.dtype)
-        return F.linear(x, weight.T if self.transposed else weight, bias)
+        weight = weight if self.transposed else weight.T
+        return x @ weight if addend is None else addend.addmm_(x, weight)
 
     def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
         weight = self._in(gradient.dtype)

@@ -54,8 +54,8 @@ class QuantizedLinear(nn.Linear):
         """W as a new tensor (out, in)."""
 
     @abstractmethod
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + b; (M, in) -> (M, out)."""
+    def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        """x W^T, or addend + x W^T in the storage of `addend`; (M, in) -> (M, out)."""
 
     @abstractmethod
     def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
