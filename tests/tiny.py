@@ -49,9 +49,7 @@ Why did the chicken cross the road? To get to the other side, of course, said th
 def _trained_bpe() -> str:
     """Train the byte-level BPE once a process; returns its JSON."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        [TEXT], vocab_size=VOCABULARY, min_frequency=1, special_tokens=[EOS], show_progress=False
-    )
+    bpe.train_from_iterator([TEXT], vocab_size=VOCABULARY, min_frequency=1, special_tokens=[EOS], show_progress=False)
     missing = {"X", "x", "ĠX", "Z", EOS} - bpe.get_vocab().keys()
     assert not missing, f"the built-in text no longer yields the tokens {missing}"
     return bpe.to_str()

@@ -8,7 +8,7 @@ The text holds one paragraph a line; sixteen paragraphs in a row make a document
 Two choices give the frozen, tied head *headroom* (how far a LoRA adapter can raise a few chosen
 tokens). ln_f fixes the norm of the last hidden state at about gamma*sqrt(D), and |S| near-orthogonal
 embeddings of norm nu can then share a logit of at most c = nu*gamma*sqrt(D/|S|). So embeddings start
-long (std 0.05, nu = 1 at D = 384) and neither they nor any gain or bias is ever decayed.
+long (std 1/sqrt(D), so nu = 1) and neither they nor any gain or bias is ever decayed.
 
 Optimiser: Muon (Jordan et al. 2024) on the matrices inside the blocks, Adam on everything else.
 """
@@ -66,7 +66,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
     return torch.tensor(ids)
 
 
-def build_model(vocab_size: int, width: int, layers: int, context: int, std: float) -> GPT2LMHeadModel:
+def build_model(vocab_size: int, width: int, layers: int, context: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=context,
@@ -82,7 +82,7 @@ def build_model(vocab_size: int, width: int, layers: int, context: int, std: flo
         use_cache=False,
     )
     model = GPT2LMHeadModel(config)
-    torch.nn.init.normal_(model.transformer.wte.weight, std=std)
+    torch.nn.init.normal_(model.transformer.wte.weight, std=width**-0.5)
     return model
 
 
@@ -140,15 +140,15 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, output: Pat
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--vocab-size", default=5120, show_default=True)
-@click.option("--width", default=384, show_default=True, help="A multiple of 64.")
+@click.option("--width", default=320, show_default=True, help="A multiple of 64.")
 @click.option("--layers", default=4, show_default=True)
 @click.option("--context", default=256, show_default=True)
-@click.option("--embedding-std", default=0.05, show_default=True)
 @click.option("--batch", default=32, show_default=True)
 @click.option("--epochs", default=2.0, show_default=True)
 @click.option("--muon-lr", default=4e-3, show_default=True)
 @click.option("--adam-lr", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Fuse with torch.compile; needs a C++ compiler.")
 @click.option("--max-steps", type=int, help="Stop early (for a trial); the schedule is not shortened.")
 def main(
     text,
@@ -157,12 +157,12 @@ def main(
     width,
     layers,
     context,
-    embedding_std,
     batch,
     epochs,
     muon_lr,
     adam_lr,
     seed,
+    compiled,
     max_steps,
 ):
     torch.manual_seed(seed)
@@ -170,18 +170,19 @@ def main(
     train_documents, held_documents = read_documents(text)
     tokenizer = train_tokenizer(train_documents, vocab_size, context)
     train_ids, held_ids = encode(tokenizer, train_documents), encode(tokenizer, held_documents)
-    model = build_model(len(tokenizer), width, layers, context, embedding_std).to(device)
+    model = build_model(len(tokenizer), width, layers, context).to(device)
     optimizers = build_optimizers(model, muon_lr, adam_lr)
     steps = math.ceil(epochs * len(train_ids) / (batch * context))
     data = batches(train_ids, batch, context, torch.Generator().manual_seed(seed))
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
+    losses = torch.compile(token_losses) if compiled else token_losses
     click.echo(f"{model.num_parameters():,} parameters, {len(train_ids):,} training tokens, {steps} steps on {device}")
     started = time.time()
     for step in range(min(steps, max_steps or steps)):
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
             group["lr"] = peak * schedule(step, steps)
         with torch.autocast(device, torch.bfloat16):
-            loss = token_losses(model, next(data).to(device))
+            loss = losses(model, next(data).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -208,7 +209,6 @@ def main(
         seed=seed,
         muon_lr=muon_lr,
         adam_lr=adam_lr,
-        embedding_std=embedding_std,
         seconds=round(time.time() - started),
     )
     (output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
