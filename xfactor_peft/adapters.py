@@ -171,6 +171,11 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
             )
 
 
+def layers_of(info: AdapterInfo) -> set[str]:
+    """Full names of the layers that an adapter holds weights for."""
+    return {match["module"] for key in info.shapes if (match := _KEY.fullmatch(key))}
+
+
 def _layer_shape(model: nn.Module, path: str, name: str) -> tuple[int, int]:
     """(in, out) of a linear layer of the base, also when LoRA wraps it already."""
     try:

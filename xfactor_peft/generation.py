@@ -118,6 +118,29 @@ def generate(
     return [i for i in new if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
 
 
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    **extra: Any,
+) -> list[list[int]]:
+    """Continue several prompts in one batch, shorter ones padded on the left; ids as in `generate`, a row each.
+
+    `extra` goes to the model's `generate`, e.g. PEFT's `adapter_names`, one a prompt.
+    """
+    rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens) for prompt in prompts]
+    if not rows:
+        return []
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    output = _sample(model, ids, options, pad_token_id=pad, attention_mask=mask.to(model.device), **extra)
+    stops = (tokenizer.eos_token_id, pad)
+    return [[i for i in new if i not in stops] for new in output[:, width:].tolist()]
+
+
 def sample_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -194,8 +217,7 @@ def _sample(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed if seed is None else seed)
         ids = ids.to(device)
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options.kwargs(), **kwargs
-        )
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        output = model.generate(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
     model.train(was_training)
     return output

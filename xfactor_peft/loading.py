@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import (
 
 from .errors import XFactorError
 from .identity import BaseIdentity, identify
+from .lowmem import UnsupportedCheckpoint, load_streaming, quantize_linears, quantized_layers
 from .memory import peaks
 from .models import ModelChoice, resolve_model
 
@@ -154,28 +154,44 @@ def load(model: str = "auto", options: LoadOptions = LoadOptions(), *, offline: 
 def _backend(options: LoadOptions, device: torch.device) -> str | None:
     if options.quantization is None:
         return None
-    return "bitsandbytes"
+    if options.backend == "auto":
+        return "native" if device.type == "cpu" else "bitsandbytes"
+    return options.backend
 
 
-def _load_model(choice, dtype, device, quantization, backend) -> PreTrainedModel:
-    quantization_config = None
-    if quantization == "int8":
-        quantization_config = BitsAndBytesConfig(load_in_8bit=True)
-    elif quantization == "nf4":
-        quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+def _load_model(choice: ModelChoice, dtype, device, quantization: str | None, backend: str | None) -> PreTrainedModel:
+    """Tensor by tensor on a CPU, through transformers' own loader on CUDA, for bitsandbytes, and where it must be."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            choice.folder,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization_config,
-            use_safetensors=True,
-        )
+        if device.type == "cpu" and backend != "bitsandbytes":
+            try:
+                return load_streaming(choice.folder, dtype=dtype, quantization=quantization)
+            except UnsupportedCheckpoint:
+                pass
+        if backend == "native":
+            model = _from_pretrained(choice, dtype, torch.device("cpu"))
+            return quantize_linears(model, quantization).to(device)
+        return _from_pretrained(choice, dtype, device, _bitsandbytes_config(quantization, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+
+
+def _from_pretrained(choice: ModelChoice, dtype, device, quantization_config=None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        choice.folder,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization_config,
+        use_safetensors=True,
+    )
+
+
+def _bitsandbytes_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return None
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
@@ -189,10 +205,3 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
                 setattr(module, name, 0.0)
-
-
-def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
-    """How many layers of each quantised kind the model has, by class name; empty when none was quantised."""
-    kinds = {"Linear8bitLt", "Linear4bit", "Int8Linear", "NF4Linear"}
-    names = (type(module).__name__ for module in model.modules())
-    return dict(Counter(name for name in names if name in kinds))

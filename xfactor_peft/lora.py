@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import XFactorError
+from .lowmem import custom_modules
 from .set_head import freeze_block_biases, head_name, with_set_head
 
 BLOCK_TARGETS = ("attention", "mlp", "all")
@@ -113,9 +114,18 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
     return config
 
 
+def register_layers(config: LoraConfig) -> LoraConfig:
+    """Let `config` make this package's LoRA layers, which run as one autograd function (see `lowmem.peft_layers`).
+
+    Adapter files and every call of PEFT stay the same; call it before the configuration meets a model.
+    """
+    config._register_custom_module(custom_modules())
+    return config
+
+
 def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
     """Wrap `model` in place with a new trainable adapter; everything else is frozen."""
-    wrapped = get_peft_model(model, lora_config(model, options, sets), adapter_name=name)
+    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
     freeze_block_biases(wrapped)
     return wrapped
 

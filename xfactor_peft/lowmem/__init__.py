@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .peft_layers import custom_modules as custom_modules
     from .streaming import UnsupportedCheckpoint as UnsupportedCheckpoint
     from .streaming import load_streaming as load_streaming
+    from .streaming import quantize_linears as quantize_linears
 
 _HOME = {
     "Int8Linear": "int8",
@@ -29,6 +30,7 @@ _HOME = {
     "custom_modules": "peft_layers",
     "load_streaming": "streaming",
     "prepare_for_training": "activations",
+    "quantize_linears": "streaming",
     "quantized_layers": "inspection",
 }
 __all__ = sorted(_HOME)

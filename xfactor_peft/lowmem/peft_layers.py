@@ -30,7 +30,8 @@ class FusedLoraLinear(PeftLinear):
     """PEFT's LoRA on nn.Linear or Conv1D, fused where it is vanilla LoRA.
 
     PEFT's own forward runs for everything else: dropout while training, adapters merged or off, `adapter_names`,
-    a base weight that trains, and LoRA variants.
+    a base weight that trains, LoRA variants, and inference on plain weights, where fusing saves nothing and PEFT's
+    order of sums gives logits that are bit-equal to those of plain PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -51,6 +52,8 @@ class FusedLoraLinear(PeftLinear):
         if self.disable_adapters or self.merged or self.base_layer.weight.requires_grad:
             return False
         if type(self.base_layer) not in _WRAPPERS:  # another tuner's layer inside this one
+            return False
+        if not (torch.is_grad_enabled() or isinstance(self.base_layer, QuantizedLinear)):
             return False
         return all(
             name not in self.lora_variant

@@ -110,14 +110,31 @@ def _renamings(model: PreTrainedModel) -> list:
     return changes
 
 
-def _replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
+def quantize_linears(model: PreTrainedModel, quantization: str) -> PreTrainedModel:
+    """Quantise a loaded model in place, layer by layer; for checkpoints that `load_streaming` cannot do.
+
+    Every layer nn.Linear or Conv1D but the output embedding; returns the model, frozen.
+    """
+    kind = QUANTIZED[quantization]
+    for name in _linear_layers(model, None):
+        old = model.get_submodule(name)
+        conv1d = isinstance(old, Conv1D)
+        weight = old.weight.detach().T if conv1d else old.weight.detach()
+        model.set_submodule(name, kind.from_weight(weight, old.bias, from_conv1d=conv1d))
+    return model.requires_grad_(False).eval()
+
+
+def _linear_layers(model: PreTrainedModel, skip: tuple[str, ...] | None) -> list[str]:
     head = model.get_output_embeddings()
-    names = [
+    return [
         name
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D) and (module is not head if skip is None else name not in skip)
     ]
-    for name in names:
+
+
+def _replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
+    for name in _linear_layers(model, skip):
         old = model.get_submodule(name)
         conv1d = isinstance(old, Conv1D)
         shape = old.weight.shape if conv1d else old.weight.shape[::-1]
