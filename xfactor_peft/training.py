@@ -23,6 +23,7 @@ from .lora import LoraOptions, adapter_off, add_lora, lora_b_norm, matched_modul
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
+from .optimizers import OPTIMIZERS, build_optimizer
 from .targets import TiltedTarget, UniformTarget
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class TrainOptions:
                 raise XFactorError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise XFactorError(f"--lr must be greater than 0; got {self.lr:g}")
-        if self.optimizer not in ("adam", "adamw"):
-            raise XFactorError(f"--optimizer must be adam or adamw; got {self.optimizer!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise XFactorError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
         if not 0 <= self.weight_decay < float("inf"):
             raise XFactorError(f"--weight-decay must be at least 0; got {self.weight_decay:g}")
 
@@ -228,8 +229,7 @@ def optimise(
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
     trainable = [p for p in objective.parameters() if p.requires_grad]
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    optimizer = kind(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    optimizer = build_optimizer(options.optimizer, trainable, options.learning_rate, options.weight_decay)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     history: list[Step] = []
     model.train()
