@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from tests.tiny import KINDS, tiny_model_folder
+from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.loading import Base, LoadOptions, load_base
+from xfactor_peft.lora import LoraOptions
+from xfactor_peft.metrics import EvalOptions
 from xfactor_peft.models import resolve_model
+from xfactor_peft.objectives import ObjectiveOptions
+from xfactor_peft.runs import train_to_folder
+from xfactor_peft.targets import TiltedTarget, UniformTarget
+from xfactor_peft.tokens import TokenSet
+from xfactor_peft.training import TrainOptions
+
+SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -32,6 +42,22 @@ def load_tiny(tiny_folders):
         return load_base(resolve_model(str(tiny_folders[kind])), LoadOptions(**{"dtype": "fp32", **options}))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def adapters_root(tiny_folders, tmp_path_factory):
+    """Adapters for the tiny GPT-2, made once, not to be changed: "x" and "z" of different ranks and layers, and "head",
+    a set head alone that raises the logits of the tokens with an "X" by 2."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, text, lora in (("x", "X", LoraOptions(r=8)), ("z", "Z", LoraOptions(r=4, target="attention"))):
+        base = load_base(resolve_model(str(tiny_folders["gpt2"])), LoadOptions("fp32"))
+        target = UniformTarget(TokenSet.contains(base.tokenizer, text))
+        train_to_folder(base, target, root / name, TrainOptions(steps=30, seq_len=16, lr=1e-2), lora, SHORT_EVALUATION)
+    base = load_base(resolve_model(str(tiny_folders["gpt2"])), LoadOptions("fp32"))
+    target = TiltedTarget.of(TokenSet.contains(base.tokenizer, "X"), strength=2.0)
+    objective = ObjectiveOptions(contexts="random", dial=False, frontier=False)
+    train_to_folder(base, target, root / "head", TrainOptions(steps=1, seq_len=8), None, SHORT_EVALUATION, objective)
+    return root
 
 
 @pytest.fixture

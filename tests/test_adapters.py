@@ -17,9 +17,9 @@ from xfactor_peft.errors import XFactorError
 from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.loading import LoadOptions, load_base
 from xfactor_peft.lora import LoraOptions
+from xfactor_peft.mixing import Mix
 from xfactor_peft.models import resolve_model
 from xfactor_peft.runs import default_name, train_to_folder
-from xfactor_peft.targets import UniformTarget
 from xfactor_peft.tokens import TokenSet
 from xfactor_peft.training import TrainOptions
 
@@ -27,15 +27,9 @@ IDS = torch.arange(12)[None]
 SHORT = TrainOptions(steps=30, seq_len=16, lr=1e-2)
 
 
-@pytest.fixture(scope="module")
-def root(tiny_folders, tmp_path_factory):
-    """Two adapters for the tiny GPT-2, of different ranks and layers: "x" and "z"."""
-    root = tmp_path_factory.mktemp("adapters")
-    for text, lora in (("X", LoraOptions(r=8)), ("Z", LoraOptions(r=4, target="attention"))):
-        base = load_base(resolve_model(str(tiny_folders["gpt2"])), LoadOptions("fp32"))
-        target = UniformTarget(TokenSet.contains(base.tokenizer, text))
-        train_to_folder(base, target, root / text.lower(), SHORT, lora, QUICK)
-    return root
+@pytest.fixture
+def root(adapters_root):
+    return adapters_root
 
 
 def logits(model):
@@ -82,7 +76,7 @@ def test_swap_and_back_is_bit_equal(load_tiny, root):
     second = logits(bank.model)
     bank.use("x")
     assert torch.equal(logits(bank.model), first)
-    with bank.off():
+    with bank.base_only():
         assert torch.equal(logits(bank.model), base)
     assert torch.equal(logits(bank.model), first)
     bank.use(None)
@@ -210,7 +204,7 @@ def test_damaged_adapters_change_nothing(tiny, root, tmp_path, kind):
     before = logits(bank.model)
     with pytest.raises(XFactorError, match=message):
         bank.load(str(folder))
-    assert (bank.active, bank.scale, list(bank.adapters)) == ("z", 0.7, ["z"])
+    assert (bank.active, list(bank.adapters)) == (Mix.of("z", 0.7), ["z"])
     assert torch.equal(logits(bank.model), before)
 
 
@@ -250,10 +244,10 @@ def test_force_replaces_a_run(tiny, root, tmp_path):
 
 
 def test_finding_and_naming(root, tiny):
-    assert list_adapters(root) == ["x", "z"]
+    assert list_adapters(root) == ["head", "x", "z"]
     assert find_adapter("x", root) == root / "x"
     assert find_adapter(str(root / "z")) == root / "z"
-    with pytest.raises(XFactorError, match="there are: x, z"):
+    with pytest.raises(XFactorError, match="there are: head, x, z"):
         find_adapter("nope", root)
     tokens = TokenSet.contains(tiny.tokenizer, "X", ignore_case=True)
     assert default_name(tokens, TrainOptions(), LoraOptions(r=4)) == "X-any-case-lora-r4"

@@ -118,7 +118,9 @@ def test_saved_loaded_and_dialled(tiny, load_tiny, tmp_path):
     scale = bank.scale_for_rate("x", 0.15)
     assert 0 < scale < 1
     bank.use("x", scale)
-    scores = evaluate(split(bank.base.model), bank.base.tokenizer, bank.token_set("x"), SCORES, adapter_off=bank.off)
+    scores = evaluate(
+        split(bank.base.model), bank.base.tokenizer, bank.token_set("x"), SCORES, adapter_off=bank.base_only
+    )
     assert scores.rate == pytest.approx(0.15, abs=0.05)
     bank.use("x")
     plain = PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "x").eval()

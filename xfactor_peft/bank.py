@@ -32,9 +32,9 @@ class AdapterBank:
         with bank.base_only():
             bank.generate("Once upon a time")
 
-    Swapping changes which adapters count and nothing else: the logits after any sequence of swaps are bit-equal to those
-    of a fresh load. Every adapter is checked against the base before any weight is touched, and a load that fails half-way
-    is taken back, so a failed `load` changes nothing. A KV cache made under other adapters is refused.
+    Swapping changes which adapters count and nothing else: the logits after any sequence of swaps are bit-equal to
+    those of a fresh load. Every adapter is checked against the base before any weight is touched, and a load that fails
+    half-way is taken back, so a failed `load` changes nothing. A KV cache made under other adapters is refused.
 
     Attributes:
         active: what counts now.

@@ -14,12 +14,12 @@ console = Console(highlight=False)
 MEMBER_STYLE = "bold black on yellow"
 
 
-def highlighted(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], tokens: TokenSet | None) -> Text:
-    """The text of `ids`, with members of the set marked.
+def highlighted(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], sets: Iterable[TokenSet]) -> Text:
+    """The text of `ids`, with members of any of the sets marked.
 
     Runs of members and of others are decoded together, so that characters made of several tokens stay whole.
     """
-    members = set(tokens.ids) if tokens else set()
+    members = {i for tokens in sets for i in tokens.ids}
     text, run, inside = Text(), [], False
     for i in [*ids, None]:
         if run and (i is None or (i in members) != inside):

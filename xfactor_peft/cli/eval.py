@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from .common import default_set, load, model_options, sampling, sampling_options, token_options, token_set
+from .common import load, model_options, sampling, sampling_options, token_options, token_set
+from .mixes import adapter_options, column_sets, load_mixes
 
 
 @click.command("eval")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Name or path; repeatable.")
-@click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+@adapter_options
 @click.option(
     "--base",
     "base_model",
@@ -43,8 +43,9 @@ def command(**flags: Any) -> None:  # fmt: skip
     from ..frontier import measure_frontier
     from ..head import split
     from ..metrics import EvalOptions, evaluate
+    from ..mixing import Mix
     from .console import console
-    from .summary import print_frontier, print_scores
+    from .summary import print_frontier, print_goals, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
@@ -54,25 +55,27 @@ def command(**flags: Any) -> None:  # fmt: skip
             raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
     base = load(flags)
     bank = AdapterBank(base, flags["adapters_dir"])
-    halves, given, columns = split(base.model), token_set(flags, base), {}
-    infos = {name: bank.load(name) for name in dict.fromkeys(flags["adapters"])}
-    tokens = given or next((s for n in infos if (s := bank.token_set(n))), None) or default_set(base)
-    bank.use(None)
+    halves, given = split(base.model), token_set(flags, base)
+    mixes = [Mix(), *(mix for mix in load_mixes(bank, flags["adapters"]) if mix.parts)]
+    sets = column_sets(bank, mixes, given)
     reference = split(load({**flags, "model": flags["base_model"]}).model) if flags["base_model"] else None
-    columns[base.choice.name] = evaluate(halves, base.tokenizer, tokens, options, base=reference)
-    for name in infos:
-        bank.use(name, flags["scale"])
-        own = given or bank.token_set(name) or tokens
-        columns[name] = evaluate(halves, base.tokenizer, own, options, adapter_off=bank.off)
+    columns, tokens = {}, sets[0][0]
+    for mix, (own, *others) in zip(mixes, sets, strict=True):
+        bank.use(mix, flags["scale"])
+        columns[str(mix) if mix.parts else base.choice.name] = evaluate(
+            halves, base.tokenizer, own, options,
+            goals=[own, *others] if others else [], base=None if mix.parts else reference,
+            adapter_off=bank.base_only if mix.parts else None,
+        )  # fmt: skip
     console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
     print_scores(columns)
-    for name, info in infos.items():
-        if wanted := (info.record.get("rate") or {}).get("wanted"):
-            console.print(f"{name}: wanted R {wanted[0]:g}, sampled {columns[name].rate:.4f}", markup=False)
+    for (name, scores), mix, (own, *_) in list(zip(columns.items(), mixes, sets, strict=True))[1:]:
+        print_goals(name, scores)
+        if len(mix.parts) == 1 and (wanted := (bank.adapters[mix.names[0]].record.get("rate") or {}).get("wanted")):
+            console.print(f"{name}: wanted R {wanted[0]:g}, sampled {scores.rate:.4f}", markup=False)
         if flags["frontier"]:
             bank.use(None)
-            own = given or bank.token_set(name) or tokens
-            print_frontier(name, columns[name], measure_frontier(halves, base.tokenizer, own, columns[name], options))
+            print_frontier(name, scores, measure_frontier(halves, base.tokenizer, own, scores, options))
     if flags["json_file"]:
         scores = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": scores}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..adapters import list_adapters
+from ..mixing import Mix, parse_mix
 from .common import load, model_options, sampling, sampling_options
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from ..generation import SamplingOptions
 
 HELP = """\
-/adapter NAME   load (once) and switch to an adapter
+/adapter NAME   load (once) and switch to an adapter, or to a mix: x:0.7+z:0.3
 /base           switch adapters off
 /scale NUMBER   strength of the active adapter; 0 is the base, 1 as trained
 /list           adapters, the active one marked
@@ -59,12 +61,14 @@ class Session:
 
     bank: AdapterBank
     options: SamplingOptions
+    chosen: Mix = field(default_factory=Mix)
     over: bool = False
 
     @property
     def name(self) -> str:
         """What is active, for the prompt."""
-        return "base" if self.bank.active is None else f"{self.bank.active} x {self.bank.scale:g}"
+        mix = self.bank.active
+        return f"{mix.names[0]} x {mix.parts[0][1]:g}" if len(mix.parts) == 1 else str(mix)
 
     def answer(self, line: str) -> Text | str:
         """Carry out a command or continue a prompt; raises XFactorError and changes nothing on bad input."""
@@ -73,8 +77,8 @@ class Session:
         command, _, argument = line[1:].strip().partition(" ")
         actions = {
             "adapter": self._adapter,
-            "base": lambda _: self._use(None, 1.0),
-            "scale": lambda text: self._use(self.bank.active, _number(text, "/scale")),
+            "base": lambda _: self._adapter("none"),
+            "scale": lambda text: self._use(self.chosen, _number(text, "/scale")),
             "list": lambda _: self._list(),
             "seed": self._seed,
             "help": lambda _: HELP,
@@ -85,11 +89,14 @@ class Session:
         return actions[command](argument.strip())
 
     def _adapter(self, name: str) -> str:
-        self.bank.load(name)
-        return self._use(name, 1.0)
+        mix = parse_mix(name, list_adapters(self.bank.root))
+        for part in mix.names:
+            self.bank.load(part)
+        return self._use(mix, 1.0)
 
-    def _use(self, name: str | None, scale: float) -> str:
-        self.bank.use(name, scale)
+    def _use(self, mix: Mix, scale: float) -> str:
+        self.bank.use(mix, scale)
+        self.chosen = mix
         return f"now: {self.name}"
 
     def _seed(self, text: str) -> str:
@@ -99,10 +106,8 @@ class Session:
         return f"seed {self.options.seed}"
 
     def _list(self) -> str:
-        from ..adapters import list_adapters
-
         names = dict.fromkeys([*list_adapters(self.bank.root), *self.bank.adapters])
-        rows = [f"{'*' if name == self.bank.active else ' '} {name}" for name in names]
+        rows = [f"{'*' if name in self.bank.active.names else ' '} {name}" for name in names]
         return "\n".join(rows) or f"no adapter in {self.bank.root}/"
 
     def _quit(self) -> str:
@@ -115,12 +120,12 @@ class Session:
         from ..metrics import rate_per_sequence
         from .console import highlighted
 
-        tokens = self.bank.token_set(self.bank.active) if self.bank.active else None
+        sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
         ids = self.bank.generate(prompt, self.options)
-        text = highlighted(self.bank.base.tokenizer, ids, tokens)
-        if tokens and ids:
+        text = highlighted(self.bank.base.tokenizer, ids, sets)
+        for tokens in sets if ids else ():
             rate = float(rate_per_sequence(torch.tensor([ids]), tokens.mask())[0])
-            text.append(f"\nR {rate:.3f} of {len(ids)} tokens", style="dim")
+            text.append(f"\nR {rate:.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")
         return text
 
 

@@ -14,6 +14,7 @@ from ..metrics import Evaluation
 from ..objectives import ObjectiveOptions
 from ..rate_run import RateReport
 from ..targets import TiltedTarget, UniformTarget
+from ..tokens import _describe as describe_rule
 from ..training import TrainOptions, TrainResult
 from .console import console
 
@@ -106,6 +107,14 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
     console.print(f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training")
     console.print(f"saved to {output}", markup=False)
+
+
+def print_goals(name: str, scores: Evaluation) -> None:
+    """R of every set of a mix (or of several goals)."""
+    for goal in scores.goals:
+        low, high = goal["interval"]
+        rule = describe_rule(goal["rule"])
+        console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})", markup=False)
 
 
 def print_rate(report: RateReport, scores: Evaluation) -> None:
