@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .losses import kl_loss as kl_loss
     from .metrics import EvalOptions as EvalOptions
     from .metrics import evaluate as evaluate
+    from .mixing import Mix as Mix
     from .objectives import ObjectiveOptions as ObjectiveOptions
     from .runs import train_to_folder as train_to_folder
     from .targets import Goal as Goal
@@ -40,6 +41,7 @@ _HOME = {
     "Goal": "targets",
     "LoadOptions": "loading",
     "LoraOptions": "lora",
+    "Mix": "mixing",
     "ObjectiveOptions": "objectives",
     "SamplingOptions": "generation",
     "TiltedTarget": "targets",
