@@ -340,3 +340,14 @@ def test_scratch_is_one_buffer_of_the_largest_size():
     assert scratch_bytes() == 400
     release_scratch()
     assert scratch_bytes() == 0
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, NF4Linear])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_a_transposed_weight_gives_the_same_layer(kind, rows, mode):
+    """Conv1D hands in a view with transposed strides; decoding kernels want codes in row order."""
+    stored = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(4))
+    layer, plain = kind.from_weight(stored.T, None), kind.from_weight(stored.T.contiguous(), None)
+    assert layer.weight.is_contiguous()
+    torch.testing.assert_close(layer(x), plain(x))

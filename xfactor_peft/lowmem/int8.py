@@ -23,7 +23,8 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight = weight.detach().to(torch.float32)
     scales = weight.abs().amax(dim=1)
     inverse = torch.where(scales > 0, 127 / scales, 0)
-    return (weight * inverse[:, None]).round_().to(torch.int8), scales
+    codes = (weight * inverse[:, None]).round_()
+    return codes.to(torch.int8, memory_format=torch.contiguous_format), scales  # a Conv1D's weight comes transposed
 
 
 class Int8Linear(QuantizedLinear):
