@@ -1,0 +1,71 @@
+"""The arms: one way of training each, without model, seed or learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_TARGETS = {"all": "attention + MLP", "attention": "attention", "mlp": "MLP"}
+_PRECISIONS = {"int8": "8-bit", "nf4": "4-bit"}
+_OPTIMIZERS = {"adam": "", "adamw": "", "adam8bit": "8-bit Adam", "adafactor": "Adafactor"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        method: "none" (the base as it is), "full" or "lora".
+        dtype: "fp32", "bf16" or "auto". Full fine-tuning in bf16 computes in bf16 and keeps float32 weights.
+        quantization: of LoRA's frozen weights, "int8", "nf4" or None.
+        target, r: where LoRA goes, and its rank; alpha is 2 r.
+        optimizer: a name from `xfactor_peft.optimizers`.
+    """
+
+    method: str = "lora"
+    dtype: str = "bf16"
+    quantization: str | None = None
+    target: str = "all"
+    r: int = 8
+    optimizer: str = "adam"
+
+    @property
+    def precision(self) -> str:
+        return self.quantization or self.dtype
+
+    @property
+    def name(self) -> str:
+        """For file names: "full-bf16-adam8bit", "lora-r8-all-int8"."""
+        if self.method == "none":
+            return "base"
+        parts = [self.method] + ([f"r{self.r}", self.target] if self.method == "lora" else []) + [self.precision]
+        return "-".join(parts + ([] if self.optimizer == "adam" else [self.optimizer]))
+
+    @property
+    def label(self) -> str:
+        """For people: "LoRA r=8, attention + MLP, 8-bit"."""
+        if self.method == "none":
+            return "base, not trained"
+        parts = ["full"] if self.method == "full" else [f"LoRA r={self.r}", _TARGETS[self.target]]
+        parts += [_PRECISIONS.get(self.precision, self.precision), _OPTIMIZERS[self.optimizer]]
+        return ", ".join(part for part in parts if part)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+BASE = Arm(method="none", dtype="fp32")
+FULL = Arm(method="full", dtype="fp32")
+FULL_BF16 = Arm(method="full")
+FULL_8BIT_ADAM = Arm(method="full", optimizer="adam8bit")
+FULL_ADAFACTOR = Arm(method="full", optimizer="adafactor")
+LORA_FP32 = Arm(dtype="fp32")
+LORA_BF16 = Arm()
+LORA_INT8 = Arm(dtype="auto", quantization="int8")
+LORA_NF4 = Arm(dtype="auto", quantization="nf4")
+PRECISIONS = (LORA_FP32, LORA_BF16, LORA_INT8, LORA_NF4)
+
+
+def lora_grid(ranks: tuple[int, ...], targets: tuple[str, ...], dtype: str = "bf16") -> tuple[Arm, ...]:
+    """LoRA at every rank on every target."""
+    return tuple(Arm(dtype=dtype, target=target, r=r) for target in targets for r in ranks)

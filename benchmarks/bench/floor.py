@@ -1,0 +1,62 @@
+"""The loss that no adapter inside the blocks can get below, because the final norm and the output embedding are frozen.
+
+    floor = min over u of KL(P || softmax(W norm(u) + b))
+
+`norm` is the model's own final norm, so h = norm(u) ranges over exactly what blocks can hand to a frozen head. Full
+fine-tuning moves W as well; its floor is 0.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from xfactor_peft.head import split
+from xfactor_peft.losses import kl_loss
+from xfactor_peft.targets import UniformTarget
+
+STEPS = 400
+STARTS = 3
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The last norm outside the blocks, or None."""
+    norms = [
+        module
+        for name, module in model.base_model.named_modules()
+        if "norm" in type(module).__name__.lower() and not re.search(r"\.\d+\.", f".{name}.")
+    ]
+    return norms[-1] if norms else None
+
+
+def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | None:
+    """Lowest KL found from three starts by Adam, in float32; None for a model without a final norm.
+
+    The first start is the gradient's direction at h = 0: the mean embedding of the set less that of the vocabulary.
+    """
+    norm = final_norm(model)
+    if norm is None:
+        return None
+    halves = split(model)
+    weight = halves.weight.detach()
+    probabilities, mask = target.probabilities(weight.device), target.tokens.mask(weight.device)
+    direction = (probabilities.to(weight.dtype) @ weight - weight.mean(0)).float()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(STARTS - 1, len(direction), generator=generator).to(direction.device)
+    states = torch.cat([direction[None], direction + direction.norm() / len(direction) ** 0.5 * noise])
+    states = nn.Parameter(F.normalize(states) * len(direction) ** 0.5)
+    optimizer = torch.optim.Adam([states], lr=0.03)
+    best = float("inf")
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / STEPS)
+        optimizer.zero_grad(set_to_none=True)
+        hidden = norm(states.to(weight.dtype))
+        losses = [kl_loss(row[None], weight, probabilities, mask, bias=halves.bias).loss for row in hidden]
+        best = min(best, *(loss.item() for loss in losses))
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    return best

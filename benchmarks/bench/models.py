@@ -1,0 +1,56 @@
+"""The models that a benchmark needs: made ones (random weights), and GPT-2 Medium's real weights if they can be had."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from xfactor_peft.errors import XFactorError
+from xfactor_peft.models import DEFAULT_MODEL, resolve_model
+
+from .provenance import REPOSITORY
+
+TINY = "tiny-random"
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
+
+def made_checkpoint(shape: str, tokenizer: Path, cache: Path = CACHE) -> Path:
+    """A checkpoint with random weights of this shape, made once for each tokenizer; the folder ignores itself in git.
+
+    Raises:
+        XFactorError: it cannot be made.
+    """
+    vocabulary = tokenizer / "tokenizer.json"
+    if not vocabulary.is_file():
+        raise XFactorError(f"{tokenizer} has no tokenizer.json, which the random-weight models need; use --model demo")
+    folder = cache / f"{shape}-{hashlib.sha256(vocabulary.read_bytes()).hexdigest()[:8]}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / ".gitignore").write_text("*\n", encoding="utf-8")
+    tool = REPOSITORY / "tools" / "make_checkpoint.py"
+    words = [sys.executable, str(tool), str(folder), "--shape", shape, "--tokenizer", str(tokenizer), "--force"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise XFactorError(f"the {shape} checkpoint could not be made: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def made_models(model: str, shape: str | None) -> dict[str, str]:
+    """name -> folder of every made model: the tiny one when it is asked for, and that of the shape rows."""
+    tokenizer = resolve_model("demo" if model == TINY else model, offline=True).folder
+    folders = {TINY: str(made_checkpoint("tiny", tokenizer))} if model == TINY else {}
+    if shape:
+        folders[f"{shape}-shape"] = str(made_checkpoint(shape, tokenizer))
+    return folders
+
+
+def real_weights(*, offline: bool) -> tuple[str | None, str]:
+    """(GPT-2 Medium's name, where it is from), or (None, why it cannot be had)."""
+    try:
+        choice = resolve_model(DEFAULT_MODEL, offline=offline)
+    except XFactorError as error:
+        return None, str(error)
+    return DEFAULT_MODEL, choice.reason

@@ -1,0 +1,97 @@
+"""From a preset to runs: each is one line of a table once it is done, and one JSON file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from . import arms
+from .arms import Arm
+from .presets import SOURCE_RATES, Preset, Settings
+
+GROUPS = ("base", "sweep", "train", "source", "shape")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm on one model with one seed.
+
+    Attributes:
+        group: "base" (scores of the untrained model), "sweep" (of learning rates), "train", "source" (the source's
+            table) or "shape" (memory and time with random weights).
+        model: "demo", a Hub id, a folder, or "SHAPE-shape" for random weights.
+        lr: None for a "train" run until its sweep is done.
+        rates: what a sweep tries.
+        strengths: of the exact logit bias that a "base" run also scores.
+    """
+
+    group: str
+    arm: Arm
+    model: str
+    settings: Settings
+    seed: int = 0
+    lr: float | None = None
+    rates: tuple[float, ...] = ()
+    strengths: tuple[float, ...] = ()
+
+    @property
+    def file(self) -> str:
+        model = re.sub(r"[^\w.-]+", "_", self.model.rstrip("/").split("/")[-1])
+        rate = f"-lr{self.lr:g}" if self.group == "source" else ""
+        seed = f"-seed{self.seed}" if self.group in ("train", "source") else ""
+        return f"{model}-{self.group}-{self.arm.name}{rate}{seed}.json"
+
+    @property
+    def label(self) -> str:
+        rate = f", lr {self.lr:g}" if self.group == "source" else ""
+        seed = f", seed {self.seed}" if self.group == "train" else ""
+        return f"{self.group}: {self.arm.label}{rate}{seed}"
+
+    @property
+    def total_steps(self) -> int:
+        """Training steps, for the progress display."""
+        return self.settings.steps * max(1, len(self.rates)) if self.group != "base" else 0
+
+    def spec(self) -> dict[str, Any]:
+        """The whole setting, JSON-serialisable; a finished run with another one is run again."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def of(cls, spec: dict[str, Any]) -> Self:
+        """The inverse of `spec`."""
+        tuples = {name: tuple(spec[name]) for name in ("rates", "strengths")}
+        return cls(**{**spec, **tuples, "arm": Arm(**spec["arm"]), "settings": Settings(**spec["settings"])})
+
+
+Batch = tuple[Run, ...]
+"""Runs of one process. Peaks of memory count for its first run only, the one that finds the process fresh."""
+
+
+def plan(preset: Preset, model: str, real: str | None = None) -> list[Batch]:
+    """Every batch of a preset, in order: base, sweeps, arms, the source's table, the shape rows.
+
+    Args:
+        model: what the arms are trained on.
+        real: GPT-2 Medium's name if its weights can be had; then the source's table is made on it, too.
+    """
+    settings = preset.settings
+    batches: list[Batch] = [(Run("base", arms.BASE, model, settings, strengths=preset.strengths),)]
+    short = replace(settings, steps=preset.sweep_steps, probe_every=0)
+    batches.append(tuple(Run("sweep", arm, model, short, rates=preset.rates_for(arm)) for arm in preset.arms))
+    batches += [tuple(Run("train", arm, model, settings, seed) for seed in preset.seeds) for arm in preset.arms]
+    for name in (model, real) if preset.source and real else (model,) if preset.source else ():
+        batches.append((Run("base", arms.BASE, name, preset.source),))
+        batches += [(run,) for run in source_runs(name, preset.source)]
+    shape = replace(settings, steps=preset.shape_steps, seq_len=Settings.seq_len, probe_every=0)
+    batches += [(Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4),) for arm in preset.shape_arms]
+    return batches
+
+
+def source_runs(model: str, settings: Settings) -> list[Run]:
+    """Full fine-tuning and LoRA with AdamW at the source's rates."""
+    found = []
+    for arm in (Arm(method="full", dtype="fp32", optimizer="adamw"), Arm(dtype="fp32", optimizer="adamw")):
+        found += [Run("source", arm, model, settings, lr=rate) for rate in SOURCE_RATES[arm.method]]
+    return found

@@ -1,0 +1,114 @@
+"""The presets: which arms, how many steps and seeds, which learning rates are tried."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from . import arms
+from .arms import Arm
+
+LEARNING_RATES = {
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "full": (1e-4, 3e-4, 1e-3, 3e-3),
+    "adafactor": (1e-2, 3e-2, 1e-1, 3e-1),  # relative to the size of the weights
+}
+"""The sweep, by method; Adafactor's rates mean something else, so it has its own."""
+
+SOURCE_RATES = {"full": (1e-6, 1e-4), "lora": (1e-6, 1e-5, 1e-4, 1e-3)}
+"""The source's two rates; for LoRA also ten times each."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arms of a group have in common.
+
+    Attributes:
+        steps, batch_size, seq_len, weight_decay: of training.
+        contains: the token set is every token that contains this text.
+        prompts, repeats, new_tokens: R is over prompts x repeats samples of `new_tokens` tokens.
+        probe_every: R is also sampled every so many steps, from fewer texts, for "steps to R >= 0.9"; 0 is never.
+        windows: held-out text is scored on so many windows.
+    """
+
+    steps: int = 300
+    batch_size: int = 4
+    seq_len: int = 64
+    weight_decay: float = 0.0
+    contains: str = "X"
+    prompts: int = 16
+    repeats: int = 4
+    new_tokens: int = 64
+    probe_every: int = 25
+    windows: int = 48
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A benchmark of a size.
+
+    Attributes:
+        arms, seeds: each arm is trained once a seed, at the learning rate that its sweep on seed 0 chose.
+        sweep_steps, rates: of the sweep.
+        source: also the source's table, on seed 0.
+        shape, shape_arms, shape_steps: memory and time with random weights at a model's true shape.
+        real: the source's table on GPT-2 Medium, too, if its weights can be had.
+        strengths: of the exact logit bias that the R-against-KL plot shows for comparison.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    settings: Settings
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_steps: int = 60
+    rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: LEARNING_RATES)
+    source: Settings | None = None
+    shape: str = "gpt2-medium"
+    shape_arms: tuple[Arm, ...] = ()
+    shape_steps: int = 5
+    real: bool = False
+    strengths: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0)
+
+    def rates_for(self, arm: Arm) -> tuple[float, ...]:
+        return self.rates["adafactor" if arm.optimizer == "adafactor" else arm.method]
+
+
+_SHAPE = (
+    arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, arms.FULL_ADAFACTOR, *arms.PRECISIONS,
+)  # fmt: skip
+_QUICK = (arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS, Arm(r=1), Arm(target="attention"))
+_GRID = arms.lora_grid((1, 4, 8, 16), ("attention", "mlp", "all"))
+_SOURCE = Settings(contains="x", weight_decay=0.01, probe_every=0)
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "quick", _QUICK, Settings(steps=100, repeats=2, probe_every=20, windows=24),
+            sweep_steps=30, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
+            shape_arms=(arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS), shape_steps=3,
+            strengths=(3.0, 6.0, 9.0),
+        ),
+        Preset(
+            "paper", (arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS), Settings(),
+            source=_SOURCE, shape_arms=_SHAPE, real=True,
+        ),
+        Preset(
+            "full", tuple(dict.fromkeys((
+                arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, arms.FULL_ADAFACTOR, *arms.PRECISIONS, *_GRID,
+            ))), Settings(), seeds=(0, 1, 2, 3, 4), source=_SOURCE, shape_arms=_SHAPE, shape_steps=8, real=True,
+        ),
+        Preset(
+            "smoke", (arms.FULL, arms.LORA_FP32, Arm(dtype="fp32", quantization="int8", r=4)),
+            Settings(steps=12, seq_len=16, prompts=4, repeats=1, new_tokens=8, probe_every=6, windows=4),
+            seeds=(0, 1), sweep_steps=4, rates={"lora": (1e-3, 1e-2), "full": (1e-3, 1e-2)},
+            source=Settings(steps=3, seq_len=16, contains="x", weight_decay=0.01, prompts=2, repeats=1,
+                            new_tokens=8, probe_every=0, windows=2),
+            shape="tiny", shape_arms=(arms.FULL, Arm(dtype="fp32", quantization="nf4")), shape_steps=3,
+            strengths=(3.0,),
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,68 @@
+"""Text: perplexity of held-out prose, and samples with the set's tokens marked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from xfactor_peft.generation import SamplingOptions, generate
+from xfactor_peft.head import SplitModel
+from xfactor_peft.loading import Base
+from xfactor_peft.tokens import TokenSet
+
+HELD_OUT = Path(__file__).with_name("held_out.txt")
+WINDOW = 128
+
+
+def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> torch.Tensor:
+    """At most `count` windows of the held-out text, spread evenly over it; (N, length) ids."""
+    ids = torch.tensor(tokenizer(HELD_OUT.read_text(encoding="utf-8"), truncation=False, verbose=False)["input_ids"])
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
+
+
+@torch.no_grad()
+def perplexity(halves: SplitModel, windows: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of its window."""
+    total = 0.0
+    for window in windows.to(halves.weight.device):
+        logits = halves.logits(halves.hidden(window[None])[0, :-1]).float()
+        total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
+    return math.exp(min(700.0, total / windows[:, 1:].numel()))
+
+
+def held_out(policy: SplitModel, reference: Base, reference_halves: SplitModel, count: int) -> dict[str, Any]:
+    """Perplexity of plain text before and after; more afterwards is forgetting."""
+    context = getattr(reference.model.config, "max_position_embeddings", None) or WINDOW
+    windows = held_out_windows(reference.tokenizer, count, min(WINDOW, context))
+    before, after = perplexity(reference_halves, windows), perplexity(policy, windows)
+    return {"before": before, "after": after, "ratio": after / before, "tokens": windows.numel()}
+
+
+def sample(model, tokenizer: PreTrainedTokenizerBase, tokens: TokenSet, prompt: str, options: SamplingOptions) -> dict:
+    """One continuation as [text, is it of the set?] pieces, with its own R."""
+    ids = generate(model, tokenizer, prompt, options)
+    members = set(tokens.ids)
+    return {
+        "prompt": prompt,
+        "pieces": pieces(tokenizer, ids, members),
+        "rate": sum(i in members for i in ids) / max(1, len(ids)),
+        "tokens": len(ids),
+        "decoding": options.record(),
+    }
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], members: set[int]) -> list[list[Any]]:
+    """Runs of members and of others, decoded together so that characters of several tokens stay whole."""
+    runs: list[tuple[list[int], bool]] = []
+    for i in ids:
+        inside = i in members
+        if not runs or runs[-1][1] != inside:
+            runs.append(([], inside))
+        runs[-1][0].append(i)
+    return [[tokenizer.decode(run), inside] for run, inside in runs]
