@@ -14,6 +14,7 @@ _COMMANDS = {
     "generate": "Continue prompts with the base and with adapters, side by side.",
     "play": "Generate interactively and swap adapters in place.",
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
+    "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "tokens": "Show a token set and the base model's own mass on it.",
 }
 
