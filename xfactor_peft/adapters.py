@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -100,9 +101,27 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
     else:
         result.model.save_pretrained(staging)
         result.base.tokenizer.save_pretrained(staging)
-    (staging / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+    record["sha256"] = hashes(staging)
+    write_record(staging, record)
     return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Put `xfactor.json` and the model card beside the weights."""
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the configuration and every file of weights, by name."""
+    paths = [*sorted(folder.glob("*.safetensors")), folder / CONFIG]
+    return {path.name: file_hash(path) for path in paths if path.is_file()}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:

@@ -39,6 +39,7 @@ class AdapterBank:
     Attributes:
         active: what counts now.
         adapters: what is loaded, by the name or folder it was loaded with.
+        keys: PEFT's names of them, which may hold no dots; one is never used twice.
 
     Raises:
         XFactorError: `base` carries LoRA layers already, e.g. because it was trained.
@@ -53,7 +54,7 @@ class AdapterBank:
         self.active = Mix()
         self._state: Hashable = ()
         self._residents = Residents(base.model, str(base.device))
-        self._keys: dict[str, str] = {}  # PEFT's module names may hold no dots, ours may; never used twice
+        self.keys: dict[str, str] = {}
         self._loads = 0
         self._guard = CacheGuard(base.model, lambda: self._state)
 
@@ -77,7 +78,7 @@ class AdapterBank:
         finally:
             self.use(self.active)
         self._loads += 1
-        self._keys[reference], self.adapters[reference] = key, info
+        self.keys[reference], self.adapters[reference] = key, info
         return info
 
     def unload(self, name: str) -> None:
@@ -90,7 +91,7 @@ class AdapterBank:
         if name in self.active.names:
             self.use(None)
         del self.adapters[name]
-        self._residents.remove(self._keys.pop(name))
+        self._residents.remove(self.keys.pop(name))
         self.use(self.active)
 
     def use(self, what: str | Mix | None, scale: float = 1.0) -> None:
@@ -101,9 +102,14 @@ class AdapterBank:
         """
         mix = what.scaled(scale) if isinstance(what, Mix) else Mix.of(what, scale)
         self._check_loaded(mix.names)
-        weights = {self._keys[name]: weight for name, weight in mix.parts if weight != 0}
+        weights = {self.keys[name]: weight for name, weight in mix.parts if weight != 0}
         self._residents.activate(weights)
         self.active, self._state = mix, tuple(sorted(weights.items()))
+
+    def set_layer_scale(self, name: str, scale: float) -> None:
+        """The scale inside the active adapter's layers, also 0, where `use` switches the layers off."""
+        self._residents.activate({self.keys[name]: scale})
+        self._state = ((self.keys[name], scale),)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -139,7 +145,7 @@ class AdapterBank:
             with self.base_only():
                 return generate_batch(self.model, self.base.tokenizer, prompts, options)
         before = self.active
-        rows = ["__base__" if name is None else self._keys[name] for name in names]
+        rows = ["__base__" if name is None else self.keys[name] for name in names]
         self._residents.activate({key: 1.0 for key in rows if key != "__base__"})
         self._state = ("rows", *rows)
         try:

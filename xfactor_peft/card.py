@@ -9,6 +9,8 @@ from .tokens import _describe as describe_rule
 
 def model_card(record: dict[str, Any]) -> str:
     """Markdown with base, rule, settings, scores, and how to load the adapter with plain PEFT."""
+    if "mixed_from" in record:
+        return _mix_card(record)
     base, train, before, after = record["base"], record["train"], record["before"], record["after"]
     low, high = after["interval"]
     decoding = after["decoding"]
@@ -45,17 +47,31 @@ def model_card(record: dict[str, Any]) -> str:
         "",
     ]
     if record["kind"] == "lora":
-        lines += [
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({base['name']!r})",
-            'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
-            "```",
-            "",
-        ]
+        lines += _how_to_load(base["name"])
     return "\n".join(lines)
+
+
+def _mix_card(record: dict[str, Any]) -> str:
+    """The card of a weighted mix: where it comes from; its R is for `xfactor eval` to measure."""
+    base = record["base"]
+    lines = ["---", f"base_model: {base['name']}", "library_name: peft", "tags: [xfactor-peft, lora]", "---"]
+    lines += [f"# {record['name']}", "", "LoRA adapter, the weighted sum of:", ""]
+    lines += [f"- {part['weight']:g} x {part['name']}" for part in record["mixed_from"]]
+    lines += ["", f"Base: {base['name']}, {base['architecture']}, {base['shape']}", "", *_how_to_load(base["name"])]
+    return "\n".join(lines)
+
+
+def _how_to_load(base: str) -> list[str]:
+    return [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+        'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+        "```",
+        "",
+    ]
 
 
 def describe_target(record: dict[str, Any]) -> str:

@@ -126,7 +126,12 @@ def evaluate(
         distinct_2=distinct_n(rows.tolist()),
         distinct_set_tokens=len(set(rows.flatten().tolist()) & set(tokens.ids)),
         tokens=rows.numel(),
-        decoding={**options.sampling.record(), "prompts": len(options.prompts), "repeats": options.repeats},
+        decoding={
+            **options.sampling.record(),
+            "prompts": len(options.prompts),
+            "prompt_texts": options.prompts,
+            "repeats": options.repeats,
+        },
         samples=tuple(samples),
         kl_interval=bootstrap_interval(kl),
         kl_parts={

@@ -1,0 +1,157 @@
+"""`xfactor adapters list|show|verify|rename|remove|merge|diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import load, model_options
+
+_ROOT = click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+
+
+@click.group("adapters")
+def command() -> None:
+    """Look after the adapters in a folder."""
+
+
+@command.command("list")
+@_ROOT
+def list_command(adapters_dir: Path) -> None:
+    """Every adapter with its base, token set, R and size."""
+    from rich.table import Table
+
+    from ..catalogue import catalogue
+    from .console import console
+
+    entries = catalogue(adapters_dir)
+    if not entries:
+        console.print(f"no adapter in {adapters_dir}/", markup=False)
+        return
+    table = Table("name", "base", "tokens", "R", "parameters", box=None, pad_edge=False)
+    for entry in entries:
+        rate = "" if entry.rate is None else f"{entry.rate:.4f}"
+        row = [entry.name, entry.base, entry.tokens, rate, f"{entry.parameters:,}"]
+        table.add_row(*(row if entry.problem is None else [entry.name, f"damaged: {entry.problem}"]))
+    console.print(table)
+
+
+@command.command("show")
+@click.argument("name")
+@_ROOT
+def show_command(name: str, adapters_dir: Path) -> None:
+    """What an adapter is and how it came to be."""
+    from ..adapters import find_adapter, read_adapter
+    from ..catalogue import facts
+    from .console import console
+
+    for label, value in facts(read_adapter(find_adapter(name, adapters_dir))).items():
+        console.print(f"{label + ':':14}{value}", markup=False, soft_wrap=True)
+
+
+@command.command("verify")
+@click.argument("name")
+@_ROOT
+@click.option("--files-only", is_flag=True, help="Re-hash only; load no model.")
+@model_options
+@click.pass_context
+def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only: bool, **flags: Any) -> None:
+    """Re-hash the files and test the adapter on its base; exit status 1 when a check fails.
+
+    The base is the one the adapter was made for unless --model names another place of it.
+    """
+    from ..verification import FAILED, OK, verify, verify_files
+    from .console import console
+
+    if files_only:
+        checks = verify_files(name, adapters_dir)[1]
+    else:
+        checks = verify(name, load(own_base(flags, name, adapters_dir)), adapters_dir)
+    for check in checks:
+        style = {OK: "green", FAILED: "bold red"}.get(check.outcome, "yellow")
+        console.print(f"{check.name + ':':12}", end="", markup=False)
+        console.print(f"{check.outcome:12}", end="", style=style)
+        console.print(check.detail, markup=False, soft_wrap=True)
+    if any(check.outcome == FAILED for check in checks):
+        ctx.exit(1)
+
+
+@command.command("rename")
+@click.argument("name")
+@click.argument("new")
+@_ROOT
+def rename_command(name: str, new: str, adapters_dir: Path) -> None:
+    """Give an adapter another name."""
+    from ..catalogue import rename_adapter
+
+    click.echo(f"{name} is now {rename_adapter(name, new, adapters_dir)}")
+
+
+@command.command("remove")
+@click.argument("name")
+@_ROOT
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
+    """Delete an adapter."""
+    from ..catalogue import remove_adapter
+
+    if not yes:
+        click.confirm(f"Delete {adapters_dir / name}?", abort=True)
+    click.echo(f"removed {remove_adapter(name, adapters_dir)}")
+
+
+@command.command("merge")
+@click.argument("new")
+@click.argument("parts", nargs=-1, required=True, metavar="NAME[:WEIGHT]...")
+@_ROOT
+@click.option("--force", is_flag=True, help="Replace an existing adapter.")
+def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: bool) -> None:
+    """Write the weighted sum of adapters as one adapter, NEW; needs no model."""
+    from ..adapters import list_adapters
+    from ..combine import combine
+    from ..mixing import Mix, parse_mix
+
+    known = list_adapters(adapters_dir)
+    mix = Mix(tuple(pair for part in parts for pair in parse_mix(part, known).parts))
+    combine(mix, adapters_dir / new, adapters_dir, force=force)
+    click.echo(f"{adapters_dir / new} = {mix}; measure it with: xfactor eval --adapter {new}")
+
+
+@command.command("diff")
+@click.argument("first")
+@click.argument("second")
+@_ROOT
+def diff_command(first: str, second: str, adapters_dir: Path) -> None:
+    """Where two adapters differ: settings, and how alike their updates of each layer are."""
+    from rich.table import Table
+
+    from ..adapters import find_adapter, read_adapter
+    from ..combine import compare
+    from .console import console
+
+    result = compare(*(read_adapter(find_adapter(name, adapters_dir)) for name in (first, second)))
+    settings = Table("", first, second, box=None, pad_edge=False)
+    for label, values in result.settings.items():
+        settings.add_row(label, *("" if value is None else str(value) for value in values))
+    console.print(settings)
+    layers = Table("update of", f"norm, {first}", f"norm, {second}", "cosine", box=None, pad_edge=False)
+    for name, (one, two, cosine) in result.layers.items():
+        layers.add_row(name, f"{one:.4g}", f"{two:.4g}", f"{cosine:+.4f}")
+    console.print(layers)
+    console.print(f"cosine of the updates as a whole {result.cosine:+.4f}")
+
+
+def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:
+    """The model options, with the first adapter's own base in place of `auto`."""
+    from ..adapters import find_adapter, list_adapters, read_adapter
+    from ..mixing import parse_mix
+
+    names = parse_mix(reference, list_adapters(adapters_dir)).names
+    if flags["model"] != "auto" or not names:
+        return flags
+    info = read_adapter(find_adapter(names[0], adapters_dir))
+    if info.identity is None:
+        return flags
+    return {**flags, "model": info.identity.name, "revision": flags["revision"] or info.identity.revision}
