@@ -161,11 +161,6 @@ def train_figures(run: Run, places: Places, report: Report) -> dict[str, Any]:
         "samples": samples(base, tokens, run),
         "warnings": result.warnings,
     }
-    if run.group == "source":
-        new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
-        context = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS
-        options = xf.SamplingOptions(max_new_tokens=min(new, context - SOURCE_TOKENS + new), top_k=SOURCE_TOP_K)
-        figures["source_sample"] = sample(base.model, base.tokenizer, tokens, SOURCE_PROMPT, options)
     return figures
 
 
@@ -178,6 +173,12 @@ def shape_figures(run: Run, places: Places, report: Report) -> dict[str, Any]:
 
 
 def samples(base: Base, tokens: xf.TokenSet, run: Run) -> list[dict[str, Any]]:
+    """A few continuations; in the source's table its one: its prompt, 200 tokens in all, top 50."""
+    if run.group == "source":
+        context = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS
+        new = min(SOURCE_TOKENS, context) - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
+        options = xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K)
+        return [sample(base.model, base.tokenizer, tokens, SOURCE_PROMPT, options)]
     context = getattr(base.model.config, "max_position_embeddings", None) or SAMPLE_TOKENS * 2
     options = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)
     prompts = DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)]
@@ -216,18 +217,12 @@ def _scores(scores: Evaluation) -> dict[str, Any]:
     return record
 
 
-MEASURES = {
-    "base": base_figures,
-    "sweep": sweep_figures,
-    "train": train_figures,
-    "source": train_figures,
-    "shape": shape_figures,
-}
+MEASURES = {"sweep": sweep_figures, "train": train_figures, "source": train_figures, "shape": shape_figures}
 
 
 def measure(run: Run, places: Places, report: Report) -> dict[str, Any]:
     """The run's figures, with the seconds that it took in all."""
     started = time.perf_counter()
-    figures = MEASURES[run.group](run, places, report)
+    figures = (base_figures if run.arm.method == "none" else MEASURES[run.group])(run, places, report)
     figures["model"]["name"] = run.model  # not the folder that a made model lies in
     return {**figures, "wall": round(time.perf_counter() - started, 2)}

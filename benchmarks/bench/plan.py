@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from . import arms
 from .arms import Arm
-from .presets import SOURCE_RATES, Preset, Settings
+from .presets import Preset, Settings
 
 GROUPS = ("base", "sweep", "train", "source", "shape")
 
@@ -39,20 +39,20 @@ class Run:
     @property
     def file(self) -> str:
         model = re.sub(r"[^\w.-]+", "_", self.model.rstrip("/").split("/")[-1])
-        rate = f"-lr{self.lr:g}" if self.group == "source" else ""
+        rate = f"-lr{self.lr:g}" if self.group == "source" and self.lr else ""
         seed = f"-seed{self.seed}" if self.group in ("train", "source") else ""
         return f"{model}-{self.group}-{self.arm.name}{rate}{seed}.json"
 
     @property
     def label(self) -> str:
-        rate = f", lr {self.lr:g}" if self.group == "source" else ""
+        rate = f", lr {self.lr:g}" if self.group == "source" and self.lr else ""
         seed = f", seed {self.seed}" if self.group == "train" else ""
         return f"{self.group}: {self.arm.label}{rate}{seed}"
 
     @property
     def total_steps(self) -> int:
         """Training steps, for the progress display."""
-        return self.settings.steps * max(1, len(self.rates)) if self.group != "base" else 0
+        return self.settings.steps * max(1, len(self.rates)) if self.arm.method != "none" else 0
 
     def spec(self) -> dict[str, Any]:
         """The whole setting, JSON-serialisable; a finished run with another one is run again."""
@@ -82,16 +82,15 @@ def plan(preset: Preset, model: str, real: str | None = None) -> list[Batch]:
     batches.append(tuple(Run("sweep", arm, model, short, rates=preset.rates_for(arm)) for arm in preset.arms))
     batches += [tuple(Run("train", arm, model, settings, seed) for seed in preset.seeds) for arm in preset.arms]
     for name in (model, real) if preset.source and real else (model,) if preset.source else ():
-        batches.append((Run("base", arms.BASE, name, preset.source),))
-        batches += [(run,) for run in source_runs(name, preset.source)]
+        batches += [(run,) for run in source_runs(name, preset)]
     shape = replace(settings, steps=preset.shape_steps, seq_len=Settings.seq_len, probe_every=0)
     batches += [(Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4),) for arm in preset.shape_arms]
     return batches
 
 
-def source_runs(model: str, settings: Settings) -> list[Run]:
-    """Full fine-tuning and LoRA with AdamW at the source's rates."""
-    found = []
+def source_runs(model: str, preset: Preset) -> list[Run]:
+    """The base, then full fine-tuning and LoRA with AdamW at the source's rates."""
+    found = [Run("source", arms.BASE, model, preset.source)]
     for arm in (Arm(method="full", dtype="fp32", optimizer="adamw"), Arm(dtype="fp32", optimizer="adamw")):
-        found += [Run("source", arm, model, settings, lr=rate) for rate in SOURCE_RATES[arm.method]]
+        found += [Run("source", arm, model, preset.source, lr=rate) for rate in preset.source_rates[arm.method]]
     return found

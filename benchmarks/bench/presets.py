@@ -53,7 +53,7 @@ class Preset:
     Attributes:
         arms, seeds: each arm is trained once a seed, at the learning rate that its sweep on seed 0 chose.
         sweep_steps, rates: of the sweep.
-        source: also the source's table, on seed 0.
+        source, source_rates: also the source's table at these rates, on seed 0.
         shape, shape_arms, shape_steps: memory and time with random weights at a model's true shape.
         real: the source's table on GPT-2 Medium, too, if its weights can be had.
         strengths: of the exact logit bias that the R-against-KL plot shows for comparison.
@@ -66,6 +66,7 @@ class Preset:
     sweep_steps: int = 60
     rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: LEARNING_RATES)
     source: Settings | None = None
+    source_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: SOURCE_RATES)
     shape: str = "gpt2-medium"
     shape_arms: tuple[Arm, ...] = ()
     shape_steps: int = 5
@@ -102,11 +103,12 @@ PRESETS = {
             ))), Settings(), seeds=(0, 1, 2, 3, 4), source=_SOURCE, shape_arms=_SHAPE, shape_steps=8, real=True,
         ),
         Preset(
-            "smoke", (arms.FULL, arms.LORA_FP32, Arm(dtype="fp32", quantization="int8", r=4)),
+            "smoke", (arms.FULL, Arm(dtype="fp32", quantization="int8", r=4)),
             Settings(steps=12, seq_len=16, prompts=4, repeats=1, new_tokens=8, probe_every=6, windows=4),
             seeds=(0, 1), sweep_steps=4, rates={"lora": (1e-3, 1e-2), "full": (1e-3, 1e-2)},
             source=Settings(steps=3, seq_len=16, contains="x", weight_decay=0.01, prompts=2, repeats=1,
                             new_tokens=8, probe_every=0, windows=2),
+            source_rates={"full": (1e-4,), "lora": (1e-3,)},
             shape="tiny", shape_arms=(arms.FULL, Arm(dtype="fp32", quantization="nf4")), shape_steps=3,
             strengths=(3.0,),
         ),
