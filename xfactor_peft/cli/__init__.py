@@ -15,6 +15,7 @@ _COMMANDS = {
     "play": "Generate interactively and swap adapters in place.",
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
+    "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
     "tokens": "Show a token set and the base model's own mass on it.",
 }
 
