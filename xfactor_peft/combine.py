@@ -63,6 +63,25 @@ def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def mixed_factors(infos: list[AdapterInfo], weights: list[float]) -> dict[str, Factors]:
+    """sum_i w_i s_i B_i A_i of every layer as factors with scaling 1, and the sum of the biases (0 without one).
+
+    Raises:
+        XFactorError: an adapter is a variant of LoRA.
+    """
+    parts, mixed = [read_factors(info) for info in infos], {}
+    for name in sorted({name for part in parts for name in part}):
+        held = [(w * part[name].scaling, part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
+        biases = [scale * factors.bias for scale, factors in held if factors.bias is not None]
+        mixed[name] = Factors(
+            torch.cat([factors.a for _, factors in held]).contiguous(),
+            torch.cat([scale * factors.b for scale, factors in held], dim=1).contiguous(),
+            sum(biases, torch.zeros(len(held[0][1].b))),
+            1.0,
+        )
+    return mixed
+
+
 def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: bool = False) -> dict[str, Any]:
     """Write the mix as one adapter, exactly: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...], scaling 1.
 
@@ -79,17 +98,12 @@ def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: boo
     for info in infos[1:]:
         if None not in (first.identity, info.identity) and first.identity.differences(info.identity):
             raise XFactorError(f"{first.name} was made for {first.identity}, {info.name} for {info.identity}")
-    parts = [read_factors(info) for info in infos]
-    weights = [weight for _, weight in mix.parts]
     tensors, ranks = {}, {}
-    for name in sorted({name for part in parts for name in part}):
-        held = [(w * part[name].scaling, part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
+    for name, factors in mixed_factors(infos, [weight for _, weight in mix.parts]).items():
         prefix = f"base_model.model.{name}.lora_"
-        tensors[f"{prefix}A.weight"] = torch.cat([factors.a for _, factors in held]).contiguous()
-        tensors[f"{prefix}B.weight"] = torch.cat([scale * factors.b for scale, factors in held], dim=1).contiguous()
-        biases = [scale * factors.bias for scale, factors in held if factors.bias is not None]
-        tensors[f"{prefix}B.bias"] = sum(biases, torch.zeros(len(held[0][1].b)))
-        ranks[name] = len(tensors[f"{prefix}A.weight"])
+        tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = factors.a, factors.b
+        tensors[f"{prefix}B.bias"] = factors.bias
+        ranks[name] = len(factors.a)
     biased = any(value.any() for key, value in tensors.items() if key.endswith("B.bias"))
     if not biased:
         tensors = {key: value for key, value in tensors.items() if not key.endswith("B.bias")}

@@ -1,0 +1,38 @@
+"""The merged model as an ordinary transformers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..adapters import RECORD, WEIGHTS, hashes, prepare_output, publish
+from ..bank import AdapterBank
+from ..merging import merge
+from ..mixing import Mix
+
+
+def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> str:
+    """Merge, and save model, tokenizer and a record of where it came from; embeddings stay tied where they were.
+
+    Raises:
+        XFactorError: `output` holds something else, or the adapter cannot be merged.
+    """
+    staging = prepare_output(output, force=force)
+    model = merge(bank, mix)
+    model.save_pretrained(staging)
+    bank.base.tokenizer.save_pretrained(staging)
+    parts = [
+        {"name": name, "weight": weight, "sha256": bank.adapters[name].record.get("sha256", {}).get(WEIGHTS)}
+        for name, weight in mix.parts
+    ]
+    record = {
+        "format": 1,
+        "kind": "merged",
+        "merged_from": parts,
+        "base": bank.base.record(),
+        "sha256": hashes(staging),
+    }
+    (staging / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    publish(staging, output)
+    tied = "tied to the input embedding" if model.config.tie_word_embeddings else "a tensor of its own"
+    return f"merged {mix} into {output}; the output embedding is {tied}"

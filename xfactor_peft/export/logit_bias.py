@@ -1,0 +1,80 @@
+"""A constant bias on the logits of the set, in the form that servers take: {"logit_bias": {"id": value}}."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from ..bank import AdapterBank
+from ..errors import XFactorError
+from ..frontier import measure_frontier
+from ..head import split
+from ..metrics import EvalOptions, evaluate
+from ..mixing import Mix
+
+
+def write_logit_bias(bank: AdapterBank, mix: Mix, output: Path, options: EvalOptions = EvalOptions()) -> str:  # noqa: B008
+    """Exact where the adapters are nothing but set heads with a constant offset; otherwise fitted.
+
+    Fitted means one lambda for the whole set, at which samples of the base hold as much of it as samples of the
+    adapter. It matches R and nothing else that the adapter has learnt; the file says which of the two it is.
+
+    Raises:
+        XFactorError: no token set is known, or no finite bias gives the adapter's R.
+    """
+    offsets = exact_offsets(bank, mix)
+    if offsets is not None:
+        values: dict[str, Any] = {"kind": "exact"}
+    else:
+        offsets, values = _fitted(bank, mix, options)
+    chosen = offsets.nonzero().flatten().tolist()
+    record = {
+        **values,
+        "adapter": str(mix),
+        "base": bank.base.identity.record(),
+        "logit_bias": {str(i): round(float(offsets[i]), 6) for i in chosen},
+    }
+    output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    about = "exactly the adapter" if record["kind"] == "exact" else f"fitted at R {record['rate']:.4f}"
+    return f"{output}: {len(chosen)} tokens, {about}"
+
+
+def exact_offsets(bank: AdapterBank, mix: Mix) -> torch.Tensor | None:
+    """b on its sets, (V,), where it is all that the adapters do; None where they do more."""
+    total = torch.zeros(bank.base.vocab_size)
+    head = bank.base.model.get_output_embeddings()
+    for name, weight in mix.parts:
+        key = bank.keys[name]
+        layers = [m for m in bank.base.model.modules() if isinstance(m, LoraLayer) and key in m.lora_A]
+        if layers != [head] or head.lora_A[key].weight.any() or head.lora_B[key].bias is None:
+            return None
+        bank.use(name)  # scaling as trained
+        total += weight * head.scaling[key] * head.lora_B[key].bias.detach().float().cpu()
+    return total
+
+
+def _fitted(bank: AdapterBank, mix: Mix, options: EvalOptions) -> tuple[torch.Tensor, dict[str, Any]]:
+    sets = {s.hash: s for name in mix.names if (s := bank.token_set(name)) is not None}
+    if len(sets) != 1:
+        raise XFactorError(f"{mix} has {len(sets)} token sets; a bias can be fitted to exactly one")
+    tokens = next(iter(sets.values()))
+    halves, tokenizer = split(bank.base.model), bank.base.tokenizer
+    bank.use(mix)
+    scores = evaluate(halves, tokenizer, tokens, options, adapter_off=bank.base_only)
+    bank.use(None)
+    frontier = measure_frontier(halves, tokenizer, tokens, scores, options)
+    if frontier is None:
+        raise XFactorError(f"{mix} gives the set a mass of {scores.set_mass:.3g}, which no finite bias reaches")
+    offsets = frontier.strength * tokens.mask().float()
+    return offsets, {
+        "kind": "fitted",
+        "lambda": frontier.strength,
+        "rate": scores.rate,
+        "rate_of_bias": frontier.evaluation.rate,
+        "tokens": tokens.record(),
+        "decoding": scores.decoding,
+    }
