@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 
@@ -14,7 +15,8 @@ from .stats import welch
 LEVEL = 0.99
 """Of the intervals of a difference: about one in a hundred figures that did not change is shown all the same."""
 MEMORY_SHARE, MEMORY_MIB = 0.02, 8.0
-"""Peaks of the same program differ by about this much from run to run; see `memory_noise`."""
+TIME_SHARE = 0.05
+"""What peaks and times of the same program on the same machine may differ by from one day to the next."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _change(metric: Metric, old: Row, new: Row) -> Change | None:
     values = old.values(metric.key), new.values(metric.key)
     if not all(values):
         return None
-    means = [sum(side) / len(side) for side in values]
+    means = [mean(side) for side in values]
     if metric.key == "step_seconds":
         noise = _time_noise(old, new)
     elif metric.noise == "time":  # tokens/s says the same as s/step once more
@@ -110,10 +112,11 @@ def _seed_noise(metric: Metric, rows: tuple[Row, Row], values: tuple[Sequence[fl
 
 
 def _time_noise(old: Row, new: Row) -> float:
-    """From the spread of single steps: bootstrap of the median on each side; over seeds, Welch's test if it says more."""
-    own = math.hypot(*(_median_error(row.good) for row in (old, new)))
+    """The largest of a fixed share, the spread of single steps (bootstrap of the medians), and Welch's over seeds."""
+    steps = math.hypot(*(_median_error(row.good) for row in (old, new)))
     values = [row.values("step_seconds") for row in (old, new)]
-    return max(own, welch(*values, LEVEL)[1]) if min(map(len, values)) > 1 else own
+    seeds = welch(*values, LEVEL)[1] if min(map(len, values)) > 1 else 0.0
+    return max(TIME_SHARE * mean(values[0]), steps, seeds)
 
 
 def _median_error(records: Sequence[Record], resamples: int = 500) -> float:

@@ -1,0 +1,74 @@
+"""Paste the benchmark's tables and figure into README.md, between its two markers.
+
+    python benchmarks/readme.py                     from benchmarks/results/quick
+    python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
+
+The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from xfactor_peft.errors import XFactorError
+
+from .plots import save_png
+from .provenance import REPOSITORY, RESULTS
+from .report import PLOTS, REPORT
+from .results import Results, load
+from .tables import all_tables, provenance_line
+
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+FIGURES = ("rate-kl", "memory")
+
+
+def section(results: Results, readme: Path) -> str:
+    """What belongs between the markers; links are relative to the README."""
+    where = Path(os.path.relpath(results.folder, readme.resolve().parent)).as_posix()
+    names = [name for name in FIGURES if (results.folder / PLOTS / f"{name}.png").is_file()]
+    figures = " ".join(f'<img src="{where}/{PLOTS}/{name}.png" alt="{name}" width="49%">' for name in names)
+    tables = [f"{table.caption}\n\n{table.markdown()}" for table in all_tables(results).values()]
+    command = f"`bash benchmarks/run.sh --preset {results.manifest['preset']}`"
+    origin = f"Made by {command} and pasted by `python benchmarks/readme.py`; "
+    origin += f"all of it, with samples, is in [{REPORT}]({where}/{REPORT}). {provenance_line(results)}."
+    return "\n\n".join(part for part in (figures, *tables, origin) if part)
+
+
+def pasted(text: str, new: str) -> str:
+    """`text` with `new` between the markers.
+
+    Raises:
+        XFactorError: there is not exactly one pair of markers.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise XFactorError(f"the README needs one line {BEGIN} and below it one line {END}")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{new}\n{END}{rest.partition(END)[2]}"
+
+
+@click.command()
+@click.argument("results", type=click.Path(path_type=Path, file_okay=False), default=REPOSITORY / RESULTS / "quick")
+@click.option(
+    "--readme", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=REPOSITORY / "README.md"
+)
+@click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
+def main(results: Path, readme: Path, check: bool) -> None:
+    """Paste the tables and figures of RESULTS into the README."""
+    try:
+        loaded = load(results.resolve())
+        if not check:
+            save_png(loaded, loaded.folder / PLOTS)
+        old = readme.read_text(encoding="utf-8")
+        new = pasted(old, section(loaded, readme))
+    except XFactorError as error:
+        raise click.ClickException(str(error)) from error
+    if check and new != old:
+        raise click.ClickException(
+            f"{readme.name} differs from the results; run: python benchmarks/readme.py {results}"
+        )
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    click.echo(f"{readme.name} is up to date")
