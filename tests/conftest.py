@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; those of the Hub use their own stand-in
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import bitsandbytes  # noqa: F401 (first, so that no command line run in this process leaves it out)
 import pytest
 import torch
 

@@ -46,7 +46,9 @@ def test_train_says_what_it_does(trained, tiny_folders):
         "R (95 % interval)",
         "temperature 1, no top-k, no top-p; 16 samples of 16 tokens",
         "trainable parameters 16,384",
-        "MiB resident at load",
+        "MiB at load",
+        "plan: about",
+        "predicted memory",
         "saved to adapters/X-lora-r8",
     ):
         assert words in flat, words

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bank import AdapterBank as AdapterBank
+    from .budget.options import MemoryOptions as MemoryOptions
     from .errors import XFactorError as XFactorError
     from .generation import SamplingOptions as SamplingOptions
     from .loading import LoadOptions as LoadOptions
@@ -42,6 +43,7 @@ _HOME = {
     "LoadOptions": "loading",
     "LoraOptions": "lora",
     "Mix": "mixing",
+    "MemoryOptions": "budget.options",
     "ObjectiveOptions": "objectives",
     "SamplingOptions": "generation",
     "TiltedTarget": "targets",

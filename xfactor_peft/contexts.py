@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from .errors import XFactorError
 from .generation import sample_after
@@ -14,6 +15,13 @@ from .token_bytes import special_ids
 
 OPENING = 8
 """Tokens of base text before a sample's own: the adapted model continues openings that the base wrote."""
+
+
+def check_length(config: PretrainedConfig, seq_len: int) -> None:
+    """Raises XFactorError for sequences longer than the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and seq_len > context:
+        raise XFactorError(f"--seq-len {seq_len} is longer than the model's context of {context}")
 
 
 def allowed_ids(base: Base) -> torch.Tensor:

@@ -33,6 +33,10 @@ DEFAULT_PROMPTS = (
 )
 
 
+CACHE_BYTES = 128 * 2**20
+"""Most that the key-value cache of one batch of samples may take: training is what memory is for."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """Decoding settings under transformers' names; the defaults sample from the model's own distribution.
@@ -141,6 +145,15 @@ def generate_batch(
     return [[i for i in new if i not in stops] for new in output[:, width:].tolist()]
 
 
+def sampling_batch(model: PreTrainedModel, length: int, most: int) -> int:
+    """How many sequences of `length` tokens have a key-value cache of at most `CACHE_BYTES`; between 1 and `most`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, min(most, CACHE_BYTES // (token * length)))
+
+
 def sample_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -148,7 +161,6 @@ def sample_sequences(
     options: SamplingOptions,
     *,
     repeats: int = 4,
-    batch_size: int = 64,
     tilt: torch.Tensor | None = None,
 ) -> Iterator[Sequences]:
     """Sample `repeats` continuations of each prompt, all of exactly `max_new_tokens` tokens.
@@ -167,6 +179,7 @@ def sample_sequences(
     banned = sorted(special_ids(tokenizer))
     for length in sorted(by_length):
         rows = torch.tensor(by_length[length])
+        batch_size = sampling_batch(model, length + options.max_new_tokens, 64)
         for index, part in enumerate(rows.split(batch_size)):
             seed = options.seed * 1_000_003 + length * 1009 + index
             ids = _sample(
@@ -184,12 +197,11 @@ def sample_after(
     seed: int,
     banned: Sequence[int] = (),
     tilt: torch.Tensor | None = None,
-    batch_size: int = 128,
 ) -> torch.Tensor:
     """Continue (N, P) ids by `new` tokens from the model's own distribution -> (N, P + new), on the CPU."""
     options, parts = SamplingOptions(max_new_tokens=new), []
     extra = {"suppress_tokens": list(banned)} if banned else {}
-    for index, part in enumerate(ids.split(batch_size)):
+    for index, part in enumerate(ids.split(sampling_batch(model, ids.shape[1] + new, 128))):
         out = _sample(model, part, options, seed * 1_000_003 + index, tilt=tilt, eos_token_id=None,
                       pad_token_id=0, **extra)  # fmt: skip
         parts.append(out.cpu())

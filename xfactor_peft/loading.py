@@ -68,6 +68,12 @@ class Base:
         """V, the rows of the output embedding (at least as many as the tokenizer has tokens)."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    @property
+    def quantization(self) -> str | None:
+        """ "int8", "nf4" or None, whoever quantised."""
+        kinds = {"Int8Linear": "int8", "Linear8bitLt": "int8", "NF4Linear": "nf4", "Linear4bit": "nf4"}
+        return next((kinds[name] for name in self.quantized), None)
+
     def describe(self) -> str:
         """One line: name, why, dtype, device, and the quantised layers by kind."""
         line = f"model {self.choice.name} ({self.choice.reason}), {self.dtype} on {self.device}"
@@ -128,7 +134,7 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    backend = _backend(options, device)
+    backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
     model.requires_grad_(False).eval()
@@ -151,7 +157,8 @@ def load(model: str = "auto", options: LoadOptions = LoadOptions(), *, offline: 
     return load_base(resolve_model(model, offline=offline), options)
 
 
-def _backend(options: LoadOptions, device: torch.device) -> str | None:
+def quantized_by(options: LoadOptions, device: torch.device) -> str | None:
+    """Who quantises: "native", "bitsandbytes", or None for nobody."""
     if options.quantization is None:
         return None
     if options.backend == "auto":

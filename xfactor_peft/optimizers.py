@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import XFactorError
+from .lowmem.imports import allow_bitsandbytes
 
 OPTIMIZERS = ("adam", "adamw", "adam8bit", "adafactor")
 
@@ -37,6 +38,7 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "adam8bit":
+        allow_bitsandbytes()
         from bitsandbytes.optim import Adam8bit
 
         return Adam8bit(parameters, lr=lr, weight_decay=weight_decay)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import prepare_output, publish, save_result
+from .budget.options import MemoryOptions
+from .budget.plan import Plan
 from .errors import XFactorError
 from .loading import Base
 from .lora import LoraOptions
@@ -47,14 +49,17 @@ def train_to_folder(
     lora: LoraOptions | None = None,
     evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
     objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
+    memory: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
     *,
+    plan: Plan | None = None,
     force: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """`train`, with its results in `output`; returns the result and the record written.
 
     While it runs, `metrics.jsonl` grows in a hidden folder beside `output`: a first line with the model, the
-    token set and the settings, then one line a step. The folder takes its name when everything is in it.
+    token set and the settings, then one line a step. The folder takes its name when everything is in it. `plan` is what
+    was predicted of the run, for the record.
 
     Raises:
         XFactorError: `output` exists and `force` is off, it cannot be written, or training fails.
@@ -84,11 +89,12 @@ def train_to_folder(
         )
         header_end = file.tell()
         try:
-            result = train(base, target, options, lora, evaluation, objective, on_step=log)
+            result = train(base, target, options, lora, evaluation, objective, memory, on_step=log)
         except XFactorError:
             if file.tell() == header_end:  # not one step was made, so there is nothing worth keeping
                 shutil.rmtree(staging)
             raise
+    result.plan = plan
     try:
         record = save_result(result, staging, output.name)
         publish(staging, output)

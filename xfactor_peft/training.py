@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .contexts import batches
+from .budget.dry_run import Shape
+from .budget.options import MemoryOptions
+from .budget.plan import Plan, recompute_in
+from .contexts import batches, check_length
 from .errors import XFactorError
 from .head import split
 from .loading import Base
 from .lora import LoraOptions, adapter_off, add_lora, lora_b_norm, matched_modules, trainable_parameters
+from .lowmem import prepare_for_training
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
@@ -37,6 +42,9 @@ DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}
 class TrainOptions:
     """The loop's settings; `lr=None` means `DEFAULT_LR[method]`.
 
+    A step sums the gradients of `grad_accum` micro-batches of `batch_size` sequences each, divided by their number: the
+    same step as one batch of all of them, in the memory of one.
+
     Raises:
         XFactorError: a value outside its range.
     """
@@ -49,11 +57,12 @@ class TrainOptions:
     optimizer: str = "adam"
     weight_decay: float = 0.0
     seed: int = 0
+    grad_accum: int = 1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise XFactorError(f"--method must be lora or full; got {self.method!r}")
-        for name in ("steps", "batch_size", "seq_len"):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum"):
             if getattr(self, name) < 1:
                 raise XFactorError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
@@ -98,6 +107,9 @@ class TrainResult:
     modules: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     train_peak: dict[str, float] = field(default_factory=dict)
+    sampling_peak: dict[str, float] = field(default_factory=dict)
+    recomputed_blocks: int = 0
+    plan: Plan | None = None
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     rate: RateReport | None = None
     warnings: list[str] = field(default_factory=list)
@@ -121,6 +133,9 @@ class TrainResult:
             "seconds": round(self.seconds, 3),
             "load_peak": self.base.load_peak,
             "train_peak": self.train_peak,
+            "sampling_peak": self.sampling_peak,
+            "recomputed_blocks": self.recomputed_blocks,
+            "plan": self.plan.record() if self.plan else None,
         }
 
 
@@ -131,6 +146,7 @@ def train(
     lora: LoraOptions | None = None,
     evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
     objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
+    memory: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
     *,
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainResult:
@@ -142,6 +158,7 @@ def train(
 
     Args:
         base: a loaded model; it is changed (wrapped, or trained), so load a new one for another run.
+        memory: how many blocks are recomputed in backward (see `budget`).
         lora: None means rank 8 on attention and MLP, for a rate the set head (and both with `sequence_level`).
         on_step: called after every step, for progress and logs.
 
@@ -154,10 +171,16 @@ def train(
     tilted = isinstance(target, TiltedTarget)
     lora = lora or default_lora(target, objective)
     _check(base, options, target, lora, objective)
+    recomputed = recompute_in(
+        base, run_shape(base, target, options, lora), memory, teacher=needs_teacher(target, objective)
+    )
+    prepare_for_training(base.model, recomputed)
+    reset_peak(base.device)
     torch.manual_seed(options.seed)
     halves = split(base.model)
     goals = [goal.tokens for goal in target.goals] if tilted and len(target.goals) > 1 else []
     before = evaluate(halves, base.tokenizer, target.tokens, evaluation, goals=goals)
+    sampling = [peaks(base.device)]
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
     if tilted:
         run = train_rate(base, halves, target, options, lora, objective, on_step)
@@ -176,7 +199,9 @@ def train(
                 f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
             )
     off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
+    reset_peak(base.device)
     after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=off, goals=goals)
+    sampling.append(peaks(base.device))
     return TrainResult(
         base=base,
         model=model,
@@ -190,6 +215,8 @@ def train(
         modules=modules,
         seconds=seconds,
         train_peak=peak,
+        sampling_peak={key: max(part[key] for part in sampling) for key in sampling[0]},
+        recomputed_blocks=recomputed,
         objective=objective,
         rate=run.report(halves, target, evaluation, after) if tilted else None,
         warnings=collapse_warnings(before, after),
@@ -203,6 +230,21 @@ def default_lora(target: UniformTarget | TiltedTarget, objective: ObjectiveOptio
     return LoraOptions(target="all,head" if objective.sequence_level else "head")
 
 
+def needs_teacher(target: UniformTarget | TiltedTarget, objective: ObjectiveOptions) -> bool:
+    """Whether a step holds the base's states beside the model's."""
+    return isinstance(target, TiltedTarget) or objective.kl_to_base > 0
+
+
+def run_shape(
+    base: Base, target: UniformTarget | TiltedTarget, options: TrainOptions, lora: LoraOptions
+) -> Shape:
+    """What decides this run's memory, for `budget`."""
+    sets = len(target.goals) if lora.head else 0
+    return Shape(
+        base.dtype, base.quantization, options.batch_size, options.seq_len, options.method, lora, sets
+    )
+
+
 def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objective: ObjectiveOptions) -> None:
     objective.check(target)
     if options.method == "full" and base.quantized:
@@ -211,9 +253,7 @@ def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objecti
         raise XFactorError("--method full has no base left to compare with; a rate and --kl-to-base need --method lora")
     if isinstance(target, UniformTarget) and lora.head:
         raise XFactorError(f"--target {lora.target} needs a rate: give --target-rate, --lambda or --goal")
-    context = getattr(base.model.config, "max_position_embeddings", None)
-    if context and options.seq_len > context:
-        raise XFactorError(f"--seq-len {options.seq_len} is longer than the model's context of {context}")
+    check_length(base.model.config, options.seq_len)
 
 
 def optimise(
@@ -235,11 +275,9 @@ def optimise(
     model.train()
     for step in range(options.steps):
         started = time.perf_counter()
-        loss, mass = objective(next(inputs).to(base.device))
-        accelerator.backward(loss)
+        value, mass = _accumulate(accelerator, objective, inputs, options.grad_accum, base.device)
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-        value = loss.item()
-        history.append(Step(step, value, mass.item(), norm, time.perf_counter() - started))
+        history.append(Step(step, value, mass, norm, time.perf_counter() - started))
         if stop and stop(history):
             break
         _check_step(step, value, norm)
@@ -250,6 +288,20 @@ def optimise(
             on_step(history[-1])
     model.eval()
     return history
+
+
+def _accumulate(
+    accelerator: Accelerator, objective: nn.Module, inputs: Iterator[torch.Tensor], count: int, device: torch.device
+) -> tuple[float, float]:
+    """Gradients of the mean loss over `count` micro-batches; returns that loss and the mean set mass."""
+    loss_sum, mass_sum = 0.0, 0.0
+    for index in range(count):
+        last = index == count - 1
+        with nullcontext() if last else accelerator.no_sync(objective):
+            loss, mass = objective(next(inputs).to(device))
+            accelerator.backward(loss / count)
+        loss_sum, mass_sum = loss_sum + loss.item(), mass_sum + mass.item()
+    return loss_sum / count, mass_sum / count
 
 
 def _check_step(step: int, loss: float, norm: float) -> None:

@@ -11,6 +11,7 @@ import click
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
+    "plan": "Predict memory and time of a training run before anything is loaded.",
     "generate": "Continue prompts with the base and with adapters, side by side.",
     "play": "Generate interactively and swap adapters in place.",
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",

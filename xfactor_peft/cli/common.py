@@ -10,13 +10,14 @@ import click
 
 if TYPE_CHECKING:
     from ..generation import SamplingOptions
-    from ..loading import Base
+    from ..loading import Base, LoadOptions
+    from ..models import ModelChoice
     from ..tokens import TokenSet
 
 Command = Callable[..., Any]
 
 
-def _apply(options: list[Command], function: Command) -> Command:
+def apply_options(options: list[Command], function: Command) -> Command:
     for option in reversed(options):
         function = option(function)
     return function
@@ -24,7 +25,7 @@ def _apply(options: list[Command], function: Command) -> Command:
 
 def model_options(function: Command) -> Command:
     """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend."""
-    return _apply(
+    return apply_options(
         [
             click.option("--model", default="auto", show_default=True, metavar="NAME",
                          help="A Hub id, a folder, demo, or auto: GPT-2 Medium if it can be had, else demo."),
@@ -45,7 +46,7 @@ def model_options(function: Command) -> Command:
 def token_options(function: Command) -> Command:
     """--contains, --regex, --words, --token-ids, --ignore-case."""
     path = click.Path(exists=True, dir_okay=False, path_type=Path)
-    return _apply(
+    return apply_options(
         [
             click.option("--contains", metavar="TEXT", help="Tokens that contain TEXT.  [default: X]"),
             click.option("--regex", metavar="PATTERN", help="Tokens in which PATTERN is found."),
@@ -59,7 +60,7 @@ def token_options(function: Command) -> Command:
 
 def sampling_options(function: Command) -> Command:
     """--max-new-tokens, --temperature, --top-k, --top-p, --seed."""
-    return _apply(
+    return apply_options(
         [
             click.option("--max-new-tokens", default=64, show_default=True),
             click.option("--temperature", default=1.0, show_default=True, help="0 is greedy."),
@@ -71,20 +72,41 @@ def sampling_options(function: Command) -> Command:
     )
 
 
-def load(flags: dict[str, Any], *, master_weights: bool = False) -> Base:
-    """Load the base that the model options ask for; prints the line that names it."""
-    from transformers.utils import logging
+def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> LoadOptions:
+    """How the model options say to load, and libraries that this takes no part of kept out of memory.
 
+    Raises:
+        XFactorError: options that exclude each other.
+    """
     from ..errors import XFactorError
-    from ..loading import LoadOptions, load_base
-    from ..models import resolve_model
+    from ..loading import LoadOptions, pick_device, quantized_by
+    from ..lowmem.imports import leave_out_bitsandbytes
 
-    logging.disable_progress_bar()
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
         raise XFactorError("--load-in-8bit and --load-in-4bit exclude each other; give one")
     quantization = "int8" if flags["load_in_8bit"] else "nf4" if flags["load_in_4bit"] else None
     options = LoadOptions(flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights)
+    if quantized_by(options, pick_device(options.device)) != "bitsandbytes":
+        leave_out_bitsandbytes()
+    return options
+
+
+def load(flags: dict[str, Any]) -> Base:
+    """Load the base that the model options ask for; prints the line that names it."""
+    from ..models import resolve_model
+
+    options = load_options(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
+    return load_chosen(choice, options)
+
+
+def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
+    """Load a model that was found; prints the line that names it."""
+    from transformers.utils import logging
+
+    from ..loading import load_base
+
+    logging.disable_progress_bar()
     base = load_base(choice, options)
     click.echo(base.describe())
     return base

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, _apply, default_set
+from .common import Command, apply_options, default_set
 
 if TYPE_CHECKING:
     from ..bank import AdapterBank
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def adapter_options(function: Command) -> Command:
     """--adapter, --adapters-dir."""
-    return _apply(
+    return apply_options(
         [
             click.option(
                 "--adapter", "adapters", multiple=True, metavar="NAME[:WEIGHT]",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import Command, _apply, default_set, token_set
+from .common import Command, apply_options, default_set, token_set
 
 if TYPE_CHECKING:
     from ..loading import Base
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def rate_options(function: Command) -> Command:
     """--target-rate, --lambda, --goal, --sequence-level, --sequence-steps, --contexts, --kl-to-base, ..."""
-    return _apply(
+    return apply_options(
         [
             click.option("--target-rate", type=float, metavar="R",
                          help="Wanted share of set tokens in the samples; 0 means never."),
@@ -50,16 +50,16 @@ def check_rate_flags(flags: dict[str, Any]) -> None:
     ]  # fmt: skip
     if len(given) > 1:
         raise XFactorError(f"{' and '.join(given)} exclude each other; give one")
-    rules = [name for name in ("contains", "regex", "words", "token_ids") if flags[name] is not None]
+    rules = [name for name in ("contains", "regex", "words", "token_ids") if flags.get(name) is not None]
     if flags["goals"] and rules:
         raise XFactorError(f"--goal names its own set; drop --{rules[0].replace('_', '-')}")
     if not given and flags["target"] and flags["target"].endswith("head"):
         raise XFactorError(f"--target {flags['target']} needs a rate: give --target-rate, --lambda or --goal")
-    if given and flags["preset"]:
+    if given and flags.get("preset"):
         raise XFactorError(f"--preset {flags['preset']} is a uniform target; drop {given[0]}")
     if given and flags["method"] == "full":
         raise XFactorError(f"{given[0]} needs --method lora: the base must stay there to be tilted")
-    if given and (flags["alpha"] != 1.0 or flags["beta"] != 0.0):
+    if given and (flags.get("alpha", 1.0) != 1.0 or flags.get("beta", 0.0) != 0.0):
         raise XFactorError(f"--alpha and --beta belong to the uniform target; drop them or {given[0]}")
 
 

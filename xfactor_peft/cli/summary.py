@@ -17,6 +17,7 @@ from ..targets import TiltedTarget, UniformTarget
 from ..tokens import _describe as describe_rule
 from ..training import TrainOptions, TrainResult
 from .console import console
+from .plan_text import print_measured
 
 
 def print_start(
@@ -105,7 +106,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
     pace = sorted(step.seconds for step in steps)[len(steps) // 2]
     console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
-    console.print(f"peak memory: {_peak(result.base.load_peak)} at load, {_peak(result.train_peak)} in training")
+    print_measured(result)
     console.print(f"saved to {output}", markup=False)
 
 
@@ -139,8 +140,3 @@ def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> 
             f"same rate ({frontier.kl:.4f}, lambda {frontier.strength:.2f})",
             markup=False,
         )
-
-
-def _peak(peaks: dict[str, float]) -> str:
-    text = f"{peaks['rss_mib']:.0f} MiB resident"
-    return text + (f", {peaks['cuda_mib']:.0f} MiB on the GPU" if "cuda_mib" in peaks else "")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import load, model_options, token_options
+from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, objective_options, rate_options
+from .run_options import lora_options, memory_options, plan_run, run_options
+
+if TYPE_CHECKING:
+    from ..budget.plan import Plan
+    from ..loading import LoadOptions
+    from ..models import ModelChoice
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
 SOURCE_PRESET = {
@@ -21,24 +27,13 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.command("train")
 @model_options
 @token_options
-@click.option("--method", type=click.Choice(["lora", "full"]), default="lora", show_default=True)
-@click.option("--lora-r", default=8, show_default=True, help="Rank.")
-@click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r.")
-@click.option("--lora-dropout", default=0.0, show_default=True)
-@click.option(
-    "--target",
-    type=click.Choice(["attention", "mlp", "all", "head", "attention,head", "mlp,head", "all,head"]),
-    help="Which layers carry LoRA; head is the output term of a rate.  "
-    "[default: all; head for a rate; all,head with --sequence-level]",
-)
+@run_options
 @rate_options
 @click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
 @click.option("--steps", default=300, show_default=True)
-@click.option("--batch-size", default=4, show_default=True)
-@click.option("--seq-len", default=64, show_default=True)
 @click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
-@click.option("--optimizer", type=click.Choice(["adam", "adamw"]), default="adam", show_default=True)
+@click.option("--optimizer", type=click.Choice(["adam", "adamw", "adam8bit", "adafactor"]), default="adam", show_default=True)
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
@@ -76,22 +71,26 @@ def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
 
 
 def run(flags: dict[str, Any]) -> None:
-    """Check every flag, load, train with a progress bar, print the summary."""
+    """Check every flag, plan, load, train with a progress bar, print the summary."""
     from dataclasses import replace
 
-    from ..lora import LoraOptions
+    load = load_options(flags, master_weights=flags["method"] == "full")
+
+    from ..models import resolve_model
     from ..runs import default_name, train_to_folder
     from ..training import TrainOptions, default_lora
+    from .plan_text import print_expectation
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
 
-    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed")
+    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed", "grad_accum")
     options = TrainOptions(**{name: flags[name] for name in names})
-    lora = LoraOptions(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all")
-    objective = objective_options(flags)
+    lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
     evaluation = _evaluation(flags)
-    base = load(flags, master_weights=options.method == "full")
+    choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
+    plan = _plan(flags, choice, load)
+    base = load_chosen(choice, load)
     target = make_target(flags, base)
     if not flags["target"]:
         lora = replace(lora, target=default_lora(target, objective).target)
@@ -99,12 +98,36 @@ def run(flags: dict[str, Any]) -> None:
         evaluation = _source_evaluation(base, flags["eval_tokens"])
     output = flags["output"] or Path("adapters") / default_name(target.tokens, options, lora, target)
     print_start(base, target, options, lora, objective)
+    if plan is not None:
+        memory = replace(memory, checkpointing=plan.recomputed)
+        print_expectation(plan)
     steps = options.steps + (objective.sequence_steps if objective.sequence_level else 0)
     with TrainingProgress(steps) as progress:
         result, record = train_to_folder(
-            base, target, output, options, lora, evaluation, objective, force=flags["force"], on_step=progress.update
-        )
+            base, target, output, options, lora, evaluation, objective, memory,
+            plan=plan, force=flags["force"], on_step=progress.update,
+        )  # fmt: skip
     print_summary(result, record, output)
+
+
+def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan | None:
+    """What the run will take; None where that cannot be said, unless a budget depends on it.
+
+    Raises:
+        XFactorError: the run does not fit the budget, or nothing can be said about one.
+    """
+    from ..budget.plan import require_fit
+    from ..errors import XFactorError
+
+    try:
+        plan = plan_run(flags, choice, load)
+    except XFactorError:
+        if flags["memory_budget"]:
+            raise
+        return None
+    if flags["memory_budget"]:
+        require_fit(plan)
+    return plan
 
 
 def _evaluation(flags: dict[str, Any]) -> Any:

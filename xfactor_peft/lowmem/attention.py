@@ -74,7 +74,7 @@ def short_attention(
     if not (
         plain
         and torch.is_grad_enabled()
-        and query.device.type == "cpu"
+        and query.device.type in ("cpu", "meta")
         and query.shape[2] == key.shape[2] <= LONGEST
         and query.shape[3] == value.shape[3]
         and kwargs.get("softcap") is None

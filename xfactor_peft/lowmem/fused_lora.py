@@ -96,7 +96,7 @@ def frozen_linear(
     dtype. Differentiable once, for x, b, A and B; W is constant.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # a dry run on meta is in the trained dtype already
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return frozen_linear(x, weight, bias, lora_a, lora_b, scaling)

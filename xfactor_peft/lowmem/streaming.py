@@ -49,7 +49,7 @@ def load_streaming(
     with own_pages():
         model = _empty_model(folder, dtype)
         if quantization is not None:
-            _replace_layers(model, QUANTIZED[quantization], skip)
+            replace_layers(model, QUANTIZED[quantization], skip)
         sources = _match(model, stored, folder)
         for name, source in sources.items():
             _load_parameter(model, name, source, dtype)
@@ -133,7 +133,7 @@ def _linear_layers(model: PreTrainedModel, skip: tuple[str, ...] | None) -> list
     ]
 
 
-def _replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
+def replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
     for name in _linear_layers(model, skip):
         old = model.get_submodule(name)
         conv1d = isinstance(old, Conv1D)

@@ -1,0 +1,41 @@
+"""This package, with the same recipe as the plain stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from arms import Arm
+
+from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
+
+leave_out_bitsandbytes()  # as the command line does for runs that it takes no part in
+
+from xfactor_peft.head import split
+from xfactor_peft.loading import LoadOptions, load_base
+from xfactor_peft.lora import LoraOptions, add_lora
+from xfactor_peft.losses import kl_loss
+from xfactor_peft.lowmem import prepare_for_training
+from xfactor_peft.models import resolve_model
+
+
+def prepare(arm: Arm, checkpoint: Path, target: torch.Tensor) -> Callable[[Iterator[torch.Tensor]], float]:
+    """A function that makes one training step on the next batch and returns its loss."""
+    base = load_base(resolve_model(str(checkpoint)), LoadOptions(arm.dtype, "cpu", arm.quantization))
+    prepare_for_training(base.model, arm.checkpointing)
+    halves = split(base.model)
+    torch.manual_seed(0)
+    model = add_lora(base.model, LoraOptions(r=8, alpha=16))
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    mask = target > 0
+
+    def step(inputs: Iterator[torch.Tensor]) -> float:
+        loss = kl_loss(halves.hidden(next(inputs)), halves.weight, target, mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

@@ -1,0 +1,188 @@
+"""A training step on the meta device: shapes without values, so the bytes that it saves are exact and cost nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from ..errors import XFactorError
+from ..loading import DTYPES, switch_off_dropout
+from ..lora import LoraOptions, add_lora
+from ..lowmem import prepare_for_training
+from ..lowmem.activations import checkpointed_blocks
+from ..lowmem.streaming import QUANTIZED, replace_layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a run's memory and time, besides the model.
+
+    Attributes:
+        batch: sequences in a micro-batch.
+        length: tokens in a sequence.
+        method: "lora" or "full".
+        sets: rank of the set head, 0 without one.
+    """
+
+    dtype: str
+    quantization: str | None
+    batch: int
+    length: int
+    method: str
+    lora: LoraOptions
+    sets: int = 0
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a model and of one training step on it.
+
+    Attributes:
+        weights: parameters and buffers of the base, tied ones once.
+        largest: the largest tensor in the files.
+        trainable: numbers that train.
+        blocks: bytes that each block saves for backward, in order, when it is not recomputed.
+        rest: bytes saved outside the blocks.
+        block_input: bytes of one block's input, which a recomputed block keeps.
+        vocab_size: V.
+        width: D.
+    """
+
+    weights: int
+    largest: int
+    trainable: int
+    blocks: tuple[int, ...]
+    rest: int
+    block_input: int
+    vocab_size: int
+    width: int
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        XFactorError: there is none that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise XFactorError(f"{folder} holds no configuration that can be planned with: {error}") from error
+
+
+def build(config: PretrainedConfig, shape: Shape, device: str) -> nn.Module:
+    """The model of `config` as it would train: quantised, wrapped with LoRA, activations made small.
+
+    On the meta device it has no values, elsewhere uninitialised ones for the base.
+    """
+    stored = torch.float32 if shape.method == "full" else DTYPES[shape.dtype]
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=stored)
+    if shape.quantization is not None:
+        replace_layers(model, QUANTIZED[shape.quantization], None)
+    model.requires_grad_(False)
+    switch_off_dropout(model)
+    if device != "meta":
+        model.to_empty(device=device)
+    model.tie_weights()
+    if shape.method == "full":
+        model.requires_grad_(True)
+    else:
+        model = add_lora(model, shape.lora, sets=shape.sets)
+    prepare_for_training(model)
+    return model.train()
+
+
+def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
+    """Run the trunk of the model on the meta device and count what it saves.
+
+    Raises:
+        XFactorError: the model does something that needs real values.
+    """
+    try:
+        model = build(config, shape, "meta")
+        base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        saved, block_input = _saved_bytes(base, shape)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise XFactorError(f"{config.model_type} cannot be planned without loading it: {reason}") from error
+    blocks = len(checkpointed_blocks(base))
+    tensors = {t.untyped_storage()._cdata: t for n, t in _base_tensors(base)}
+    head = base.get_output_embeddings()
+    return StepMemory(
+        weights=sum(t.numel() * t.element_size() for t in tensors.values()),
+        largest=max(t.numel() for t in tensors.values()) * 4,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        blocks=tuple(saved[i] for i in range(blocks)),
+        rest=saved[None],
+        block_input=block_input,
+        vocab_size=head.weight.shape[0],
+        width=head.weight.shape[1],
+    )
+
+
+def _base_tensors(model: nn.Module):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "lora_" not in name:
+            yield name, tensor
+
+
+def _saved_bytes(base: PreTrainedModel, shape: Shape) -> tuple[dict[int | None, int], int]:
+    """Bytes saved for backward by each block (by number) and outside (None), and the bytes of a block's input."""
+    kept = {t.untyped_storage()._cdata for t in (*base.parameters(), *base.buffers())}
+    saved: dict[int | None, int] = defaultdict(int)
+    place: list[int | None] = [None]
+    alive = []  # a freed storage's address could come again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
+            kept.add(storage._cdata)
+            saved[place[0]] += storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    def entering(index: int | None):
+        return lambda *_: place.__setitem__(0, index)
+
+    hooks = []
+    for index, block in enumerate(checkpointed_blocks(base)):
+        hooks += [block.register_forward_pre_hook(entering(index)), block.register_forward_hook(entering(None))]
+    ids = torch.zeros(shape.batch, shape.length, dtype=torch.long, device="meta")
+    full_bf16 = shape.method == "full" and shape.dtype == "bf16"
+    try:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=full_bf16),
+            _no_look_at_positions(),
+            mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
+        ):
+            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return saved, hidden.numel() * hidden.element_size()
+
+
+def _no_look_at_positions():
+    """transformers looks for packed sequences in the values of the positions, which a meta tensor has none of."""
+    name = "find_packed_sequence_indices"
+    return mock.patch.object(masking_utils, name, lambda *_: None) if hasattr(masking_utils, name) else nullcontext()
+
+
+def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """The kernel that runs on a CPU; on the meta device torch would choose one that saves T x T probabilities."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -1,0 +1,111 @@
+"""Peak memory of a training run, from what a dry run of one step counts.
+
+    peak = here + weights + 16 n + saved + workspace
+
+n numbers train with a float32 value, a gradient and Adam's two moments each (4 + 4 + 8 bytes; in full fine-tuning the
+value is among the weights already). A recomputed block keeps its input alone, and one of them at a time is whole again:
+
+    saved = rest + sum over the last blocks of what they save + k block_input + (one block, if k > 0)
+
+`workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
+way through a block. On a CPU `here` is what the process holds before it loads anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..losses import CHUNK_BYTES
+from ..lowmem.int8_matmul import PRODUCT_BYTES
+from .dry_run import Shape, StepMemory
+
+LOSS_CHUNKS = {False: 3.5, True: 5.5}
+"""Buffers of one chunk of logits that are alive at once: without and with a teacher's beside the student's."""
+BLOCK_TENSORS = 6
+"""Tensors of the MLP's width, in the computation's dtype, that one block's backward holds besides what was saved."""
+RUNTIME = 48 * 2**20
+"""Compiled kernels, thread stacks and the allocator's own, which appear with the first step on a CPU."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes, part by part; `total` is the peak."""
+
+    here: int
+    weights: int
+    trained: int
+    saved: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.here + self.weights + self.trained + self.saved + self.workspace
+
+
+def predict(step: StepMemory, shape: Shape, recomputed: int, *, here: int, teacher: bool = False) -> Prediction:
+    """Peak of a run in which the first `recomputed` blocks are checkpointed; `here` is 0 on CUDA."""
+    blocks = step.blocks[recomputed:]
+    again = max(step.blocks[:recomputed], default=0)
+    saved = step.rest + sum(blocks) + recomputed * step.block_input + again
+    full = shape.method == "full"
+    trained = step.trainable * (12 if full else 16)
+    if full and shape.dtype == "bf16":
+        trained += 2 * step.trainable  # the bf16 copies that autocast makes and keeps through the step
+    return Prediction(here, step.weights, trained, saved, _workspace(step, shape, teacher) + (RUNTIME if here else 0))
+
+
+def _workspace(step: StepMemory, shape: Shape, teacher: bool) -> int:
+    positions = shape.batch * shape.length
+    size = 4 if shape.dtype == "fp32" else 2
+    wide = 4 * step.width
+    loss = LOSS_CHUNKS[teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
+    block = BLOCK_TENSORS * positions * wide * size
+    if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
+        loss += 3 * 4 * step.vocab_size * step.width
+    return int(max(loss, block)) + _scratch(step, shape, positions * wide)
+
+
+def _scratch(step: StepMemory, shape: Shape, outputs: int) -> int:
+    """Buffers that quantised layers share: float32 and int32 products with int8 codes, or one dequantised weight."""
+    if shape.quantization == "int8":
+        piece = min(PRODUCT_BYTES, 4 * outputs)
+        return 3 * piece + piece // 4
+    if shape.quantization == "nf4":
+        return 4 * step.width * step.width * (4 if shape.dtype == "fp32" else 2)
+    return 0
+
+
+def resident() -> int:
+    """Bytes that this process has in memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still take: of the GPU, or of the machine within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_control_group()])
+
+
+def _control_group() -> list[int]:
+    """What a container's limit leaves, as a list of one number, or of none without a limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return [] if limit == "max" else [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):
+        return []
+
+
+def blocks_to_recompute(
+    step: StepMemory, shape: Shape, budget: int, *, here: int, teacher: bool = False
+) -> int | None:
+    """The smallest number of checkpointed blocks whose predicted peak is within `budget` bytes; None if none is."""
+    for count in range(len(step.blocks) + 1):
+        if predict(step, shape, count, here=here, teacher=teacher).total <= budget:
+            return count
+    return None

@@ -1,0 +1,161 @@
+"""A plan: predicted memory and time of a run, whether it fits, and which flags would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ..contexts import check_length
+from ..errors import XFactorError
+from ..loading import Base
+from .dry_run import Shape, StepMemory, measure_step, read_config
+from .memory_model import Prediction, blocks_to_recompute, free_memory, predict, resident
+from .options import MemoryOptions, mib
+from .time_probe import probe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is expected to take.
+
+    Attributes:
+        memory: predicted peak, bytes, part by part.
+        budget: bytes it may take in all: `--memory-budget`, or what the process has and the machine has free.
+        recomputed: checkpointed blocks, of `blocks`.
+        seconds: a step; None when it was not measured.
+        advice: flags that would make it fit, with their predicted peak in bytes; empty when it fits.
+    """
+
+    memory: Prediction
+    budget: int
+    recomputed: int
+    blocks: int
+    seconds: float | None
+    advice: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.budget
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.memory.total, "fits": self.fits}
+
+
+def make_plan(
+    folder: Path,
+    shape: Shape,
+    options: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
+    *,
+    grad_accum: int = 1,
+    teacher: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    time: bool = True,
+) -> Plan:
+    """Predict a run on the model in `folder`, of which only the configuration is read.
+
+    Args:
+        teacher: the objective holds the base's states beside the model's (a rate, or `--kl-to-base`).
+        time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
+
+    Raises:
+        XFactorError: the configuration cannot be planned with.
+    """
+    config = read_config(folder)
+    check_length(config, shape.length)
+    step = measure_step(config, shape)
+    here = resident() if device.type == "cpu" else 0
+    budget = options.budget or here + free_memory(device)
+    count = chosen_blocks(step, shape, options, budget, here=here, teacher=teacher)
+    memory = predict(step, shape, count, here=here, teacher=teacher)
+    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, here, teacher))
+    seconds = None
+    if time and device.type == "cpu" and not teacher:
+        seconds = probe(config, shape, recompute=count > 0).step(len(step.blocks), count, grad_accum)
+    return Plan(memory, budget, count, len(step.blocks), seconds, advice)
+
+
+def chosen_blocks(
+    step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, here: int, teacher: bool
+) -> int:
+    """How many blocks `--checkpointing` recomputes; with "auto" all of them when no number is enough."""
+    if options.checkpointing != "auto":
+        return {"off": 0, "on": len(step.blocks)}.get(options.checkpointing, options.checkpointing)
+    count = blocks_to_recompute(step, shape, budget, here=here, teacher=teacher)
+    return len(step.blocks) if count is None else count
+
+
+def recompute_in(
+    base: Base, shape: Shape, options: MemoryOptions, *, teacher: bool = False
+) -> int:
+    """How many blocks of a loaded base to recompute.
+
+    Raises:
+        XFactorError: "auto" has a budget, and the model cannot be planned with.
+    """
+    if isinstance(options.checkpointing, int) or options.checkpointing == "off":
+        return int(options.checkpointing != "off" and options.checkpointing)
+    try:
+        step = measure_step(base.model.config, shape)
+    except XFactorError:
+        if options.checkpointing == "auto" and options.budget is None:
+            return 0
+        raise
+    here = max(1, resident() - step.weights) if base.device.type == "cpu" else 0
+    budget = options.budget or resident() + free_memory(base.device)
+    return chosen_blocks(step, shape, options, budget, here=here, teacher=teacher)
+
+
+def _advice(
+    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, here: int, teacher: bool
+) -> Iterator[tuple[str, int]]:
+    """Changes of flags that fit, the mildest first, at most three; with none, the smallest there is."""
+    found, smallest = 0, ("", 1 << 62)
+    for flags, changed in _candidates(shape, grad_accum):
+        step = measure_step(config, changed)
+        total = predict(step, changed, len(step.blocks), here=here, teacher=teacher).total
+        smallest = min(smallest, (flags, total), key=lambda pair: pair[1])
+        if total <= budget:
+            yield flags, total
+            found += 1
+        if found == 3:
+            return
+    if not found:
+        yield smallest
+
+
+def _candidates(shape: Shape, grad_accum: int) -> Iterator[tuple[str, Shape]]:
+    """(flags, shape) with every block recomputed: as asked, quantised, with micro-batches, shorter."""
+    lora = replace(shape, method="lora")
+    start = "--checkpointing on" if shape.method == "lora" else "--method lora --checkpointing on"
+    kinds = [("", shape.quantization)]
+    kinds += [(flag, kind) for flag, kind in ((" --load-in-8bit", "int8"), (" --load-in-4bit", "nf4"))]
+    kinds = kinds[: 1 if shape.quantization == "nf4" else 3]
+    for flag, kind in kinds:
+        if flag and kind == shape.quantization:
+            continue
+        yield start + flag, replace(lora, quantization=kind)
+    flag, kind = kinds[-1]
+    batch = shape.batch
+    while batch > 1:
+        batch //= 2
+        accumulation = -(-shape.batch * grad_accum // batch)
+        flags = f"{start}{flag} --batch-size {batch} --grad-accum {accumulation}"
+        yield flags, replace(lora, quantization=kind, batch=batch)
+    if shape.length > 64:
+        flags = f"{start}{flag} --batch-size 1 --grad-accum {shape.batch * grad_accum} --seq-len 64"
+        yield flags, replace(lora, quantization=kind, batch=1, length=64)
+
+
+def require_fit(plan: Plan) -> None:
+    """Raises XFactorError, with the flags that would help, for a plan that does not fit its budget."""
+    if plan.fits:
+        return
+    best = "; ".join(f"`{flags}` (about {mib(total)})" for flags, total in plan.advice)
+    enough = any(total <= plan.budget for _, total in plan.advice)
+    hint = f"these flags would fit: {best}" if enough else f"the smallest that this model can do is {best}"
+    raise XFactorError(f"the run needs about {mib(plan.memory.total)}, more than the {mib(plan.budget)} allowed; {hint}")

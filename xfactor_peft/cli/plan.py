@@ -1,0 +1,32 @@
+"""`xfactor plan`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import load_options, model_options
+from .rate import check_rate_flags, rate_options
+from .run_options import plan_run, run_options
+
+
+@click.command("plan")
+@model_options
+@run_options
+@rate_options
+def command(**flags: Any) -> None:  # fmt: skip
+    """Predict peak memory and time of `xfactor train` with the same flags, before anything is loaded.
+
+    Exit status 1 when the run does not fit.
+    """
+    from ..models import resolve_model
+    from .plan_text import print_plan
+
+    check_rate_flags(flags)
+    choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
+    click.echo(f"model {choice.name} ({choice.reason})")
+    plan = plan_run(flags, choice, load_options(flags, master_weights=flags["method"] == "full"))
+    print_plan(plan)
+    if not plan.fits:
+        raise SystemExit(1)
