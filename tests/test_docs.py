@@ -10,7 +10,7 @@ import pytest
 from tests.test_cli import run  # noqa: F401 (a fixture)
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {"adapters.md": [], "export.md": ["gguf"], "swap.md": []}  # page -> optional packages that it needs
+PAGES = {"adapters.md": [], "low-memory.md": [], "export.md": ["gguf"], "swap.md": []}  # page -> optional packages that it needs
 
 
 @pytest.fixture
