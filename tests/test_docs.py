@@ -10,7 +10,14 @@ import pytest
 from tests.test_cli import run  # noqa: F401 (a fixture)
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {"adapters.md": [], "low-memory.md": [], "export.md": ["gguf"], "swap.md": []}  # page -> optional packages that it needs
+# page -> optional packages that it needs
+PAGES = {
+    "adapters.md": [],
+    "export.md": ["gguf"],
+    "low-memory.md": [],
+    "swap.md": [],
+    "trainer.md": ["tensorboard"],
+}
 
 
 @pytest.fixture

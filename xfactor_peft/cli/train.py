@@ -10,11 +10,13 @@ import click
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, objective_options, rate_options
 from .run_options import lora_options, memory_options, plan_run, run_options
+from .tracking import tracking, tracking_options
 
 if TYPE_CHECKING:
     from ..budget.plan import Plan
     from ..loading import LoadOptions
     from ..models import ModelChoice
+    from ..training import Step
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
 SOURCE_PRESET = {
@@ -45,6 +47,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
     help="Where to write.  [default: adapters/NAME]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@tracking_options
 @click.option(
     "--preset",
     type=click.Choice(["source"]),
@@ -78,6 +81,7 @@ def run(flags: dict[str, Any]) -> None:
 
     from ..models import resolve_model
     from ..runs import default_name, train_to_folder
+    from ..tracking import check_trackers
     from ..training import TrainOptions, default_lora
     from .plan_text import print_expectation
     from .progress import TrainingProgress
@@ -87,6 +91,7 @@ def run(flags: dict[str, Any]) -> None:
     options = TrainOptions(**{name: flags[name] for name in names})
     lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
+    check_trackers(flags["trackers"])
     evaluation = _evaluation(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
     plan = _plan(flags, choice, load)
@@ -102,11 +107,18 @@ def run(flags: dict[str, Any]) -> None:
         memory = replace(memory, checkpointing=plan.recomputed)
         print_expectation(plan)
     steps = options.steps + (objective.sequence_steps if objective.sequence_level else 0)
-    with TrainingProgress(steps) as progress:
-        result, record = train_to_folder(
-            base, target, output, options, lora, evaluation, objective, memory,
-            plan=plan, force=flags["force"], on_step=progress.update,
-        )  # fmt: skip
+    with tracking(flags, output.name, options.record()) as trackers:
+        with TrainingProgress(steps) as progress:
+
+            def on_step(step: Step) -> None:
+                progress.update(step)
+                trackers(step)
+
+            result, record = train_to_folder(
+                base, target, output, options, lora, evaluation, objective, memory,
+                plan=plan, force=flags["force"], on_step=on_step,
+            )  # fmt: skip
+        trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
     print_summary(result, record, output)
 
 

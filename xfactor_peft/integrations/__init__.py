@@ -1,0 +1,1 @@
+"""This package's objectives inside other people's tools."""
