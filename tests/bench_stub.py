@@ -13,8 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
-from bench.plan import Run
-from bench.store import write
+try:
+    from benchmarks.bench.plan import Run
+    from benchmarks.bench.store import write
+except ImportError:  # as a program it finds the folder itself on its path
+    from bench.plan import Run
+    from bench.store import write
 
 PROVENANCE = {
     "created": "2026-01-02T03:04:05+00:00",

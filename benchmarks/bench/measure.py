@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 import xfactor_peft as xf
 from xfactor_peft.cli.train import SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K
@@ -84,6 +85,8 @@ class Probe:
 
 
 def train(run: Run, base: Base, tokens: xf.TokenSet, on_step: Callable[[Step], None], lr: float | None) -> TrainResult:
+    """One training run. Accelerate keeps the first precision that a process uses, so it is made to forget it."""
+    AcceleratorState._reset_state()
     arm, settings = run.arm, run.settings
     options = xf.TrainOptions(
         method=arm.method,
@@ -205,6 +208,7 @@ def _cost(result: TrainResult) -> dict[str, Any]:
         "set_mass": [round(step.set_mass, 6) for step in history],
         "seconds": [round(step.seconds, 5) for step in history],
         "trainable_parameters": result.parameters,
+        "recomputed_blocks": result.recomputed_blocks,
         "target_modules": result.modules,
         "file_bytes": saved_bytes(result),
         "load_peak": result.base.load_peak,

@@ -91,7 +91,8 @@ def save_png(results: Results, folder: Path) -> list[Path]:
 def svg(figure: Figure) -> bytes:
     """The figure as SVG, without a date so that equal results give equal files."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "xfactor"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()
 
@@ -101,7 +102,6 @@ def _style(theme: Theme) -> dict:
         "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": theme.faint, "axes.labelcolor": theme.ink,
         "text.color": theme.ink, "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint,
         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False,
-        "svg.fonttype": "path", "svg.hashsalt": "xfactor",
     }  # fmt: skip
 
 
