@@ -25,7 +25,12 @@ def run(folder: Path, words: list[str]) -> str:
     """Run one command line of this project in `folder`, without a network."""
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder), "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, ROOT / "cli.py", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "cli.py", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

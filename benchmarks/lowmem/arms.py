@@ -11,6 +11,7 @@ class Arm:
 
     Attributes:
         stored: "fp32", "bf16", "int8" or "nf4"; quantised arms compute in bf16.
+        decode: instead of training, continue one prompt token by token; a step is a token.
         against: the plain arm whose step time this one is divided by.
         most_mib: peak to stay below, MiB, or None.
         most_ratio: step time over that of `against` to stay below, or None.
@@ -22,6 +23,7 @@ class Arm:
     checkpointing: bool = False
     length: int = 64
     method: str = "lora"
+    decode: bool = False
     against: str | None = None
     most_mib: int | None = None
     most_ratio: float | None = None
@@ -46,6 +48,10 @@ ARMS = (
     Arm("plain 4-bit", "plain", "nf4"),
     Arm("plain bf16", "plain", "bf16"),
     Arm("plain full fine-tuning fp32", "plain", "fp32", method="full"),
+    Arm("decoding, 8-bit", "ours", "int8", decode=True, against="decoding, plain bf16", most_ratio=1.0),
+    Arm("decoding, 4-bit", "ours", "nf4", decode=True, against="decoding, plain bf16"),
+    Arm("decoding, plain bf16", "plain", "bf16", decode=True),
+    Arm("decoding, plain 8-bit", "plain", "int8", decode=True, against="decoding, plain bf16"),
 )
 PARITY = {  # share by which 50 losses may differ from those of plain fp32 LoRA with the same seed and inputs
     Arm("bf16", "ours", "bf16"): 0.01,

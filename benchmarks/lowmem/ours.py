@@ -8,10 +8,6 @@ from pathlib import Path
 import torch
 from arms import Arm
 
-from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
-
-leave_out_bitsandbytes()  # as the command line does for runs that it takes no part in
-
 from xfactor_peft.head import split
 from xfactor_peft.loading import LoadOptions, load_base
 from xfactor_peft.lora import LoraOptions, add_lora
@@ -20,13 +16,17 @@ from xfactor_peft.lowmem import prepare_for_training
 from xfactor_peft.models import resolve_model
 
 
+def load(arm: Arm, checkpoint: Path) -> torch.nn.Module:
+    return load_base(resolve_model(str(checkpoint)), LoadOptions(arm.dtype, "cpu", arm.quantization)).model
+
+
 def prepare(arm: Arm, checkpoint: Path, target: torch.Tensor) -> Callable[[Iterator[torch.Tensor]], float]:
     """A function that makes one training step on the next batch and returns its loss."""
-    base = load_base(resolve_model(str(checkpoint)), LoadOptions(arm.dtype, "cpu", arm.quantization))
-    prepare_for_training(base.model, arm.checkpointing)
-    halves = split(base.model)
+    model = load(arm, checkpoint)
+    prepare_for_training(model, arm.checkpointing)
+    halves = split(model)
     torch.manual_seed(0)
-    model = add_lora(base.model, LoraOptions(r=8, alpha=16))
+    model = add_lora(model, LoraOptions(r=8, alpha=16))
     model.train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     mask = target > 0

@@ -61,7 +61,7 @@ def where() -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "versions": {name: version(name) for name in names},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
 
 
@@ -87,7 +87,9 @@ def main() -> None:
             few = max(4, options.steps // 3) if arm.length > 64 or arm.method == "full" else options.steps
             result = run_arm(arm, options.checkpoint, few)
             runs.setdefault(arm.name, []).append(result)
-            print(arm.name, result.get("error") or f"{max(result['load_peak'], result['train_peak']):.0f} MiB", flush=True)
+            print(
+                arm.name, result.get("error") or f"{max(result['load_peak'], result['train_peak']):.0f} MiB", flush=True
+            )
     record["rows"] = summarise(runs)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "lowmem.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

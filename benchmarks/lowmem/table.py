@@ -37,8 +37,8 @@ def summarise(runs: dict[str, list[dict]]) -> list[dict]:
 def render(record: dict) -> str:
     """The table, with every wanted figure beside the measured one."""
     lines = [
-        "| GPT-2 Medium's shape, random weights, B4 × T64, LoRA r = 8 on attention and MLP | peak, MiB | at load | s/step "
-        "| × plain |",
+        "| GPT-2 Medium's shape, random weights, B4 × T64, LoRA r = 8 on attention and MLP | peak, MiB | at load "
+        "| s/step or s/token | × plain |",
         "|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -47,7 +47,7 @@ def render(record: dict) -> str:
             continue
         peak = _against(row["peak_mib"], row["most_mib"], "{:,.0f}")
         ratio = "" if row["ratio"] is None else _against(row["ratio"], row["most_ratio"], "{:.2f}")
-        lines.append(f"| {row['name']} | {peak} | {row['load_mib']:,.0f} | {row['seconds']:.2f} | {ratio} |")
+        lines.append(f"| {row['name']} | {peak} | {row['load_mib']:,.0f} | {row['seconds']:.3f} | {ratio} |")
     parity = ", ".join(f"{name} {value:.2%}" for name, value in record["parity"].items())
     lines += [
         "",

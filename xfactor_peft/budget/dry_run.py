@@ -177,7 +177,7 @@ def _saved_bytes(base: PreTrainedModel, shape: Shape) -> tuple[dict[int | None, 
 def _no_look_at_positions():
     """transformers looks for packed sequences in the values of the positions, which a meta tensor has none of."""
     name = "find_packed_sequence_indices"
-    return mock.patch.object(masking_utils, name, lambda *_: None) if hasattr(masking_utils, name) else nullcontext()
+    return mock.patch.object(masking_utils, name, return_value=None) if hasattr(masking_utils, name) else nullcontext()
 
 
 def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):

@@ -101,9 +101,7 @@ def _control_group() -> list[int]:
         return []
 
 
-def blocks_to_recompute(
-    step: StepMemory, shape: Shape, budget: int, *, here: int, teacher: bool = False
-) -> int | None:
+def blocks_to_recompute(step: StepMemory, shape: Shape, budget: int, *, here: int, teacher: bool = False) -> int | None:
     """The smallest number of checkpointed blocks whose predicted peak is within `budget` bytes; None if none is."""
     for count in range(len(step.blocks) + 1):
         if predict(step, shape, count, here=here, teacher=teacher).total <= budget:

@@ -17,8 +17,8 @@ class MemoryOptions:
     """How a run keeps its memory small.
 
     Attributes:
-        checkpointing: "on" recomputes every block in backward (Chen et al. 2016, arXiv:1604.06174), "off" none, a number
-            so many of the first blocks, "auto" as few of them as keep the predicted peak inside `budget`.
+        checkpointing: "on" recomputes every block in backward (Chen et al. 2016, arXiv:1604.06174), "off" none, a
+            number so many of the first blocks, "auto" as few of them as keep the predicted peak inside `budget`.
         budget: bytes; None means what this machine has free.
 
     Raises:

@@ -89,9 +89,7 @@ def chosen_blocks(
     return len(step.blocks) if count is None else count
 
 
-def recompute_in(
-    base: Base, shape: Shape, options: MemoryOptions, *, teacher: bool = False
-) -> int:
+def recompute_in(base: Base, shape: Shape, options: MemoryOptions, *, teacher: bool = False) -> int:
     """How many blocks of a loaded base to recompute.
 
     Raises:
@@ -158,4 +156,6 @@ def require_fit(plan: Plan) -> None:
     best = "; ".join(f"`{flags}` (about {mib(total)})" for flags, total in plan.advice)
     enough = any(total <= plan.budget for _, total in plan.advice)
     hint = f"these flags would fit: {best}" if enough else f"the smallest that this model can do is {best}"
-    raise XFactorError(f"the run needs about {mib(plan.memory.total)}, more than the {mib(plan.budget)} allowed; {hint}")
+    raise XFactorError(
+        f"the run needs about {mib(plan.memory.total)}, more than the {mib(plan.budget)} allowed; {hint}"
+    )
