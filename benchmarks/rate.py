@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 import warnings
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from bench.provenance import provenance
 
 import xfactor_peft as xf
 from xfactor_peft.head import SplitModel, split
@@ -121,16 +119,8 @@ def headline(record: dict) -> str:
 
 
 def where(options: argparse.Namespace) -> dict:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "settings": {"model": options.model, "threads": options.threads, "sequence_steps": options.sequence_steps},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "xfactor-peft")},
-        "machine": f"{platform.processor() or platform.machine()}, {options.threads} threads",
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
+    settings = {"model": options.model, "threads": options.threads, "sequence_steps": options.sequence_steps}
+    return {"settings": settings, **provenance()}
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from arms import BATCH, Arm
 
 from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
 from xfactor_peft.memory import peak_rss, reset_peak
+
+from .arms import BATCH, Arm
 
 SET_SIZE = 90
 """Tokens of GPT-2's vocabulary that contain "X". Which ones they are makes no difference to memory or time."""
@@ -53,7 +54,7 @@ def run(arm: Arm, checkpoint: Path, steps: int) -> dict:
     target /= target.sum()
     if arm.stack == "ours":
         leave_out_bitsandbytes()  # as the command line does for runs that it takes no part in
-    stack = importlib.import_module(arm.stack)
+    stack = importlib.import_module(f".{arm.stack}", __package__)
     if arm.decode:
         step, steps = decoding(stack.load(arm, checkpoint)), TOKENS
     else:

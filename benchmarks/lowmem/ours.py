@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from arms import Arm
 
 from xfactor_peft.head import split
 from xfactor_peft.loading import LoadOptions, load_base
@@ -14,6 +13,8 @@ from xfactor_peft.lora import LoraOptions, add_lora
 from xfactor_peft.losses import kl_loss
 from xfactor_peft.lowmem import prepare_for_training
 from xfactor_peft.models import resolve_model
+
+from .arms import Arm
 
 
 def load(arm: Arm, checkpoint: Path) -> torch.nn.Module:

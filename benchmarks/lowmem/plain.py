@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from arms import Arm
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from .arms import Arm
 
 
 def load(arm: Arm, checkpoint: Path) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """GPT-2 Medium's shape on a small machine: memory and step time of this package and of the usual stack.
 
-    python benchmarks/lowmem/run.py                 everything: parity first, then the table
-    python benchmarks/lowmem/run.py --rounds 3      each arm three times, in turn; medians count
+    python benchmarks/memory.py                 everything: parity first, then the table
+    python benchmarks/memory.py --rounds 3      each arm three times, in turn; medians count
 
 The weights are random (tools/make_checkpoint.py), which changes neither memory nor time, and the table says so. Each
 run of an arm is a process of its own. First 50 steps of LoRA in bf16 and in 8 bits must follow plain fp32 LoRA with the
@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from arms import ARMS, PARITY, REFERENCE, Arm
-from table import render, summarise
+from bench.provenance import provenance
+
+from .arms import ARMS, PARITY, REFERENCE, Arm
+from .table import render, summarise
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,8 +29,8 @@ RESULTS = HERE.parent / "results" / "lowmem"
 
 def run_arm(arm: Arm, checkpoint: Path, steps: int) -> dict:
     """The arm's result, or its last line of error under "error"."""
-    command = [sys.executable, str(HERE / "arm.py"), json.dumps(asdict(arm)), str(checkpoint), str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "lowmem.arm", json.dumps(asdict(arm)), str(checkpoint.resolve()), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"]
         return {"arm": asdict(arm), "error": lines[-1]}
@@ -51,20 +49,6 @@ def check_parity(checkpoint: Path, steps: int) -> dict[str, float]:
     return worst
 
 
-def where() -> dict:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    names = ("torch", "transformers", "peft", "bitsandbytes")
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {name: version(name) for name in names},
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "build" / "gpt2-medium-random")
@@ -77,7 +61,7 @@ def main() -> None:
     if not (options.checkpoint / "config.json").is_file():
         maker = ROOT / "tools" / "make_checkpoint.py"
         subprocess.run([sys.executable, maker, options.checkpoint, "--shape", "gpt2-medium"], check=True)
-    record = {**where(), "rounds": options.rounds, "steps": options.steps}
+    record = {**provenance(), "rounds": options.rounds, "steps": options.steps}
     record["parity"] = check_parity(options.checkpoint, options.parity_steps)
     runs: dict[str, list[dict]] = {}
     for _ in range(options.rounds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from arms import ARMS
+from .arms import ARMS
 
 WARM_UP = 2
 
@@ -48,10 +48,11 @@ def render(record: dict) -> str:
         peak = _against(row["peak_mib"], row["most_mib"], "{:,.0f}")
         ratio = "" if row["ratio"] is None else _against(row["ratio"], row["most_ratio"], "{:.2f}")
         lines.append(f"| {row['name']} | {peak} | {row['load_mib']:,.0f} | {row['seconds']:.3f} | {ratio} |")
+    hardware = f"{record['hardware']['cpu']}, {record['hardware']['cores']} cores"
     parity = ", ".join(f"{name} {value:.2%}" for name, value in record["parity"].items())
     lines += [
         "",
-        f"Largest difference of the loss from plain fp32 LoRA: {parity}. {record['machine']}; medians over "
+        f"Largest difference of the loss from plain fp32 LoRA: {parity}. {hardware}; medians over "
         f"{record['rounds']} runs of each arm in turn, every run a process of its own; peak is VmHWM.",
     ]
     return "\n".join(lines) + "\n"
