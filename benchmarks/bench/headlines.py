@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from . import arms
 from .results import Results, Row
-from .tables import number, size
+from .tables import model_name, number, size
 
 PREFERRED = (arms.LORA_INT8, arms.LORA_NF4, arms.LORA_BF16, arms.LORA_FP32)
 Show = Callable[[float], str]
@@ -26,7 +26,7 @@ class Headline:
 def headlines(results: Results) -> list[Headline]:
     """As many as there are results for; every figure is one of the tables'."""
     shape = results.of("shape")
-    where = f"at the shape of {shape[0].model.removesuffix('-shape')}" if shape else ""
+    where = f"at the shape of {model_name(shape[0].model)}" if shape else ""
     wanted: list[tuple[str, str, str, Show, str]] = [  # title, group, metric, how to show it, note
         ("R, share of set tokens", "train", "rate", number, "sampled"),
         (

@@ -17,8 +17,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarForm
 from . import arms
 from .arms import Arm
 from .results import Results, Row
+from .tables import model_name
 
-WIDTH = 4.8
+WIDTH = 4.4
 FLAT = ("memory", "time")
 """Figures of a few bars, two of which take the place of one other."""
 _COLOURS = {
@@ -68,10 +69,10 @@ def figures(results: Results, theme: Theme) -> dict[str, tuple[Figure, str]]:
                 name = "source-loss" + (f"-{index}" if index else "")
                 made[name] = (
                     _source_curves(results, rows),
-                    f"The source's rates on {Path(model).name}: loss over the steps.",
+                    f"The source’s rates on {model_name(model)}: loss over the steps.",
                 )
         if shape:
-            where = f"At the shape of {shape[0].model.removesuffix('-shape')}, random weights"
+            where = f"At the shape of {model_name(shape[0].model)}, random weights"
             made["memory"] = _bars(shape, "train_peak", "peak of training, GiB", 1 / 1024), f"{where}: peak memory."
             made["time"] = _bars(shape, "step_seconds", "seconds a step", 1.0), f"{where}: time of a step."
     return made
@@ -114,7 +115,7 @@ def _new(height: float) -> tuple[Figure, Axes]:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=2, fontsize=7.5, handlelength=1.4, columnspacing=1.2
+        handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, handlelength=1.4, columnspacing=1.2
     )
 
 
@@ -154,7 +155,7 @@ def _loss_curves(results: Results, rows: list[Row]) -> Figure:
     shades = colours(rows)
     for row in rows:
         if row.arm in _COLOURS or len(rows) <= 10:  # a whole grid of ranks would be a tangle
-            _curve(axes, row, shades[row.arm], row.label)
+            _curve(axes, row, shades[row.arm], _short(row))
     _floor_line(axes, results, rows)
     _log_axis(axes)
     axes.set_xlabel("step")
@@ -168,7 +169,7 @@ def _source_curves(results: Results, rows: list[Row]) -> Figure:
     rates = sorted({row.lr for row in rows})
     for row in rows:
         full = row.arm.method == "full"
-        colour = plt.get_cmap("viridis")(0.1 + 0.75 * rates.index(row.lr) / max(1, len(rates) - 1))
+        colour = plt.get_cmap("viridis")(0.25 + 0.65 * rates.index(row.lr) / max(1, len(rates) - 1))
         _curve(
             axes, row, colour, f"{'full' if full else 'LoRA r=' + str(row.arm.r)}, lr {row.lr:g}", "-" if full else "--"
         )
@@ -189,7 +190,7 @@ def _rate_against_kl(results: Results, rows: list[Row], theme: Theme) -> Figure:
     for row in rows:
         points = [(r["scores"]["kl_from_base"], r["scores"]["rate"]) for r in row.good]
         marker = "o" if row.arm.method == "full" else "D"
-        axes.plot(*zip(*points, strict=True), marker, color=shades[row.arm], ms=5, alpha=0.85, label=row.label)
+        axes.plot(*zip(*points, strict=True), marker, color=shades[row.arm], ms=5, alpha=0.85, label=_short(row))
     axes.set_xlabel("KL(model || base), nats per token")
     axes.set_ylabel("R, sampled")
     axes.set_ylim(-0.03, 1.03)
@@ -214,4 +215,5 @@ def _bars(rows: list[Row], metric: str, label: str, unit: float) -> Figure:
 
 
 def _short(row: Row) -> str:
+    """The label without what most arms have in common."""
     return row.label.replace(", attention + MLP", "")

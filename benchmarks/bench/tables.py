@@ -149,17 +149,15 @@ def all_tables(results: Results) -> dict[str, Table]:
     found: dict[str, Table] = {}
     if main:
         model, settings = main[0].model, main[0].settings
-        found["text"] = table(
-            results, main, TEXT, f"{_name(model)}: what training does to the text. {_settings(settings)}"
-        )
-        found["cost"] = table(results, results.of("train"), COST, f"{_name(model)}: what it costs.")
+        found["text"] = table(results, main, TEXT, f"Text of {model_name(model)} after training. {_settings(settings)}")
+        found["cost"] = table(results, results.of("train"), COST, f"Cost on {model_name(model)}.")
     for model in dict.fromkeys(row.model for row in results.of("source")):
         rows = results.of("source", model=model)
-        caption = f"{_name(model)}: the source's rates. {_settings(rows[0].settings)}"
+        caption = f"The source’s rates on {model_name(model)}. {_settings(rows[0].settings)}"
         found[f"source-{len(found)}"] = table(results, rows, SOURCE, caption)
     shape = results.of("shape")
     if shape:
-        name, settings = shape[0].model.removesuffix("-shape"), shape[0].settings
+        name, settings = model_name(shape[0].model), shape[0].settings
         caption = (
             f"Memory and time at the shape of {name}, with random weights: no value of a weight enters either. "
             f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens."
@@ -186,8 +184,11 @@ def sweep_table(results: Results) -> Table | None:
     return Table(caption, ["arm", "lr: loss", "chosen"], lines, frozenset(failed))
 
 
-def _name(model: str) -> str:
-    return {"demo": "The bundled demo model"}.get(model, Path(model).name)
+def model_name(model: str) -> str:
+    """A model's name for people; one with random weights is called by its shape."""
+    names = {"demo": "the bundled demo model", "gpt2-medium": "GPT-2 Medium", "tiny-random": "a tiny random model"}
+    plain = Path(model).name.removesuffix("-shape")
+    return names.get(plain, plain)
 
 
 def _settings(settings: dict[str, Any]) -> str:
