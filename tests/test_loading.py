@@ -33,7 +33,12 @@ def test_which_layers_are_quantised_and_by_whom(load_tiny, quantization, backend
     assert (base.quantization, base.record()["quantized_layers"]) == (quantization, {kind: 8})
     assert base.model.get_output_embeddings().weight.dtype == torch.float32
     distance = (logits(base.model) - logits(plain.model)).norm() / logits(plain.model).norm()
-    assert 0 < distance < (0.06 if quantization == "int8" else 0.3)
+    assert 0 < distance < (0.06 if quantization == "int8" else 0.5)  # four bits of peaked random weights
+
+
+def test_nf4_of_either_is_the_same_model(load_tiny):
+    ours, theirs = (logits(load_tiny(quantization="nf4", backend=b).model) for b in ("native", "bitsandbytes"))
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_cpu_is_ours_and_the_gpu_bitsandbytes():

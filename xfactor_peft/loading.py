@@ -177,7 +177,7 @@ def _load_model(choice: ModelChoice, dtype, device, quantization: str | None, ba
         if backend == "native":
             model = _from_pretrained(choice, dtype, torch.device("cpu"))
             return quantize_linears(model, quantization).to(device)
-        return _from_pretrained(choice, dtype, device, _bitsandbytes_config(quantization, dtype))
+        return _trainable_4bit(_from_pretrained(choice, dtype, device, _bitsandbytes_config(quantization, dtype)))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
@@ -191,6 +191,18 @@ def _from_pretrained(choice: ModelChoice, dtype, device, quantization_config=Non
         quantization_config=quantization_config,
         use_safetensors=True,
     )
+
+
+def _trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
+    """Keep bitsandbytes (0.50) from repacking 4-bit weights on a CPU.
+
+    It does so in the first forward pass in evaluation mode, and what is packed has no backward pass; a run samples
+    before it trains.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _bitsandbytes_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
