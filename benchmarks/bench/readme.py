@@ -3,7 +3,8 @@
     python benchmarks/readme.py                     from benchmarks/results/quick
     python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
 
-The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->.
+The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. Tables that the other benchmarks wrote
+(`memory.py`, `rate.py`) go between markers of their own names, lowmem and rate, where the README has them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .results import Results, load
 from .tables import all_tables, provenance_line
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+OTHERS = ("lowmem", "rate")
+"""Benchmarks whose table.md is pasted as it stands, by their folder in the results."""
 FIGURES = ("rate-kl", "memory")
 
 
@@ -37,16 +40,25 @@ def section(results: Results, readme: Path) -> str:
     return "\n\n".join(part for part in (figures, *tables, origin) if part)
 
 
-def pasted(text: str, new: str) -> str:
+def pasted(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `new` between the markers.
 
     Raises:
         XFactorError: there is not exactly one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise XFactorError(f"the README needs one line {BEGIN} and below it one line {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{new}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise XFactorError(f"the README needs one line {begin} and below it one line {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def with_other_tables(text: str) -> str:
+    """`text` with the tables of the other benchmarks, as far as it has their markers and they have results."""
+    for name in OTHERS:
+        begin, table = BEGIN.replace("benchmark", name), REPOSITORY / RESULTS / name / "table.md"
+        if begin in text and table.is_file():
+            text = pasted(text, table.read_text(encoding="utf-8").strip(), begin, END.replace("benchmark", name))
+    return text
 
 
 @click.command()
@@ -62,7 +74,7 @@ def main(results: Path, readme: Path, check: bool) -> None:
         if not check:
             save_png(loaded, loaded.folder / PLOTS)
         old = readme.read_text(encoding="utf-8")
-        new = pasted(old, section(loaded, readme))
+        new = with_other_tables(pasted(old, section(loaded, readme)))
     except XFactorError as error:
         raise click.ClickException(str(error)) from error
     if check and new != old:
