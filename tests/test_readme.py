@@ -92,3 +92,15 @@ def test_every_link_leads_somewhere():
 def test_links_between_pages(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["lowmem", "rate"])
+def test_a_table_is_the_one_of_the_results(name):
+    pasted = README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+    assert pasted == (ROOT / "benchmarks/results" / name / "table.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_benchmark_section_is_the_one_of_the_results():
+    words = [sys.executable, ROOT / "benchmarks/readme.py", "--check"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,8 +3,8 @@
     python benchmarks/readme.py                     from benchmarks/results/quick
     python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
 
-The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. Tables that the other benchmarks wrote
-(`memory.py`, `rate.py`) go between markers of their own names, lowmem and rate, where the README has them.
+The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. Tables that the other
+benchmarks wrote (`memory.py`, `rate.py`) go between markers named lowmem and rate, where the README has them.
 """
 
 from __future__ import annotations
