@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .lowmem.allocator import give_back_pages
+
 _MIB = 2**20
 
 
@@ -23,7 +25,11 @@ def peak_rss() -> float:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Start a new measurement, so that load and train have peaks of their own; False where the kernel cannot."""
+    """Start a new measurement, so that load and train have peaks of their own; False where the kernel cannot.
+
+    Freed pages go back first: no phase is charged with what another one left.
+    """
+    give_back_pages()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
