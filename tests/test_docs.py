@@ -17,6 +17,7 @@ PAGES = {
     "low-memory.md": [],
     "swap.md": [],
     "trainer.md": ["tensorboard"],
+    "variants.md": [],
 }
 
 

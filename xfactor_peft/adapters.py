@@ -29,6 +29,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.(?P<kind>weight|bias)")
 
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -153,6 +155,11 @@ def read_adapter(folder: Path) -> AdapterInfo:
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise XFactorError(f"{folder}: peft type {config.get('peft_type')!r} is not supported, only LORA is")
+    if config.get("init_lora_weights") in ("pissa", "olora", "corda", "loftq"):
+        raise XFactorError(
+            f"{folder}: its initialisation, {config['init_lora_weights']}, changes the base's weights; save it with "
+            "PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
     record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     try:
         fields = BaseIdentity.__dataclass_fields__
@@ -176,6 +183,13 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
                 f"different: {', '.join(differences)}. Load the base it was made for with --model"
             )
     for key, shape in info.shapes.items():
+        if match := _MAGNITUDE.fullmatch(key):
+            outputs = _layer_shape(base.model, match["module"], info.name)[1]
+            if shape != (outputs,):
+                raise XFactorError(
+                    f"adapter {info.name}: {key} has shape {shape}, which does not fit {outputs} outputs"
+                )
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise XFactorError(f"adapter {info.name}: unexpected tensor {key}")

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import XFactorError
-from .lowmem import custom_modules
+from .lowmem import custom_modules, quantized_layers
 from .set_head import freeze_block_biases, head_name, with_set_head
+from .variants import start_variant
 
 BLOCK_TARGETS = ("attention", "mlp", "all")
+VARIANTS = ("lora", "dora", "rslora", "pissa", "lora+")
 TARGETS = (*BLOCK_TARGETS, "head", *(f"{name},head" for name in BLOCK_TARGETS))
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
@@ -25,16 +27,18 @@ _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """LoRA (Hu et al. 2021): W + (alpha/r) B A, with B = 0 at the start.
+    """LoRA (Hu et al. 2021): W + (alpha/r) B A, with B = 0 at the start; or a variant of it (see `variants`).
 
     Raises:
-        XFactorError: r < 1, alpha <= 0, dropout outside [0, 1) or an unknown target.
+        XFactorError: r < 1, alpha <= 0, dropout outside [0, 1), an unknown target or variant, or a variant with the
+            set head.
     """
 
     r: int = 8
     alpha: int = 16
     dropout: float = 0.0
     target: str = "all"
+    variant: str = "lora"
 
     @property
     def blocks(self) -> str | None:
@@ -56,6 +60,10 @@ class LoraOptions:
             raise XFactorError(f"--lora-dropout must be at least 0 and below 1; got {self.dropout:g}")
         if self.target not in TARGETS:
             raise XFactorError(f"--target must be one of {', '.join(TARGETS)}; got {self.target!r}")
+        if self.variant not in VARIANTS:
+            raise XFactorError(f"--lora-variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if self.variant != "lora" and self.head:
+            raise XFactorError(f"--lora-variant {self.variant} is for attention and MLP; the set head is plain LoRA")
 
 
 def projections(model: PreTrainedModel, target: str) -> list[str]:
@@ -106,6 +114,9 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
         target_modules=suffixes,
         fan_in_fan_out=conv1d,
         bias="none",
+        use_dora=options.variant == "dora",
+        use_rslora=options.variant == "rslora",
+        init_lora_weights="pissa" if options.variant == "pissa" else True,
     )
     if options.head:
         if sets < 1:
@@ -124,9 +135,16 @@ def register_layers(config: LoraConfig) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
-    """Wrap `model` in place with a new trainable adapter; everything else is frozen."""
+    """Wrap `model` in place with a new trainable adapter; everything else is frozen.
+
+    Raises:
+        XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose.
+    """
+    if options.variant in ("dora", "pissa") and quantized_layers(model):
+        raise XFactorError(f"--lora-variant {options.variant} needs the base unquantised; drop --load-in-8bit / -4bit")
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
     freeze_block_biases(wrapped)
+    start_variant(wrapped, options.variant)
     return wrapped
 
 

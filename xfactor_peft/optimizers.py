@@ -6,6 +6,7 @@ Bytes of state a parameter: Adam and AdamW 8, `adam8bit` 2, `adafactor` next to 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,12 @@ def build_optimizer(
       arXiv:1804.04235), from torch. Its `lr` is relative: a step moves an entry by about
       min(lr, 1/sqrt(step)) * RMS(parameter).
 
+    A parameter with an attribute `lr_ratio` learns at so many times `lr` (LoRA+).
+
     Raises:
         XFactorError: an unknown name.
     """
-    parameters = list(parameters)
+    parameters = _groups(parameters, lr)
     if name == "adam":
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "adamw":
@@ -45,3 +48,10 @@ def build_optimizer(
     if name == "adafactor":
         return torch.optim.Adafactor(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
     raise XFactorError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
+
+
+def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "lr_ratio", 1.0), []).append(parameter)
+    return [{"params": members, "lr": lr * ratio} for ratio, members in groups.items()]

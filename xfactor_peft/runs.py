@@ -32,7 +32,7 @@ def default_name(
     rule = tokens.rule
     value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
     plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
-    method = f"lora-r{lora.r}" if options.method == "lora" else "full"
+    method = f"{lora.variant.replace('+', '-plus')}-r{lora.r}" if options.method == "lora" else "full"
     if isinstance(target, TiltedTarget):
         goal = target.goals[0]
         wish = f"rate-{goal.rate:g}" if goal.rate is not None else f"lambda-{goal.strength:g}"

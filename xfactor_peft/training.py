@@ -30,6 +30,7 @@ from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
 from .optimizers import OPTIMIZERS, build_optimizer
 from .targets import TiltedTarget, UniformTarget
+from .variants import finish_variant
 
 if TYPE_CHECKING:
     from .rate_run import RateReport
@@ -193,6 +194,7 @@ def train(
         reset_peak(base.device)
         started = time.perf_counter()
         history = optimise(base, model, module, inputs, options, on_step)
+        finish_variant(model)
         seconds, peak = time.perf_counter() - started, peaks(base.device)
         if options.method == "lora" and lora_b_norm(model) == 0:
             raise XFactorError(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..lora import LoraOptions
     from ..models import ModelChoice
 
+VARIANTS = ["lora", "dora", "rslora", "pissa", "lora+"]
 TARGETS = ["attention", "mlp", "all", "head", "attention,head", "mlp,head", "all,head"]
 
 
@@ -26,6 +27,7 @@ def run_options(function: Command) -> Command:
             click.option("--lora-r", default=8, show_default=True, help="Rank."),
             click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r."),
             click.option("--lora-dropout", default=0.0, show_default=True),
+            click.option("--lora-variant", type=click.Choice(VARIANTS), default="lora", show_default=True),
             click.option("--target", type=click.Choice(TARGETS),
                          help="Which layers carry LoRA; head is the output term of a rate.  "
                          "[default: all; head for a rate; all,head with --sequence-level]"),
@@ -45,7 +47,9 @@ def lora_options(flags: dict[str, Any]) -> LoraOptions:
     """The LoRA options as given; the target still open when it was not."""
     from ..lora import LoraOptions
 
-    return LoraOptions(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all")
+    return LoraOptions(
+        flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all", flags["lora_variant"]
+    )
 
 
 def memory_options(flags: dict[str, Any]) -> MemoryOptions:
