@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .card import model_card
+from .durable import sync, sync_tree
 from .errors import XFactorError
 from .identity import BaseIdentity
 from .loading import Base
@@ -61,7 +62,7 @@ def prepare_output(folder: Path, *, force: bool) -> Path:
         raise XFactorError(f"{folder} exists; pass --force to replace it, or --output for another place")
     if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise XFactorError(f"{folder} holds something that is not a run of this tool; --force does not replace it")
-    staging = folder.parent / f".{folder.name}.partial"
+    staging = staging_of(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -70,13 +71,20 @@ def prepare_output(folder: Path, *, force: bool) -> Path:
     return staging
 
 
+def staging_of(folder: Path) -> Path:
+    """Where `folder` is made before it takes its name."""
+    return folder.parent / f".{folder.name}.partial"
+
+
 def publish(staging: Path, folder: Path) -> None:
-    """Move a finished staging folder into place; an old one is removed only after the new one is whole."""
+    """Move a finished staging folder into place, whole on the disk; an old one is removed only after that."""
+    sync_tree(staging)
     old = folder.parent / f".{folder.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(staging, folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,28 +1,27 @@
-"""A training run in a folder: metrics while it runs, everything in place when it is done, nothing half-written."""
+"""A training run in a folder, from its first line to the adapter in its place."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .adapters import prepare_output, publish, save_result
 from .budget.options import MemoryOptions
 from .budget.plan import Plan
 from .errors import XFactorError
+from .interruption import Interrupted, Interruption
+from .keeper import SAVE_EVERY, Keeper
 from .loading import Base
+from .locks import folder_lock
 from .lora import LoraOptions
 from .metrics import EvalOptions
 from .objectives import ObjectiveOptions
+from .run_folder import RunFolder
 from .targets import TiltedTarget, UniformTarget
 from .tokens import TokenSet
 from .training import Step, TrainOptions, TrainResult, default_lora, train
-
-METRICS = "metrics.jsonl"
 
 
 def default_name(
@@ -53,53 +52,57 @@ def train_to_folder(
     *,
     plan: Plan | None = None,
     force: bool = False,
+    resume: bool = False,
+    save_every: int = SAVE_EVERY,
+    settings: dict[str, Any] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """`train`, with its results in `output`; returns the result and the record written.
 
-    While it runs, `metrics.jsonl` grows in a hidden folder beside `output`: a first line with the model, the
-    token set and the settings, then one line a step. The folder takes its name when everything is in it. `plan` is what
-    was predicted of the run, for the record.
+    While it runs, everything is in a hidden folder beside `output`, which takes its name when the run is done:
+    `metrics.jsonl`, a first line with the model, the token set and the settings and then one line a step, and
+    checkpoints (see `run_folder`). A run that was stopped, killed or lost its power goes on with `resume` and the same
+    arguments, and ends with the same bytes on a CPU as if nothing had happened. Runs for a rate keep no checkpoints.
+
+    Args:
+        plan: what was predicted of the run, for the record.
+        resume: go on from the newest whole checkpoint (from the start where there is none yet).
+        save_every: steps between checkpoints; 0 saves at the end of training and when a signal comes only.
+        settings: what a caller wants to find again in `settings.json` when it resumes.
 
     Raises:
-        XFactorError: `output` exists and `force` is off, it cannot be written, or training fails.
+        XFactorError: `output` exists and `force` is off, an interrupted run is there and neither `force` nor `resume`
+            is on, other arguments than those of the run to resume, another run is writing there, or training fails.
+        Interrupted: SIGINT or SIGTERM came; the message says how to go on.
     """
     lora = lora or default_lora(target, objective)
-    staging = prepare_output(output, force=force)
-    with (staging / METRICS).open("w", encoding="utf-8") as file:
+    header = {
+        "base": base.record(),
+        "tokens": target.tokens.record(),
+        "train": options.record(),
+        "lora": asdict(lora) if options.method == "lora" else None,
+        "target": target.record(),
+        "objective": objective.record(),
+    }
+    checkpointed = isinstance(target, UniformTarget)
+    with folder_lock(output), Interruption() as interruption:
+        folder = RunFolder.open(output, header, force=force, resume=resume, settings=settings)
+        keeper = Keeper(folder.checkpoints, save_every, output, interruption, folder.start) if checkpointed else None
+        with folder.log() as log:
 
-        def write(line: dict[str, Any]) -> None:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+            def record_step(step: Step) -> None:
+                log(step)
+                if on_step:
+                    on_step(step)
 
-        def log(step: Step) -> None:
-            write(asdict(step))
-            if on_step:
-                on_step(step)
-
-        write(
-            {
-                "base": base.record(),
-                "tokens": target.tokens.record(),
-                "train": options.record(),
-                "lora": asdict(lora) if options.method == "lora" else None,
-                "target": target.record(),
-                "objective": objective.record(),
-            }
-        )
-        header_end = file.tell()
-        try:
-            result = train(base, target, options, lora, evaluation, objective, memory, on_step=log)
-        except XFactorError:
-            if file.tell() == header_end:  # not one step was made, so there is nothing worth keeping
-                shutil.rmtree(staging)
-            raise
-    result.plan = plan
-    try:
-        record = save_result(result, staging, output.name)
-        publish(staging, output)
-    except OSError as error:
-        raise XFactorError(
-            f"{output} cannot be written ({error.strerror}); what there is stays in {staging}"
-        ) from error
-    return result, record
+            try:
+                result = train(
+                    base, target, options, lora, evaluation, objective, memory, on_step=record_step, keeper=keeper
+                )
+                result.plan = plan
+                return result, folder.finish(result)
+            except Interrupted as stopped:
+                raise folder.explained(stopped) from None
+            except XFactorError:
+                folder.discard_if_empty()
+                raise

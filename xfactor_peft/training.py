@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from .budget.dry_run import Shape
@@ -21,18 +16,21 @@ from .budget.options import MemoryOptions
 from .budget.plan import Plan, recompute_in
 from .contexts import batches, check_length
 from .errors import XFactorError
-from .head import split
+from .head import SplitModel, split
 from .loading import Base
-from .lora import LoraOptions, adapter_off, add_lora, lora_b_norm, matched_modules, trainable_parameters
+from .loop import Step, optimise
+from .lora import LoraOptions, adapter_off, add_lora, matched_modules, trainable_parameters
 from .lowmem import prepare_for_training
 from .memory import peaks, reset_peak
 from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
-from .optimizers import OPTIMIZERS, build_optimizer
+from .optimizers import OPTIMIZERS
+from .out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
 from .targets import TiltedTarget, UniformTarget
 from .variants import finish_variant
 
 if TYPE_CHECKING:
+    from .keeper import Keeper
     from .rate_run import RateReport
 
 METHODS = ("lora", "full")
@@ -44,7 +42,8 @@ class TrainOptions:
     """The loop's settings; `lr=None` means `DEFAULT_LR[method]`.
 
     A step sums the gradients of `grad_accum` micro-batches of `batch_size` sequences each, divided by their number: the
-    same step as one batch of all of them, in the memory of one.
+    same step as one batch of all of them, in the memory of one. With `auto_batch`, a micro-batch that does not fit into
+    memory is halved until it does; the step stays the same.
 
     Raises:
         XFactorError: a value outside its range.
@@ -59,6 +58,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     seed: int = 0
     grad_accum: int = 1
+    auto_batch: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -79,17 +79,6 @@ class TrainOptions:
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "lr": self.learning_rate}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimisation step: mean KL (nats), mass on S, gradient norm, seconds."""
-
-    step: int
-    loss: float
-    set_mass: float
-    grad_norm: float
-    seconds: float
 
 
 @dataclass
@@ -150,6 +139,7 @@ def train(
     memory: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
     *,
     on_step: Callable[[Step], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> TrainResult:
     """Train `base` in place towards `target`, and measure R before and after.
 
@@ -162,19 +152,22 @@ def train(
         memory: how many blocks are recomputed in backward (see `budget`).
         lora: None means rank 8 on attention and MLP, for a rate the set head (and both with `sequence_level`).
         on_step: called after every step, for progress and logs.
+        keeper: saves the run as it goes, and goes on from where it was saved (`train_to_folder` makes one).
 
     Raises:
         XFactorError: a quantised model with method "full", a sequence longer than the context, options that do not go
-            together, a loss that is not finite, or LoRA that did not move.
+            together, a loss that is not finite, LoRA that did not move, or memory that ran out.
+        Interrupted: a signal stopped a run that has a keeper.
     """
     from .rate_training import train_rate
 
     tilted = isinstance(target, TiltedTarget)
     lora = lora or default_lora(target, objective)
     _check(base, options, target, lora, objective)
-    recomputed = recompute_in(
-        base, run_shape(base, target, options, lora), memory, teacher=needs_teacher(target, objective)
-    )
+    shape, teacher = run_shape(base, target, options, lora), needs_teacher(target, objective)
+    recomputed = recompute_in(base, shape, memory, teacher=teacher)
+    if keeper:
+        recomputed = keeper.recorded("recomputed", recomputed)
     prepare_for_training(base.model, recomputed)
     reset_peak(base.device)
     torch.manual_seed(options.seed)
@@ -183,23 +176,20 @@ def train(
     before = evaluate(halves, base.tokenizer, target.tokens, evaluation, goals=goals)
     sampling = [peaks(base.device)]
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
-    if tilted:
-        run = train_rate(base, halves, target, options, lora, objective, on_step)
-        model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
-    else:
-        model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
-        off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
-        module = UniformObjective(halves, target, objective.kl_to_base, off)
-        inputs = batches(base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed)
-        reset_peak(base.device)
-        started = time.perf_counter()
-        history = optimise(base, model, module, inputs, options, on_step)
-        finish_variant(model)
-        seconds, peak = time.perf_counter() - started, peaks(base.device)
-        if options.method == "lora" and lora_b_norm(model) == 0:
-            raise XFactorError(
-                f"LoRA's B is still 0 after {options.steps} steps: nothing was learnt; raise --lr or --steps"
+    try:
+        if tilted:
+            run = train_rate(base, halves, target, options, lora, objective, on_step)
+            model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
+        else:
+            model, history, seconds, peak = _train_uniform(
+                base, halves, target, options, lora, objective, on_step, keeper
             )
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
+            raise
+        way_on = keeper.way_on() if keeper else ""
+        reason = explain(base, shape, options.grad_accum, teacher=teacher, error=error, way_on=way_on)
+        raise XFactorError(reason) from None  # the traceback would hold on to the memory
     off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
     reset_peak(base.device)
     after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=off, goals=goals)
@@ -225,6 +215,27 @@ def train(
     )
 
 
+def _train_uniform(
+    base: Base,
+    halves: SplitModel,
+    target: UniformTarget,
+    options: TrainOptions,
+    lora: LoraOptions,
+    objective: ObjectiveOptions,
+    on_step: Callable[[Step], None] | None,
+    keeper: Keeper | None,
+) -> tuple[PeftModel | PreTrainedModel, list[Step], float, dict[str, float]]:
+    """(model, history, seconds, peak), the seconds of an earlier part of the run included."""
+    model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
+    off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
+    module = UniformObjective(halves, target, objective.kl_to_base, off)
+    inputs = batches(base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed)
+    reset_peak(base.device)
+    history = optimise(base, model, module, inputs, options, on_step, keeper=keeper)
+    finish_variant(model)
+    return model, history, sum(step.seconds for step in history), peaks(base.device)
+
+
 def default_lora(target: UniformTarget | TiltedTarget, objective: ObjectiveOptions) -> LoraOptions:
     """Attention and MLP for the uniform target. A rate needs the set head, planning the blocks besides."""
     if isinstance(target, UniformTarget):
@@ -237,14 +248,10 @@ def needs_teacher(target: UniformTarget | TiltedTarget, objective: ObjectiveOpti
     return isinstance(target, TiltedTarget) or objective.kl_to_base > 0
 
 
-def run_shape(
-    base: Base, target: UniformTarget | TiltedTarget, options: TrainOptions, lora: LoraOptions
-) -> Shape:
+def run_shape(base: Base, target: UniformTarget | TiltedTarget, options: TrainOptions, lora: LoraOptions) -> Shape:
     """What decides this run's memory, for `budget`."""
     sets = len(target.goals) if lora.head else 0
-    return Shape(
-        base.dtype, base.quantization, options.batch_size, options.seq_len, options.method, lora, sets
-    )
+    return Shape(base.dtype, base.quantization, options.batch_size, options.seq_len, options.method, lora, sets)
 
 
 def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objective: ObjectiveOptions) -> None:
@@ -256,58 +263,3 @@ def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objecti
     if isinstance(target, UniformTarget) and lora.head:
         raise XFactorError(f"--target {lora.target} needs a rate: give --target-rate, --lambda or --goal")
     check_length(base.model.config, options.seq_len)
-
-
-def optimise(
-    base: Base,
-    model: nn.Module,
-    objective: nn.Module,
-    inputs: Iterator[torch.Tensor],
-    options: TrainOptions,
-    on_step: Callable[[Step], None] | None = None,
-    stop: Callable[[list[Step]], bool] | None = None,
-) -> list[Step]:
-    """Adam on `objective` over batches of ids, for at most `options.steps` steps; `stop` looks at every step."""
-    full_bf16 = options.method == "full" and base.dtype == "bf16"
-    accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
-    trainable = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = build_optimizer(options.optimizer, trainable, options.learning_rate, options.weight_decay)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    history: list[Step] = []
-    model.train()
-    for step in range(options.steps):
-        started = time.perf_counter()
-        value, mass = _accumulate(accelerator, objective, inputs, options.grad_accum, base.device)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-        history.append(Step(step, value, mass, norm, time.perf_counter() - started))
-        if stop and stop(history):
-            break
-        _check_step(step, value, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        history[-1] = replace(history[-1], seconds=time.perf_counter() - started)
-        if on_step:
-            on_step(history[-1])
-    model.eval()
-    return history
-
-
-def _accumulate(
-    accelerator: Accelerator, objective: nn.Module, inputs: Iterator[torch.Tensor], count: int, device: torch.device
-) -> tuple[float, float]:
-    """Gradients of the mean loss over `count` micro-batches; returns that loss and the mean set mass."""
-    loss_sum, mass_sum = 0.0, 0.0
-    for index in range(count):
-        last = index == count - 1
-        with nullcontext() if last else accelerator.no_sync(objective):
-            loss, mass = objective(next(inputs).to(device))
-            accelerator.backward(loss / count)
-        loss_sum, mass_sum = loss_sum + loss.item(), mass_sum + mass.item()
-    return loss_sum / count, mass_sum / count
-
-
-def _check_step(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise XFactorError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32")
-    if norm == 0:
-        raise XFactorError(f"step {step}: every gradient is 0, so nothing can be learnt; please report this model")

@@ -42,6 +42,13 @@ class _LazyGroup(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else ctx.command_path
             raise _UserError(f"{error.format_message()} See `{where} --help`.") from error
+        except KeyboardInterrupt as error:
+            from ..interruption import Interrupted
+
+            if not isinstance(error, Interrupted):
+                raise
+            click.echo(f"\n{error}", err=True)
+            ctx.exit(error.status)
         except ValueError as error:
             from ..errors import XFactorError
 

@@ -50,7 +50,11 @@ def print_expectation(plan: Plan) -> None:
 
 def print_measured(result: TrainResult) -> None:
     """Peak memory by phase and time a step; predicted against measured where there was a plan."""
-    phases = {"at load": result.base.load_peak, "in training": result.train_peak, "while sampling": result.sampling_peak}
+    phases = {
+        "at load": result.base.load_peak,
+        "in training": result.train_peak,
+        "while sampling": result.sampling_peak,
+    }
     text = ", ".join(f"{peak['rss_mib']:.0f} MiB {phase}" for phase, peak in phases.items())
     console.print(f"peak memory: {text}")
     if "cuda_mib" in result.train_peak:

@@ -33,6 +33,8 @@ def run_options(function: Command) -> Command:
                          "[default: all; head for a rate; all,head with --sequence-level]"),
             click.option("--batch-size", default=4, show_default=True, help="Sequences in a micro-batch."),
             click.option("--grad-accum", default=1, show_default=True, help="Micro-batches in a step."),
+            click.option("--auto-batch", is_flag=True,
+                         help="Halve micro-batches that do not fit into memory; the step stays the same."),
             click.option("--seq-len", default=64, show_default=True, help="Tokens in a sequence."),
             click.option("--checkpointing", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
                          help="Recompute activations in backward; auto: in as few blocks as fit the budget."),

@@ -9,6 +9,7 @@ import click
 
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, objective_options, rate_options
+from .resuming import resumed, resuming_options, to_settings
 from .run_options import lora_options, memory_options, plan_run, run_options
 from .tracking import tracking, tracking_options
 
@@ -35,7 +36,9 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
 @click.option("--steps", default=300, show_default=True)
 @click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
-@click.option("--optimizer", type=click.Choice(["adam", "adamw", "adam8bit", "adafactor"]), default="adam", show_default=True)
+@click.option(
+    "--optimizer", type=click.Choice(["adam", "adamw", "adam8bit", "adafactor"]), default="adam", show_default=True
+)
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
@@ -47,6 +50,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
     help="Where to write.  [default: adapters/NAME]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@resuming_options
 @tracking_options
 @click.option(
     "--preset",
@@ -59,7 +63,9 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
 
     With no option at all: rank-8 adapters for every token that contains "X".
     """
-    if flags["preset"] == "source":
+    if flags["resume"]:
+        flags = resumed(ctx, flags)
+    elif flags["preset"] == "source":
         _apply_preset(ctx, flags)
     run(flags)
 
@@ -87,7 +93,8 @@ def run(flags: dict[str, Any]) -> None:
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
 
-    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed", "grad_accum")
+    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed", "grad_accum",
+             "auto_batch")  # fmt: skip
     options = TrainOptions(**{name: flags[name] for name in names})
     lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
@@ -116,7 +123,8 @@ def run(flags: dict[str, Any]) -> None:
 
             result, record = train_to_folder(
                 base, target, output, options, lora, evaluation, objective, memory,
-                plan=plan, force=flags["force"], on_step=on_step,
+                plan=plan, force=flags["force"], resume=bool(flags["resume"]), save_every=flags["save_every"],
+                settings=to_settings(flags, output), on_step=on_step,
             )  # fmt: skip
         trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
     print_summary(result, record, output)
