@@ -61,6 +61,7 @@ class Hub(Protocol):
     strays: list[str]
     closing: threading.Event
     storage_url: str
+    uploads: Any
 
     def fault(self, method: str, path: str, *, cuts: bool) -> Fault | None: ...
 
@@ -120,8 +121,25 @@ class HubHandler(BaseHTTPRequestHandler):
         self._answer_stray()
 
     def do_POST(self) -> None:
-        self.close_connection = True
-        self._refuse(404, message="the stand-in knows no such address")
+        self._answer_upload()
+
+    def do_PUT(self) -> None:
+        self._answer_upload()
+
+    def _answer_upload(self) -> None:
+        """Requests with a body: `hub.uploads` knows them."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        fault = self.hub.fault(self.command, path, cuts=False)
+        if fault is not None and fault.status is not None:
+            return self._refuse(fault.status, fault.code, fault.message, fault.headers)
+        if not self.headers.get("Authorization") and not path.startswith("/upload/"):
+            return self._refuse(401, message="Invalid username or password.")
+        answer = self.hub.uploads.answer(self.command, path, body)
+        if answer is None:
+            self.close_connection = True
+            return self._refuse(404, message="the stand-in knows no such address")
+        return self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def do_HEAD(self) -> None:
         self._answer()

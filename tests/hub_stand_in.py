@@ -5,8 +5,9 @@
         assert "/owner/name/resolve/main/config.json" in hub.paths("HEAD")
 
 It answers what huggingface_hub and `from_pretrained` ask: HEAD and GET of /{repo}/resolve/{revision}/{file}
-(ranges included), /api/models/{repo} and its tree. Large files are reached through a redirect to a second
-port, as they lie on another host on the Hub. Refusals carry the X-Error-Code that the client understands.
+(ranges included), /api/models/{repo} and its tree, and what `upload_folder` sends (see `hub_uploads`). Large
+files are reached through a redirect to a second port, as they lie on another host on the Hub. Refusals carry
+the X-Error-Code that the client understands.
 
 Nothing leaves the machine: `environment` names the stand-in as the proxy for every other address, which it
 refuses and lists in `hub.strays`.
@@ -23,6 +24,7 @@ from typing import Any
 
 from tests.hub_repo import Repo
 from tests.hub_server import Fault, HubServer, Request
+from tests.hub_uploads import Uploads
 
 FOREIGN_VARIABLES = re.compile(r"^(HF_|HUGGING|TRANSFORMERS_|.*_proxy$)", re.IGNORECASE)
 
@@ -43,6 +45,7 @@ class HubStandIn:
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self.closing = threading.Event()
+        self.uploads = Uploads(self)
         self._servers = [HubServer(self), HubServer(self)]
         self.url, self.storage_url = (server.url for server in self._servers)
         for name, folder in (repos or {}).items():
@@ -62,6 +65,7 @@ class HubStandIn:
             self.closing.set()
             for server in self._servers:
                 server.stop()
+            self.uploads.close()
 
     def add(self, name: str, folder: Path, revisions: tuple[str, ...] = ("main",)) -> None:
         """Serve `folder` as the repository `name`, in place of an earlier one of that name."""

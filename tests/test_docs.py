@@ -14,7 +14,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
     "adapters.md": [],
     "export.md": ["gguf"],
+    "hub.md": [],
     "low-memory.md": [],
+    "models.md": [],
     "swap.md": [],
     "trainer.md": ["tensorboard"],
     "variants.md": [],

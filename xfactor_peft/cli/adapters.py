@@ -1,4 +1,4 @@
-"""`xfactor adapters list|show|verify|rename|remove|merge|diff`."""
+"""`xfactor adapters list|show|verify|rename|remove|merge|diff|push|pull`."""
 
 from __future__ import annotations
 
@@ -141,6 +141,32 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
         layers.add_row(name, f"{one:.4g}", f"{two:.4g}", f"{cosine:+.4f}")
     console.print(layers)
     console.print(f"cosine of the updates as a whole {result.cosine:+.4f}")
+
+
+@command.command("push")
+@click.argument("name")
+@click.argument("repo", metavar="OWNER/NAME")
+@_ROOT
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> None:
+    """Upload an adapter to the Hub."""
+    from ..adapters import find_adapter
+    from ..hub import push
+
+    click.echo(f"pushed to {push(find_adapter(name, adapters_dir), repo, private=private or None)}")
+
+
+@command.command("pull")
+@click.argument("repo", metavar="OWNER/NAME")
+@_ROOT
+@click.option("--as", "name", metavar="NAME", help="Its name here.  [default: the repository's]")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--force", is_flag=True, help="Replace an existing adapter.")
+def pull_command(repo: str, adapters_dir: Path, name: str | None, revision: str | None, force: bool) -> None:
+    """Download an adapter from the Hub into the folder of adapters."""
+    from ..hub import pull
+
+    click.echo(f"pulled {pull(repo, adapters_dir, name, revision=revision, force=force)}")
 
 
 def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:

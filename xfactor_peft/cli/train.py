@@ -51,6 +51,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @resuming_options
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished adapter.")
 @tracking_options
 @click.option(
     "--preset",
@@ -85,6 +86,7 @@ def run(flags: dict[str, Any]) -> None:
 
     load = load_options(flags, master_weights=flags["method"] == "full")
 
+    from ..hub import check_push, push
     from ..models import resolve_model
     from ..runs import default_name, train_to_folder
     from ..tracking import check_trackers
@@ -99,6 +101,8 @@ def run(flags: dict[str, Any]) -> None:
     lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
     check_trackers(flags["trackers"])
+    if flags["push_to_hub"]:
+        check_push(flags["push_to_hub"])
     evaluation = _evaluation(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
     plan = _plan(flags, choice, load)
@@ -128,6 +132,8 @@ def run(flags: dict[str, Any]) -> None:
             )  # fmt: skip
         trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
     print_summary(result, record, output)
+    if flags["push_to_hub"]:
+        click.echo(f"pushed to {push(output, flags['push_to_hub'])}")
 
 
 def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan | None:
