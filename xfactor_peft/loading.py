@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from .identity import BaseIdentity, identify
 from .lowmem import UnsupportedCheckpoint, load_streaming, quantize_linears, quantized_layers
 from .memory import peaks
 from .models import ModelChoice, resolve_model
+from .parallel import process
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTIZATIONS = ("int8", "nf4")
@@ -97,7 +99,9 @@ class Base:
 def pick_device(device: str = "auto") -> torch.device:
     """Resolve "auto" to CUDA where there is one, else the CPU; raises XFactorError for one that is not there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if process()[1] > 1 else torch.device("cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

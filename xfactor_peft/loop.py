@@ -17,6 +17,7 @@ from .errors import XFactorError
 from .lora import lora_b_norm
 from .optimizers import build_optimizer
 from .out_of_memory import OUT_OF_MEMORY, is_out_of_memory
+from .parallel import check_rows, mean_over_processes, own_rows
 from .training_state import Stream, TrainingState
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def optimise(
         MemoryError: also for the allocators' own errors.
         Interrupted: a signal came, and the state is saved.
     """
+    check_rows(options.batch_size)
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -92,7 +94,7 @@ def _gradients(
     accelerator: Accelerator, objective: nn.Module, state: TrainingState, options: TrainOptions
 ) -> tuple[float, float]:
     """Gradients of a step's mean loss; with `auto_batch`, in halves of halves until they fit into memory."""
-    batches = [state.inputs.draw() for _ in range(options.grad_accum)]
+    batches = [own_rows(state.inputs.draw()) for _ in range(options.grad_accum)]
     while True:
         try:
             return _accumulate(accelerator, objective, batches, state.rows)
@@ -118,6 +120,7 @@ def _accumulate(
             loss, mass = objective(ids.to(accelerator.device))
             accelerator.backward(loss * share)
         loss_sum, mass_sum = loss_sum + loss.item() * share, mass_sum + mass.item() * share
+    loss_sum, mass_sum = mean_over_processes(accelerator, loss_sum, mass_sum)
     return loss_sum, mass_sum
 
 

@@ -18,6 +18,7 @@ from .locks import folder_lock
 from .lora import LoraOptions
 from .metrics import EvalOptions
 from .objectives import ObjectiveOptions
+from .parallel import own_output, process
 from .run_folder import RunFolder
 from .targets import TiltedTarget, UniformTarget
 from .tokens import TokenSet
@@ -85,7 +86,9 @@ def train_to_folder(
         "objective": objective.record(),
     }
     checkpointed = isinstance(target, UniformTarget)
-    with folder_lock(output), Interruption() as interruption:
+    if resume and process()[1] > 1:
+        raise XFactorError("--resume goes on in one process; start it without accelerate launch")
+    with own_output(output) as output, folder_lock(output), Interruption() as interruption:
         folder = RunFolder.open(output, header, force=force, resume=resume, settings=settings)
         keeper = Keeper(folder.checkpoints, save_every, output, interruption, folder.start) if checkpointed else None
         with folder.log() as log:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, objective_options, rate_options
 from .resuming import resumed, resuming_options, to_settings
@@ -68,7 +69,8 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
         flags = resumed(ctx, flags)
     elif flags["preset"] == "source":
         _apply_preset(ctx, flags)
-    run(flags)
+    with quiet_unless_first():
+        run(flags)
 
 
 def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
