@@ -17,6 +17,7 @@ PAGES = {
     "hub.md": [],
     "low-memory.md": [],
     "models.md": [],
+    "playground.md": [],
     "swap.md": [],
     "trainer.md": ["tensorboard"],
     "variants.md": [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,26 @@ def generate(
     output = _sample(model, torch.tensor([ids]), options, pad_token_id=tokenizer.pad_token_id)
     new = output[0, len(ids) :].tolist()
     return [i for i in new if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+
+
+def generate_in_pieces(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions, piece: int = 8
+) -> Iterator[list[int]]:
+    """Continue one prompt and yield the generated ids so far, `piece` more each time, until EOS or the full length.
+
+    Every piece reads the text again and has a seed of its own, so the text differs from that of `generate`.
+    """
+    start, new = encode_prompt(tokenizer, model, prompt, options.max_new_tokens), []
+    while len(new) < options.max_new_tokens:
+        part = replace(options, max_new_tokens=min(piece, options.max_new_tokens - len(new)))
+        seed = options.seed * 1_000_003 + len(new)
+        ids = torch.tensor([start + new])
+        more = _sample(model, ids, part, seed=seed, pad_token_id=tokenizer.pad_token_id)[0, ids.shape[1] :].tolist()
+        if tokenizer.eos_token_id in more:
+            yield new + more[: more.index(tokenizer.eos_token_id)]
+            return
+        new = new + more
+        yield new
 
 
 def generate_batch(

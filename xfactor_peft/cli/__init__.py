@@ -14,6 +14,7 @@ _COMMANDS = {
     "plan": "Predict memory and time of a training run before anything is loaded.",
     "generate": "Continue prompts with the base and with adapters, side by side.",
     "play": "Generate interactively and swap adapters in place.",
+    "playground": "Try adapters in the browser, side by side with the base.",
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",

@@ -1,0 +1,28 @@
+"""`xfactor playground`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import load, model_options
+
+
+@click.command("playground")
+@click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Other addresses let others in: there is no login."
+)
+@click.option("--port", default=7860, show_default=True)
+@model_options
+def command(adapters_dir: Path, host: str, port: int, **flags: Any) -> None:
+    """Try adapters in the browser: side by side with the base, with sliders for scale and rate."""
+    from ..bank import AdapterBank
+    from ..playground import launch, require_gradio
+
+    require_gradio()
+    bank = AdapterBank(load(flags), adapters_dir)
+    click.echo(f"http://{host}:{port}/  (Ctrl-C ends it)")
+    launch(bank, host, port)
