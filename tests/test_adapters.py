@@ -259,7 +259,9 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     options = TrainOptions(method="full", steps=3, seq_len=8)
     result, _ = train_to_folder(tiny, x_target(tiny), tmp_path / "full", options, evaluation=QUICK)
     again = load_base(resolve_model(str(tmp_path / "full")), LoadOptions("fp32"))
-    assert torch.equal(logits(again.model), logits(result.model))
+    trained = dict(result.model.named_parameters())
+    assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
+    torch.testing.assert_close(logits(again.model), logits(result.model))  # memory lies elsewhere, so not bit by bit
     with pytest.raises(XFactorError, match="a whole model, not an adapter; use it as --model"):
         find_adapter(str(tmp_path / "full"))
 

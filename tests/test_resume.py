@@ -279,3 +279,12 @@ def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
     assert metrics(Path("a")) == metrics(Path("whole"))
     again = CliRunner().invoke(main, ["train", "--resume", "a"])
     assert (again.exit_code, "the run is finished" in again.output) == (2, True)
+
+
+def test_killed_at_random_moments_nothing_is_lost():
+    """The script of docs/reliability.md with a handful of kills."""
+    script = [sys.executable, ROOT / "benchmarks/kill_and_resume.py", "--kills", "5", "--steps", "20", "--seed", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "'kills': 5" in result.stdout

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from .adapter_config import check_config, check_layers, leaves_out
+from .adapter_files import read_json, read_shapes
+from .adapter_record import check_record
 from .card import model_card
 from .durable import sync, sync_tree
 from .errors import XFactorError
@@ -160,29 +163,32 @@ def read_adapter(folder: Path) -> AdapterInfo:
     Raises:
         XFactorError: a file is missing, unreadable, not LoRA, or holds values that are not finite.
     """
-    config = _read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise XFactorError(f"{folder}: peft type {config.get('peft_type')!r} is not supported, only LORA is")
-    if config.get("init_lora_weights") in ("pissa", "olora", "corda", "loftq"):
-        raise XFactorError(
-            f"{folder}: its initialisation, {config['init_lora_weights']}, changes the base's weights; save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
-        )
-    record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    try:
-        fields = BaseIdentity.__dataclass_fields__
-        identity = BaseIdentity(**{key: record["base"][key] for key in fields}) if record else None
-    except (KeyError, TypeError) as error:
-        raise XFactorError(f"{folder}/{RECORD} is damaged: no {error} under base") from error
-    return AdapterInfo(folder.name, folder, config, _read_shapes(folder / WEIGHTS), identity, record)
+    config = read_json(folder / CONFIG)
+    check_config(config, f"{folder}/{CONFIG}")
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    identity = None
+    if record:
+        check_record(record, f"{folder}/{RECORD}")
+        identity = BaseIdentity(**{key: record["base"][key] for key in BaseIdentity.__dataclass_fields__})
+        named = config.get("base_model_name_or_path")
+        if named and named != identity.name:
+            raise XFactorError(f"{folder}: {CONFIG} names the base {named!r}, but {RECORD} names {identity.name!r}")
+    return AdapterInfo(folder.name, folder, config, read_shapes(folder / WEIGHTS), identity, record)
 
 
 def check_fits(info: AdapterInfo, base: Base) -> None:
     """Check an adapter against a base model before anything is loaded.
 
     Raises:
-        XFactorError: it was made for another base or tokenizer (both are named), or a shape differs.
+        XFactorError: it was made for another base or tokenizer (both are named), a shape differs, a tensor is missing
+            or too much, or a file is not the one that was saved.
     """
+    named = info.config.get("base_model_name_or_path")
+    if info.identity is None and named and Path(named).name != Path(base.choice.name).name:
+        raise XFactorError(
+            f"adapter {info.name}: its {CONFIG} names the base {named!r}, but the model here is {base.choice.name}; if "
+            "they are the same, correct base_model_name_or_path"
+        )
     if info.identity is not None:
         differences = info.identity.differences(base.identity)
         if differences:
@@ -202,13 +208,29 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
         if match is None:
             raise XFactorError(f"adapter {info.name}: unexpected tensor {key}")
         expected = _layer_shape(base.model, match["module"], info.name)
-        side = shape[-1] if match["side"] == "A" else shape[0]
         wanted = expected[0] if match["side"] == "A" else expected[1]
         dimensions = 1 if match["kind"] == "bias" else 2
-        if len(shape) != dimensions or side != wanted:
+        if len(shape) != dimensions or shape[-1 if match["side"] == "A" else 0] != wanted:
             raise XFactorError(
                 f"adapter {info.name}: {key} has shape {shape}, which does not fit the layer of "
                 f"{base.identity} ({expected[0]} in, {expected[1]} out)"
+            )
+
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in info.shapes.items():
+        match = _KEY.fullmatch(key)
+        layer = (match or _MAGNITUDE.fullmatch(key))["module"]
+        parts.setdefault(layer, {})[f"{match['side']}.{match['kind']}" if match else "magnitude"] = shape
+    check_layers(info.config, parts, f"adapter {info.name}")
+    if found := leaves_out(info.config, parts.keys(), _linear_names(base.model)):
+        what = "no weights for" if found[1] else "weights for a layer that its configuration leaves out,"
+        raise XFactorError(f"adapter {info.name} is damaged: it holds {what} {found[0]}")
+    recorded = info.record.get("sha256", {})
+    for name in (CONFIG, WEIGHTS):
+        if name in recorded and recorded[name] != file_hash(info.folder / name):
+            raise XFactorError(
+                f"adapter {info.name}: {name} changed since it was saved (its SHA-256 in {RECORD} is another); if that "
+                f"was meant, remove sha256 from {RECORD}"
             )
 
 
@@ -229,25 +251,15 @@ def _layer_shape(model: nn.Module, path: str, name: str) -> tuple[int, int]:
     return tuple(module.weight.shape)  # GPT-2's Conv1D keeps (in, out)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise XFactorError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise XFactorError(f"{path} must hold a JSON object")
-    return value
+def _linear_names(model: nn.Module) -> set[str]:
+    """Names of the layers that LoRA can be on, wrapped already or not."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or hasattr(module, "in_features")) and not _of_lora(name)
+    }
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise XFactorError(f"{path} cannot be read as safetensors: {error}") from error
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise XFactorError(f"{path}: {key} holds NaN or infinity; train the adapter again")
-    if not tensors:
-        raise XFactorError(f"{path} holds no tensor")
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+def _of_lora(name: str) -> bool:
+    """Whether a module is a part of a LoRA layer."""
+    return ".lora_" in name or name.endswith(".base_layer")

@@ -133,7 +133,7 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(choice.folder)
+        tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
     if tokenizer.pad_token_id is None:
@@ -194,6 +194,7 @@ def _from_pretrained(choice: ModelChoice, dtype, device, quantization_config=Non
         device_map={"": device},
         quantization_config=quantization_config,
         use_safetensors=True,
+        trust_remote_code=False,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from .adapter_config import peft_config
 from .adapters import AdapterInfo, layers_of
 from .errors import XFactorError
 from .lora import register_layers
@@ -81,8 +82,7 @@ class Residents:
             self.peft.base_model.active_adapter = keys
 
     def _load(self, info: AdapterInfo, key: str) -> None:
-        config = register_layers(LoraConfig.from_pretrained(info.folder))
-        config.inference_mode = True
+        config = register_layers(peft_config(info.config, layers_of(info)))
         if self.peft is None:
             self.peft = PeftModel.from_pretrained(
                 self._model, info.folder, adapter_name=key, config=config, torch_device=self._device

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .adapter_record import slow_regex
 from .errors import XFactorError
 from .token_bytes import special_ids, token_texts
 
@@ -81,6 +82,10 @@ class TokenSet:
             compiled = re.compile(pattern, re.IGNORECASE if ignore_case else 0)
         except re.error as error:
             raise XFactorError(f"--regex {pattern!r} is not a regular expression: {error}") from error
+        if slow_regex(pattern):
+            raise XFactorError(
+                f"--regex {pattern!r} repeats a repeat or an alternative, which can take for ever; write it without"
+            )
         rule = {"kind": "regex", "value": pattern, "ignore_case": ignore_case}
         return cls._matching(tokenizer, lambda token: bool(compiled.search(token)), rule, vocab_size)
 

@@ -75,7 +75,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         XFactorError: there is none that transformers knows.
     """
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise XFactorError(f"{folder} holds no configuration that can be planned with: {error}") from error
 

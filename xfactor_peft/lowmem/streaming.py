@@ -63,7 +63,7 @@ def load_streaming(
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and buffers (causal masks, rotary frequencies) as constructed."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedCheckpoint(f"{folder} is quantised already")
     try:
