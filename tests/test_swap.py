@@ -151,6 +151,42 @@ def test_a_cache_made_under_another_adapter_is_refused(bank, tiny):
         go_on(made)
 
 
+@torch.no_grad()
+def test_a_second_bank_on_the_same_base(tiny, adapters_root):
+    first = AdapterBank(tiny, adapters_root)
+    first.load("z")
+    first.unload("z")
+    second = AdapterBank(tiny, adapters_root)
+    second.load("x")
+    second.use("x")
+    made = second.model(input_ids=torch.arange(6)[None], use_cache=True).past_key_values
+    second.model(input_ids=torch.tensor([[7]]), past_key_values=made, use_cache=True)
+    second.use("x", 0.5)
+    with pytest.raises(XFactorError, match="KV cache"):
+        second.model(input_ids=torch.tensor([[7]]), past_key_values=made, use_cache=True)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_swapping_on_a_quantised_base(load_tiny, adapters_root, quantization):
+    base = load_tiny(quantization=quantization)
+    plain = logits(base.model)
+    bank = AdapterBank(base, adapters_root)
+    for name in ("x", "z"):
+        bank.load(name)
+    bank.use("x")
+    first = logits(bank.model)
+    bank.use(Mix((("x", 0.5), ("z", 0.5))))
+    bank.use("x")
+    assert torch.equal(logits(bank.model), first)
+    assert not torch.equal(first, plain)
+    with bank.base_only():
+        assert torch.equal(logits(bank.model), plain)
+    rows = bank.generate_batch([("The fox", "x"), ("The fox", None)], GREEDY)
+    alone = bank.generate("The fox", GREEDY)
+    bank.use(None)
+    assert rows == [alone, bank.generate("The fox", GREEDY)]
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("where", ["layer", "weights", "interrupt"])
 def test_a_load_that_fails_half_way_is_taken_back(tiny, adapters_root, monkeypatch, where, first):

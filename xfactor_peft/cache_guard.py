@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 
 from .errors import XFactorError
 
-_MARK = "_xfactor_made_under"
-
 
 class CacheGuard:
     """Hooks that mark every KV cache with the adapters that were active, and compare when it is used again.
@@ -26,6 +24,7 @@ class CacheGuard:
 
     def __init__(self, model: PreTrainedModel, state: Callable[[], Hashable]) -> None:
         self._state, self._first = state, state()
+        self._mark_name = f"_xfactor_made_under_{id(self)}"  # another guard of the same model has marks of its own
         for module in dict.fromkeys([model, model.get_decoder()]):
             module.register_forward_pre_hook(self._check, with_kwargs=True)
             module.register_forward_hook(self._mark, with_kwargs=True)
@@ -34,7 +33,7 @@ class CacheGuard:
         cache = kwargs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:
             return
-        if getattr(cache, _MARK, self._first) != self._state():
+        if getattr(cache, self._mark_name, self._first) != self._state():
             raise XFactorError(
                 "this KV cache was made under other adapters than those active now; start again from the whole text"
             )
@@ -42,4 +41,4 @@ class CacheGuard:
     def _mark(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
-            setattr(cache, _MARK, self._state())
+            setattr(cache, self._mark_name, self._state())
