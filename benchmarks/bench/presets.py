@@ -80,7 +80,7 @@ class Preset:
 _SHAPE = (
     arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, arms.FULL_ADAFACTOR, *arms.PRECISIONS,
 )  # fmt: skip
-_QUICK = (arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS, Arm(r=1), Arm(target="attention"))
+_CORE = (arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS)
 _GRID = arms.lora_grid((1, 4, 8, 16), ("attention", "mlp", "all"))
 _SOURCE = Settings(contains="x", weight_decay=0.01, probe_every=0)
 
@@ -88,13 +88,13 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            "quick", _QUICK, Settings(steps=100, repeats=2, probe_every=20, windows=24),
-            sweep_steps=30, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
-            shape_arms=(arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS), shape_steps=3,
+            "quick", _CORE, Settings(steps=60, repeats=2, probe_every=15, windows=16),
+            sweep_steps=20, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
+            shape_arms=_CORE, shape_steps=3,
             strengths=(3.0, 6.0, 9.0),
         ),
         Preset(
-            "paper", (arms.FULL, arms.FULL_BF16, arms.FULL_8BIT_ADAM, *arms.PRECISIONS), Settings(),
+            "paper", _CORE, Settings(),
             source=_SOURCE, shape_arms=_SHAPE, real=True,
         ),
         Preset(
