@@ -69,10 +69,11 @@ class Int8Linear(QuantizedLinear):
         return (self.weight.to(wide) * (self.SCB.to(wide) / 127)[:, None]).to(dtype)
 
     def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
-        if not int8_matmul.enabled(x):
+        few = x.shape[0] <= int8_matmul.FEW_ROWS
+        if not int8_matmul.enabled(x) or (few and x.dtype != torch.bfloat16):
             weight = self._in_scratch(x.dtype)
             return x @ weight.T if addend is None else addend.addmm_(x, weight.T)
-        if x.shape[0] <= int8_matmul.FEW_ROWS:
+        if few:
             y = int8_matmul.few_rows(x, self.weight, self.SCB)
             return y if addend is None else addend.add_(y)
         return int8_matmul.product(x, self.weight, self.SCB, addend)

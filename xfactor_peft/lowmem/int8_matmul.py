@@ -63,9 +63,13 @@ def enabled(x: torch.Tensor, *, backward: bool = False) -> bool:
 
 
 def few_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """x W^T for a handful of rows without quantising x; (M, in) -> (M, out). For decoding."""
-    y = torch.ops.aten._weight_int8pack_mm(x.float().contiguous(), codes, scales / 127)
-    return y.to(x.dtype)
+    """x W^T for a handful of bf16 rows without quantising x; (M, in) -> (M, out). For decoding.
+
+    torch's kernel is fast with bf16 alone (its float32 twin is a scalar loop), and its scales would be rounded to bf16,
+    so they are applied here.
+    """
+    y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, torch.ones(len(scales), dtype=x.dtype))
+    return (y.float() * (scales / 127)).to(x.dtype)
 
 
 def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
