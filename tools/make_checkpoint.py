@@ -235,9 +235,7 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Copied in.")
 @click.option("--force", is_flag=True, help="Write into a folder that already holds something.")
-def main(
-    output: Path, shape: str, layout: str, seed: int, dtype: str, tokenizer: Path | None, force: bool
-) -> None:
+def main(output: Path, shape: str, layout: str, seed: int, dtype: str, tokenizer: Path | None, force: bool) -> None:
     """Write a GPT-2 checkpoint with random weights into OUTPUT."""
     if output.exists() and any(output.iterdir()) and not force:
         raise click.UsageError(f"{output} already holds files; give another folder, or --force")
