@@ -10,8 +10,8 @@ from tests.families import FAMILIES, family_folder
 from tests.test_adapters import logits
 from xfactor_peft.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.head import split
 from xfactor_peft.generation import SamplingOptions
+from xfactor_peft.head import split
 from xfactor_peft.loading import LoadOptions, load_base
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.merging import merge

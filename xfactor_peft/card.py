@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from .tokens import _describe as describe_rule
@@ -67,7 +68,7 @@ def _how_to_load(base: str) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)})",
         'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
         "```",
         "",

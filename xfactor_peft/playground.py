@@ -109,7 +109,10 @@ def build(bank: AdapterBank) -> gradio.Blocks:
                 with gr.Column():
                     label = gr.Markdown(name, elem_id=f"{name}-rate", elem_classes="rate")
                     text = gr.HighlightedText(
-                        label=name, color_map={MARK: "#ffd54a"}, elem_id=f"{name}-text", show_whitespaces=True,
+                        label=name,
+                        color_map={MARK: "#ffd54a"},
+                        elem_id=f"{name}-text",
+                        show_whitespaces=True,
                         show_inline_category=False,
                     )
                     boxes += [text, label]
