@@ -1,12 +1,12 @@
 # make demo   create the environment, run the main job, show text before and after
 # make test   create the environment, run the tests
-# make lint / make bench / make clean
+# make lint / make bench / make audit / make coverage / make clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench audit coverage clean
 
 demo: $(READY)
 	$(BIN)/python cli.py train --lora-r 8 --force
@@ -28,6 +28,15 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,plot]"
 	touch $@
+
+# Known vulnerabilities of the pinned dependencies; skipped where no package index can be reached.
+audit: $(READY)
+	@if $(BIN)/python -m pip install -q pip-audit; then $(BIN)/pip-audit --requirement constraints.txt --no-deps; \
+	else echo "audit skipped: no package index can be reached"; fi
+
+coverage: $(READY)
+	$(BIN)/python -m pip install -q pytest-cov
+	$(BIN)/python -m pytest --cov=xfactor_peft --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 clean:
 	rm -rf $(VENV)

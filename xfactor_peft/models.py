@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
             "run once without --offline, or use --model demo or a folder"
         )
     folder = _checked(_download(name, revision), name)
+    _check_hashes(folder, name)
     return ModelChoice(name, folder, folder.name, "downloaded from the Hub")
 
 
@@ -113,16 +116,63 @@ def _download(name: str, revision: str | None) -> Path:
         if not isinstance(error, OSError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
             raise
         raise XFactorError(
-            f"--model {name} cannot be downloaded ({_short(error)}); check the connection, "
+            f"--model {name} cannot be downloaded ({_in_words(error)}); {_advice(error)}, "
             "or use --model demo or a local folder"
         ) from error
 
 
-def _short(error: BaseException) -> str:
-    """The first line of the innermost cause: the most telling words of a chain of network errors."""
+def _in_words(error: BaseException) -> str:
+    """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return (str(error) or type(error).__name__).strip().split("\n")[0][:120]
+    text = (str(error) or type(error).__name__).strip().split("\n")[0]
+    return without_secrets(text)[:120]
+
+
+def without_secrets(text: str) -> str:
+    """Text without access tokens and without the queries of addresses, which may be signed."""
+    return re.sub(r"(https?://[^\s?]+)\?[^\s'\")]*", r"\1", re.sub(r"hf_\w+", "hf_...", text))
+
+
+def _advice(error: BaseException) -> str:
+    """What to do next, by the status that the Hub answered with."""
+    status = _status(error)
+    if status in (401, 403):
+        return "the Hub refuses the token in use: log in again with `hf auth login`"
+    if status == 429:
+        return "the Hub asks to slow down: try again in a few minutes"
+    if status is not None and status >= 500:
+        return "the Hub is in trouble: try again later"
+    return "check the connection and try again"
+
+
+def _status(error: BaseException | None) -> int | None:
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _check_hashes(folder: Path, name: str) -> None:
+    """Compare downloaded weights with the SHA-256 that the Hub gave, which is their name in its cache.
+
+    Raises:
+        XFactorError: a file is another; it is removed, so that the next try downloads it again.
+    """
+    for path in folder.glob("*.safetensors"):
+        blob = path.resolve()
+        if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
+            continue
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise XFactorError(
+                f"--model {name}: {path.name} arrived damaged (wrong SHA-256) and was removed; try again"
+            )
 
 
 def _checked(folder: Path, name: str) -> Path:
