@@ -80,6 +80,14 @@ def test_full_fine_tuning_moves_every_weight(load_tiny):
     assert result.lora is None
 
 
+def test_one_process_may_train_in_several_precisions(load_tiny):
+    """Accelerate would refuse the second run: its state holds the first one's precision."""
+    for dtype, method in (("fp32", "lora"), ("bf16", "full"), ("fp32", "full")):
+        base = load_tiny(dtype=dtype, master_weights=method == "full")
+        result = train(base, x_target(base), TrainOptions(method=method, steps=2, seq_len=8), evaluation=QUICK)
+        assert len(result.history) == 2
+
+
 def test_first_loss_is_the_kl_of_the_base_on_the_seeded_inputs(tiny):
     target, options = x_target(tiny), TrainOptions(steps=1, seq_len=16, seed=3)
     generator = torch.Generator().manual_seed(3)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
 import xfactor_peft as xf
 from xfactor_peft.cli.train import SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K
@@ -85,8 +84,7 @@ class Probe:
 
 
 def train(run: Run, base: Base, tokens: xf.TokenSet, on_step: Callable[[Step], None], lr: float | None) -> TrainResult:
-    """One training run. Accelerate keeps the first precision that a process uses, so it is made to forget it."""
-    AcceleratorState._reset_state()
+    """One training run."""
     arm, settings = run.arm, run.settings
     options = xf.TrainOptions(
         method=arm.method,
