@@ -60,7 +60,7 @@ def optimise(
     """
     check_rows(options.batch_size)
     full_bf16 = options.method == "full" and base.dtype == "bf16"
-    AcceleratorState._reset_state()  # it keeps the first run's precision, and refuses another one, for the whole process
+    AcceleratorState._reset_state()  # it would hold on to the precision of the first run in this process
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(options.optimizer, trainable.values(), options.learning_rate, options.weight_decay)
