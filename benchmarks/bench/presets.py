@@ -71,7 +71,7 @@ class Preset:
     shape_arms: tuple[Arm, ...] = ()
     shape_steps: int = 5
     real: bool = False
-    strengths: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0)
+    strengths: tuple[float, ...] = (3.0, 6.0, 8.0, 9.0, 10.0, 12.0, 15.0)
 
     def rates_for(self, arm: Arm) -> tuple[float, ...]:
         return self.rates["adafactor" if arm.optimizer == "adafactor" else arm.method]
@@ -91,7 +91,7 @@ PRESETS = {
             "quick", _CORE, Settings(steps=60, repeats=2, probe_every=15, windows=16),
             sweep_steps=20, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
             shape_arms=_CORE, shape_steps=3,
-            strengths=(3.0, 6.0, 9.0),
+            strengths=(4.0, 7.0, 8.0, 9.0, 10.0, 12.0, 15.0),
         ),
         Preset(
             "paper", _CORE, Settings(),
