@@ -80,4 +80,4 @@ def test_an_unreachable_hub_says_what_to_do(hub, checkpoint, tmp_path):
     hub.close()
     error = command(hub, tmp_path, "tokens", "--model", NAME, code=2)
     assert "cannot be downloaded" in error
-    assert "check the connection, or use --model demo or a local folder" in error
+    assert "check the connection and try again, or use --model demo or a local folder" in error

@@ -60,8 +60,8 @@ def _auto(offline: bool) -> ModelChoice:
     try:
         return _from_hub(DEFAULT_MODEL, None, offline)
     except XFactorError as error:
-        why = "not in the local cache, and --offline" if offline else f"cannot be had: {error.__cause__ or error}"
-        return _demo(f"{DEFAULT_MODEL} is {why}".split("\n")[0][:160])
+        why = "is not in the local cache, and --offline" if offline else f"cannot be had: {error.__cause__ or error}"
+        return _demo(f"{DEFAULT_MODEL} {why}".split("\n")[0][:160])
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
