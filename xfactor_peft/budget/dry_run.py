@@ -49,7 +49,6 @@ class StepMemory:
 
     Attributes:
         weights: parameters and buffers of the base, tied ones once.
-        largest: the largest tensor in the files.
         trainable: numbers that train.
         blocks: bytes that each block saves for backward, in order, when it is not recomputed.
         rest: bytes saved outside the blocks.
@@ -59,7 +58,6 @@ class StepMemory:
     """
 
     weights: int
-    largest: int
     trainable: int
     blocks: tuple[int, ...]
     rest: int
@@ -121,7 +119,6 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
     head = base.get_output_embeddings()
     return StepMemory(
         weights=sum(t.numel() * t.element_size() for t in tensors.values()),
-        largest=max(t.numel() for t in tensors.values()) * 4,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         blocks=tuple(saved[i] for i in range(blocks)),
         rest=saved[None],

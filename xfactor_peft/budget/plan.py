@@ -95,8 +95,10 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions, *, teacher: b
     Raises:
         XFactorError: "auto" has a budget, and the model cannot be planned with.
     """
-    if isinstance(options.checkpointing, int) or options.checkpointing == "off":
-        return int(options.checkpointing != "off" and options.checkpointing)
+    if options.checkpointing == "off":
+        return 0
+    if isinstance(options.checkpointing, int):
+        return options.checkpointing
     try:
         step = measure_step(base.model.config, shape)
     except XFactorError:
