@@ -1,12 +1,12 @@
 # make demo   create the environment, run the main job, show text before and after
 # make test   create the environment, run the tests
-# make lint / make bench / make audit / make coverage / make clean
+# make lint / make typecheck / make bench / make audit / make coverage / make clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench audit coverage clean
+.PHONY: demo test lint typecheck bench audit coverage clean
 
 demo: $(READY)
 	$(BIN)/python cli.py train --lora-r 8 --force
@@ -20,6 +20,10 @@ lint: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt mypy
+	$(BIN)/python -m mypy xfactor_peft
 
 bench: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run.sh
