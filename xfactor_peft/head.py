@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -38,7 +39,7 @@ class SplitModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's logits, an active set head's term and the tilt included; (..., D) -> (..., V)."""
-        head = self.model.get_output_embeddings()
+        head: nn.Module = self.model.get_output_embeddings()
         # PEFT's wrapper adds the set head; the plain product is the same for every other head, quantised or not.
         z = head(hidden) if isinstance(head, LoraLayer) else F.linear(hidden, self.weight, self.bias)
         return z if self.tilt is None else z.float() + self.tilt

@@ -104,25 +104,25 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
 
     `sets` is the rank of the set head, needed when `options.head`.
     """
-    suffixes = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
+    targets = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
+    if options.head:
+        if sets < 1:
+            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
+        targets.append(head_name(model))
     conv1d = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.r,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=suffixes,
+        target_modules=targets,
         fan_in_fan_out=conv1d,
         bias="none",
         use_dora=options.variant == "dora",
         use_rslora=options.variant == "rslora",
         init_lora_weights="pissa" if options.variant == "pissa" else True,
     )
-    if options.head:
-        if sets < 1:
-            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
-        with_set_head(config, model, sets, alone=options.blocks is None)
-    return config
+    return with_set_head(config, head_name(model), sets) if options.head else config
 
 
 def register_layers(config: LoraConfig) -> LoraConfig:
@@ -130,7 +130,7 @@ def register_layers(config: LoraConfig) -> LoraConfig:
 
     Adapter files and every call of PEFT stay the same; call it before the configuration meets a model.
     """
-    config._register_custom_module(custom_modules())
+    config._register_custom_module(custom_modules())  # type: ignore[arg-type]  # PEFT calls them, classes or not
     return config
 
 

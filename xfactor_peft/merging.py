@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from .bank import AdapterBank
 from .errors import XFactorError
+from .lowmem.peft_parts import side_b
 from .mixing import Mix
 from .norm_fold import fold_logit_bias
 
@@ -31,12 +36,14 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
     keys = [bank.keys[name] for name, weight in mix.parts if weight != 0]
     layer = model.get_output_embeddings()
     bias = None
-    if isinstance(layer, LoraLayer) and any(key in layer.lora_A for key in keys):
+    if isinstance(layer, PeftLinear) and any(key in layer.lora_A for key in keys):
         bias = _merge_head(model, layer, keys)
-    if bank.model is not model:
+    if isinstance(bank.model, PeftModel):
         _drop_zero_biases(model, keys)
+        tuner = cast(LoraModel, bank.model.base_model)
         try:
-            model = bank.model.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else bank.model.unload()
+            merged = tuner.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else tuner.unload()
+            model = cast(PreTrainedModel, merged)
         except (ValueError, RuntimeError) as error:
             raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error
     if bias is not None:
@@ -46,15 +53,15 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
     return model
 
 
-def _merge_head(model: PreTrainedModel, layer: LoraLayer, keys: list[str]) -> torch.Tensor | None:
+def _merge_head(model: PreTrainedModel, layer: PeftLinear, keys: list[str]) -> torch.Tensor | None:
     """Merge the set heads into an output embedding of its own; returns the offset (V,) that found no place in it."""
-    base, offset = layer.base_layer, None
+    base, offset = cast(nn.Linear, layer.base_layer), None
     weight, dtype = base.weight.float().clone(), base.weight.dtype
     for key in keys:
         if key not in layer.lora_A:
             continue
         weight += layer.get_delta_weight(key).float()
-        bias = layer.lora_B[key].bias
+        bias = side_b(layer, key).bias
         if bias is not None and bias.any():
             offset = bias * layer.scaling[key] + (0 if offset is None else offset)
     base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
@@ -63,7 +70,7 @@ def _merge_head(model: PreTrainedModel, layer: LoraLayer, keys: list[str]) -> to
     model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}
     if offset is not None and base.bias is not None:
-        base.bias += offset.to(base.bias)
+        base.bias.add_(offset.to(base.bias))
         return None
     return offset
 
@@ -71,6 +78,8 @@ def _merge_head(model: PreTrainedModel, layer: LoraLayer, keys: list[str]) -> to
 def _drop_zero_biases(model: PreTrainedModel, keys: list[str]) -> None:
     """Biases of lora_B that are 0 need no bias in the base (`lora_bias` is one switch for all layers of an adapter)."""
     for layer in model.modules():
-        for key in keys if isinstance(layer, LoraLayer) else ():
-            if key in layer.lora_B and layer.lora_bias[key] and not layer.lora_B[key].bias.any():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for key in keys:
+            if key in layer.lora_B and layer.lora_bias[key] and not side_b(layer, key).bias.any():
                 layer.lora_bias[key] = False

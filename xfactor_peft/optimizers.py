@@ -15,6 +15,8 @@ from .errors import XFactorError
 from .lowmem.imports import allow_bitsandbytes
 
 OPTIMIZERS = ("adam", "adamw", "adam8bit", "adafactor")
+LR_RATIO = "lr_ratio"
+"""Name of the attribute that gives a parameter a learning rate of its own."""
 
 
 def build_optimizer(
@@ -30,28 +32,28 @@ def build_optimizer(
       arXiv:1804.04235), from torch. Its `lr` is relative: a step moves an entry by about
       min(lr, 1/sqrt(step)) * RMS(parameter).
 
-    A parameter with an attribute `lr_ratio` learns at so many times `lr` (LoRA+).
+    A parameter with an attribute `LR_RATIO` learns at so many times `lr` (LoRA+).
 
     Raises:
         XFactorError: an unknown name.
     """
-    parameters = _groups(parameters, lr)
+    groups = _groups(parameters, lr)
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
     if name == "adam8bit":
         allow_bitsandbytes()
         from bitsandbytes.optim import Adam8bit
 
-        return Adam8bit(parameters, lr=lr, weight_decay=weight_decay)
+        return Adam8bit(groups, lr=lr, weight_decay=weight_decay)
     if name == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+        return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, foreach=False)
     raise XFactorError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
 
 
 def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(getattr(parameter, "lr_ratio", 1.0), []).append(parameter)
+        groups.setdefault(getattr(parameter, LR_RATIO, 1.0), []).append(parameter)
     return [{"params": members, "lr": lr * ratio} for ratio, members in groups.items()]

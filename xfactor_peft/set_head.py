@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import XFactorError
+from .lowmem.peft_parts import side_a, side_b
 
 
 def head_name(model: PreTrainedModel) -> str:
@@ -26,10 +27,8 @@ def head_name(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def with_set_head(config: LoraConfig, model: PreTrainedModel, sets: int, *, alone: bool) -> LoraConfig:
-    """Extend a LoRA configuration by the output embedding, at rank `sets` and scaling 1."""
-    name = head_name(model)
-    config.target_modules = {name} if alone else {*config.target_modules, name}
+def with_set_head(config: LoraConfig, name: str, sets: int) -> LoraConfig:
+    """Give the output embedding, which `config` targets by its `name`, rank `sets`, scaling 1 and a bias."""
     config.rank_pattern = {f"^{name}": sets}
     config.alpha_pattern = {f"^{name}": sets}
     config.lora_bias = True
@@ -47,24 +46,26 @@ class SetHead(nn.Module):
         adapter: PEFT's name of the adapter.
     """
 
+    members: torch.Tensor
+
     def __init__(self, layer: LoraLayer, members: torch.Tensor, adapter: str = "default") -> None:
         super().__init__()
         self.layer, self.adapter = layer, adapter
         self.register_buffer("members", members.float(), persistent=False)
         self.offset = nn.Parameter(torch.zeros(len(members), device=members.device))
-        side_a, side_b = layer.lora_A[adapter], layer.lora_B[adapter]
-        if side_b.weight.shape != members.T.shape:
-            raise XFactorError(f"the set head holds {side_b.weight.shape[1]} sets, not {len(members)}")
+        a, b = side_a(layer, adapter), side_b(layer, adapter)
+        if b.weight.shape != members.T.shape:
+            raise XFactorError(f"the set head holds {b.weight.shape[1]} sets, not {len(members)}")
         with torch.no_grad():
-            side_a.weight.zero_()
-            side_b.weight.copy_(members.T)
-            side_b.bias.zero_()
-        side_b.requires_grad_(False)
+            a.weight.zero_()
+            b.weight.copy_(members.T)
+            b.bias.zero_()
+        b.requires_grad_(False)
 
     @property
-    def direction(self) -> nn.Parameter:
+    def direction(self) -> torch.Tensor:
         """a, (K, D)."""
-        return self.layer.lora_A[self.adapter].weight
+        return side_a(self.layer, self.adapter).weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """s = a h + b; (..., D) -> (..., K), float32."""
@@ -72,12 +73,12 @@ class SetHead(nn.Module):
 
     @torch.no_grad()
     def write(self) -> None:
-        self.layer.lora_B[self.adapter].bias.copy_(self.offset @ self.members)
+        side_b(self.layer, self.adapter).bias.copy_(self.offset @ self.members)
 
     @torch.no_grad()
     def shift(self, amount: torch.Tensor) -> None:
         """b += amount (K,), and write."""
-        self.offset += amount.to(self.offset)
+        self.offset.add_(amount.to(self.offset))
         self.write()
 
 
@@ -86,8 +87,3 @@ def freeze_block_biases(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith(".bias"):
             parameter.requires_grad_(False)
-
-
-def has_set_head(model: nn.Module) -> bool:
-    """Whether the output embedding carries LoRA."""
-    return isinstance(model.get_output_embeddings(), LoraLayer)

@@ -8,14 +8,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .lowmem.peft_parts import side_a, side_b
+from .optimizers import LR_RATIO
+
 B_RATIO = 16.0
 """The ratio of learning rates that the authors of LoRA+ recommend."""
+_START = "pissa_start"
 
 
 def start_variant(model: PeftModel, variant: str) -> None:
@@ -23,11 +29,10 @@ def start_variant(model: PeftModel, variant: str) -> None:
     if variant == "lora+":
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.lr_ratio = B_RATIO  # which `build_optimizer` looks at
+                setattr(parameter, LR_RATIO, B_RATIO)  # which `build_optimizer` looks at
     if variant == "pissa":
-        model.pissa_start = {
-            name: tuple(side.detach().clone() for side in _sides(layer)) for name, layer in _layers(model)
-        }
+        start = {name: tuple(side.detach().clone() for side in _sides(layer)) for name, layer in _layers(model)}
+        setattr(model, _START, start)
 
 
 @torch.no_grad()
@@ -39,19 +44,19 @@ def finish_variant(model: nn.Module) -> None:
     PiSSA takes B_0 A_0 out of the base. An adapter that needs the base changed could not be swapped, and switching it
     off would not give the base; so W_res + s B_0 A_0 is put back (equal to W up to rounding).
     """
-    start = getattr(model, "pissa_start", None)
-    if not start:
+    start = getattr(model, _START, None)
+    if not start or not isinstance(model, PeftModel):
         return
     for name, layer in _layers(model):
-        (a, b), (a0, b0), base = _sides(layer), start[name], layer.get_base_layer()
+        (a, b), (a0, b0), base = _sides(layer), start[name], cast(nn.Linear | Conv1D, layer.get_base_layer())
         taken = layer.scaling["default"] * (b0 @ a0)
-        base.weight += (taken.T if isinstance(base, Conv1D) else taken).to(base.weight.dtype)
+        base.weight.add_((taken.T if isinstance(base, Conv1D) else taken).to(base.weight.dtype))
         layer.lora_A["default"] = _linear(torch.cat([a, a0]))
         layer.lora_B["default"] = _linear(torch.cat([b, -b0], dim=1))
         layer.r["default"], layer.lora_alpha["default"] = 2 * len(a), 2 * layer.lora_alpha["default"]
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
-    del model.pissa_start
+    delattr(model, _START)
 
 
 def _layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
@@ -59,7 +64,7 @@ def _layers(model: PeftModel) -> list[tuple[str, LoraLayer]]:
 
 
 def _sides(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return side_a(layer, "default").weight, side_b(layer, "default").weight
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

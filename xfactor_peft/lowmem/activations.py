@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,10 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import use_short_attention
+from .peft_parts import unwrapped
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class TanhGELU(nn.Module):
@@ -36,7 +41,7 @@ def fuse_gelu(model: nn.Module) -> int:
     return count
 
 
-def prepare_for_training(model: PreTrainedModel, checkpointing: bool | int = False) -> None:
+def prepare_for_training(model: PreTrainedModel | PeftModel, checkpointing: bool | int = False) -> None:
     """Make the model's activations small, in place; also through a PEFT wrapper, before or after it is made.
 
     Args:
@@ -46,7 +51,7 @@ def prepare_for_training(model: PreTrainedModel, checkpointing: bool | int = Fal
     Raises:
         ValueError: checkpointing is asked for and the model has no blocks that support it.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     fuse_gelu(base)
     use_short_attention(base)
     blocks = checkpointed_blocks(base)
@@ -66,13 +71,13 @@ def _switch(model: PreTrainedModel, on: bool) -> None:
 
     The flag on the model itself keeps the key-value cache out of blocks that are run twice.
     """
-    recompute = partial(checkpoint, use_reentrant=False)
+    settings = {"_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False), "gradient_checkpointing": on}
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module._gradient_checkpointing_func = recompute
-            module.gradient_checkpointing = on
+            for name, value in settings.items():
+                setattr(module, name, value)
 
 
-def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
+def checkpointed_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The blocks that can be recomputed, in the order of the model; [] for a model without support."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

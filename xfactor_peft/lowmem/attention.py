@@ -29,14 +29,14 @@ class ShortAttention(torch.autograd.Function):
     """q, k, v (B, H, T, D), all of one shape -> (B, H, T, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, scaling: float | None):
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
         ctx.scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
         ctx.save_for_backward(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=ctx.scaling)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = ctx.saved_tensors
         batch, heads, length, _ = grad.shape
         wide = torch.promote_types(grad.dtype, torch.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class StoredTensor:
         """(rows, tensor) of at most `piece_bytes` (at least one row); each is valid until the next is asked for."""
         rows = self.shape[0] if self.shape else 1
         row_shape = self.shape[1:]
-        row_bytes = prod(row_shape) * self.dtype.itemsize
+        dtype = self.dtype
+        assert dtype is not None, f"{self.name} is {self.dtype_name}, not floating point"  # callers look first
+        row_bytes = prod(row_shape) * dtype.itemsize
         step = max(1, min(rows, piece_bytes // max(1, row_bytes)))
         with self.file.open("rb", buffering=0) as file:
             for first in range(0, rows, step):
@@ -56,12 +59,12 @@ class StoredTensor:
                 buffer = scratch("file", ((here.stop - first) * row_bytes,), torch.uint8)
                 file.seek(self.start + first * row_bytes)
                 _fill(file, buffer)
-                values = buffer.view(self.dtype)
+                values = buffer.view(dtype)
                 yield here, values.view(self.shape if not self.shape else (here.stop - first, *row_shape))
 
 
-def _fill(file, buffer: torch.Tensor) -> None:
-    view = memoryview(buffer.numpy())
+def _fill(file: FileIO, buffer: torch.Tensor) -> None:
+    view = buffer.numpy().data
     while view:
         count = file.readinto(view)
         if not count:

@@ -36,7 +36,14 @@ class _LoraPart(torch.autograd.Function):
     """b + s (x A^T) B^T; x (M, in) -> (M, out)."""
 
     @staticmethod
-    def forward(ctx: Any, x, bias, lora_a, lora_b, scaling: float):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
         ctx.scaling = scaling
         h = lora_a.to(x.dtype) @ x.T
         if bias is None:
@@ -48,7 +55,7 @@ class _LoraPart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, lora_a, lora_b = ctx.saved_tensors
         want_x, want_bias, want_a, want_b = ctx.needs_input_grad[:4]
         grad_x = grad_bias = grad_a = grad_b = None
@@ -69,7 +76,7 @@ class _AddProduct(torch.autograd.Function):
     """d + x W^T, in place of d when there is one; x (M, in) -> (M, out). Saves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x, addend, weight: FrozenWeight):
+    def forward(ctx: Any, x: torch.Tensor, addend: torch.Tensor | None, weight: FrozenWeight) -> torch.Tensor:
         ctx.weight = weight
         if addend is not None:
             ctx.mark_dirty(addend)
@@ -77,7 +84,7 @@ class _AddProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g):
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         want_x, want_addend = ctx.needs_input_grad[:2]
         return ctx.weight.transposed_product(g) if want_x else None, g if want_addend else None, None
 

@@ -15,7 +15,8 @@ def leave_out_bitsandbytes() -> bool:
     """
     if sys.modules.get(_NAME) is not None:
         return False
-    sys.modules[_NAME] = None  # Python's own way of marking a module that must not be imported
+    # Python's own way of marking a module that must not be imported
+    sys.modules[_NAME] = None  # type: ignore[assignment]  # which typeshed does not know
     return True
 
 

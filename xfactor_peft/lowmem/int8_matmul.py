@@ -117,7 +117,9 @@ def _int_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return scratch("float", shape, torch.float32).copy_(product)
 
 
-def _quantize(x: torch.Tensor, column: torch.Tensor | None):
+def _quantize(
+    x: torch.Tensor, column: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Rows of x (times `column`) -> codes in a scratch buffer, scales (M, 1), outliers (index, values) or None."""
     wide = scratch("float", x.shape, torch.float32).copy_(x)
     if column is not None:
@@ -134,7 +136,7 @@ def _quantize(x: torch.Tensor, column: torch.Tensor | None):
     return codes, peak / 127, outliers
 
 
-def _take_outliers(wide: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _take_outliers(wide: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move the outlier columns of `wide` out, at most a 16th of all: (index, values (M, k)); they become 0 in place."""
     excess = (wide.abs() / limit.clamp(min=torch.finfo(torch.float32).tiny)).amax(dim=0)
     most = max(1, wide.shape[1] // 16)

@@ -88,6 +88,7 @@ class NF4Linear(QuantizedLinear):
     """A frozen linear layer with 4-bit weights, dequantised into one scratch buffer for every product."""
 
     scale_name = "absmax"
+    absmax: torch.Tensor
 
     def _allocate(self) -> None:
         entries = self.out_features * self.in_features

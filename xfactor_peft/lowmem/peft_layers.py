@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .fused_lora import FrozenWeight, frozen_linear
 from .int8 import Int8Linear
 from .nf4 import NF4Linear
+from .peft_parts import side_a, side_b
 from .plain import PlainWeight
 from .quantized import QuantizedLinear
 
@@ -38,11 +39,11 @@ class FusedLoraLinear(PeftLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or not names or not self._fuses(names):
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base = cast(nn.Linear | Conv1D, self.get_base_layer())
         lora_a, lora_b, scaling = self._factors(names)
         y = frozen_linear(x, self._frozen_weight(), base.bias, lora_a, lora_b, scaling)
         for name in names:
-            extra = self.lora_B[name].bias
+            extra = side_b(self, name).bias
             if extra is not None:
                 y = y + (extra * self.scaling[name]).to(y.dtype)
         return y
@@ -66,13 +67,14 @@ class FusedLoraLinear(PeftLinear):
         """A (sum of r, in), B (out, sum of r) and one scaling for the sum over adapters."""
         if len(names) == 1:
             name = names[0]
-            return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        lora_a = torch.cat([self.lora_A[name].weight for name in names])
-        lora_b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+            return side_a(self, name).weight, side_b(self, name).weight, self.scaling[name]
+        lora_a = torch.cat([side_a(self, name).weight for name in names])
+        lora_b = torch.cat([side_b(self, name).weight * self.scaling[name] for name in names], dim=1)
         return lora_a, lora_b, 1.0
 
     def _frozen_weight(self) -> FrozenWeight:
-        return PlainWeight(self.base_layer.weight, isinstance(self.base_layer, Conv1D))
+        base = cast(nn.Linear | Conv1D, self.base_layer)
+        return PlainWeight(base.weight, isinstance(base, Conv1D))
 
 
 class QuantizedLoraLinear(FusedLoraLinear):
@@ -101,7 +103,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
+        base = cast(QuantizedLinear, self.get_base_layer())
         weight = base.dequantize(torch.float32)
         bias = None if base.bias is None else base.bias.data
         for name in names:
@@ -109,7 +111,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
             if self.lora_bias[name]:
                 if bias is None:
                     raise RuntimeError("LoRA with a bias cannot be merged into a layer that has none")
-                bias = bias + (self.lora_B[name].bias * self.scaling[name]).detach().to(bias.dtype)
+                bias = bias + (side_b(self, name).bias * self.scaling[name]).detach().to(bias.dtype)
         if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"merging {', '.join(names)} gives values that are not finite; the adapter seems broken")
         if self._before_merge is None:
@@ -124,7 +126,8 @@ class QuantizedLoraLinear(FusedLoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base = cast(QuantizedLinear, self.get_base_layer())
+        assert self._before_merge is not None  # `merge` kept it
         weight, scales, *bias = self._before_merge
         base.set_codes(weight, scales)
         if bias:
@@ -133,7 +136,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         self.merged_adapters.clear()
 
     def _frozen_weight(self) -> FrozenWeight:
-        return self.base_layer
+        return cast(QuantizedLinear, self.base_layer)
 
 
 _WRAPPERS: dict[type[nn.Module], type[FusedLoraLinear]] = {

@@ -28,7 +28,8 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype, device: torc
     pool = _pool()
     buffer = pool.get(key)
     if buffer is None or buffer.numel() < size:
-        pool[key] = buffer = None  # the old one goes before the new one comes
+        buffer = None
+        pool.pop(key, None)  # the old one goes before the new one comes
         with torch.inference_mode(False):
             pool[key] = buffer = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(*shape)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
@@ -80,7 +82,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _parameters_on_meta():
+def _parameters_on_meta() -> Iterator[None]:
     """Inside, a module's parameters lose their storage as soon as they are registered; buffers stay real."""
     register = nn.Module.register_parameter
 
@@ -117,7 +119,7 @@ def quantize_linears(model: PreTrainedModel, quantization: str) -> PreTrainedMod
     """
     kind = QUANTIZED[quantization]
     for name in _linear_layers(model, None):
-        old = model.get_submodule(name)
+        old = cast(nn.Linear | Conv1D, model.get_submodule(name))
         conv1d = isinstance(old, Conv1D)
         weight = old.weight.detach().T if conv1d else old.weight.detach()
         model.set_submodule(name, kind.from_weight(weight, old.bias, from_conv1d=conv1d))
@@ -135,11 +137,11 @@ def _linear_layers(model: PreTrainedModel, skip: tuple[str, ...] | None) -> list
 
 def replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
     for name in _linear_layers(model, skip):
-        old = model.get_submodule(name)
+        old = cast(nn.Linear | Conv1D, model.get_submodule(name))
         conv1d = isinstance(old, Conv1D)
-        shape = old.weight.shape if conv1d else old.weight.shape[::-1]
+        columns, rows = old.weight.shape if conv1d else old.weight.shape[::-1]
         with torch.device("meta"):
-            new = kind(*shape, old.bias is not None, from_conv1d=conv1d)
+            new = kind(columns, rows, old.bias is not None, from_conv1d=conv1d)
         model.set_submodule(name, new)
 
 
