@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig
@@ -16,6 +18,7 @@ from peft.utils.other import get_pattern_key
 
 from .errors import XFactorError
 
+Check = Callable[[Any], bool]
 _PATTERN = re.compile(r"\^?[\w\-]+(\\?\.[\w\-]+)*\$?", re.ASCII)
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 # Features of PEFT that change more than W + s B A, or other parts of the model.
@@ -53,7 +56,7 @@ def check_config(config: dict[str, Any], where: str) -> None:
     for key in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "inference_mode"):
         _expect(where, config, key, lambda v: isinstance(v, bool), "true or false")
     for key, check in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
-        _expect(where, config, key, lambda v, check=check: _is_pattern(v, check), "plain layer names with numbers")
+        _expect(where, config, key, partial(_is_pattern, check=check), "plain layer names with numbers")
     _expect(where, config, "target_modules", _is_targets, "a list of layer names", required=True)
     for key in ("base_model_name_or_path", "revision"):
         _expect(where, config, key, lambda v: isinstance(v, str), "text")
@@ -106,7 +109,7 @@ def peft_config(config: dict[str, Any], layers: set[str]) -> LoraConfig:
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config.get("lora_dropout") or 0.0,
-        target_modules=set(layers),
+        target_modules=sorted(layers),
         fan_in_fan_out=config.get("fan_in_fan_out") or False,
         use_rslora=config.get("use_rslora") or False,
         use_dora=config.get("use_dora") or False,
@@ -118,7 +121,9 @@ def peft_config(config: dict[str, Any], layers: set[str]) -> LoraConfig:
     )
 
 
-def _expect(where: str, config: dict[str, Any], key: str, check, expected: str, *, required: bool = False) -> None:
+def _expect(
+    where: str, config: dict[str, Any], key: str, check: Check, expected: str, *, required: bool = False
+) -> None:
     value = config.get(key)
     if (value is None and not required) or (value is not None and check(value)):
         return
@@ -133,7 +138,7 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65536
 
 
-def _is_pattern(value: Any, check) -> bool:
+def _is_pattern(value: Any, check: Check) -> bool:
     """Names with at most ^, $ and escaped dots: PEFT matches them as regular expressions."""
     return isinstance(value, dict) and all(_PATTERN.fullmatch(key) and check(number) for key, number in value.items())
 

@@ -32,13 +32,12 @@ def parse_goal(
         raise XFactorError(f"--goal {text!r}: {number!r} is not a rate between 0 and 1") from error
     if not 0 <= rate < 1:
         raise XFactorError(f"--goal {text!r}: the rate must be at least 0 and below 1; got {number}")
-    common = {"vocab_size": vocab_size, "ignore_case": ignore_case}
     if kind == "contains":
-        tokens = TokenSet.contains(tokenizer, value, **common)
+        tokens = TokenSet.contains(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
     elif kind == "regex":
-        tokens = TokenSet.regex(tokenizer, value, **common)
+        tokens = TokenSet.regex(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
     elif kind == "words":
-        tokens = TokenSet.words(tokenizer, read_words(Path(value)), **common)
+        tokens = TokenSet.words(tokenizer, read_words(Path(value)), vocab_size=vocab_size, ignore_case=ignore_case)
     else:
         tokens = TokenSet.token_ids(tokenizer, read_token_ids(Path(value)), vocab_size=vocab_size)
     return Goal(tokens, rate)

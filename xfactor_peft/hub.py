@@ -108,6 +108,6 @@ def _add_curve(folder: Path) -> None:
 
 def _short(error: BaseException) -> str:
     """The first line of the innermost cause."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     return (str(error) or type(error).__name__).strip().split("\n")[0][:160]

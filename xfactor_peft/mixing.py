@@ -76,7 +76,9 @@ def parse_mixes(texts: Iterable[str], known: Iterable[str] = ()) -> list[Mix]:
     Raises:
         XFactorError: as `parse_mix`.
     """
-    known, columns, weighted = set(known), [], []
+    known = set(known)
+    columns: list[Mix | None] = []
+    weighted: list[tuple[str, float]] = []
     for text in dict.fromkeys(texts):
         mix = parse_mix(text, known)
         if len(mix.parts) == 1 and mix.parts[0][0] != text:

@@ -123,8 +123,8 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _in_words(error: BaseException) -> str:
     """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     text = (str(error) or type(error).__name__).strip().split("\n")[0]
     return without_secrets(text)[:120]
 

@@ -132,7 +132,8 @@ class TokenSet:
         cls, tokenizer: PreTrainedTokenizerBase, rule: dict[str, Any], *, vocab_size: int | None = None
     ) -> TokenSet:
         """Make a set again from `TokenSet.rule`; raises XFactorError for an unknown kind."""
-        kind, value, fold = rule.get("kind"), rule.get("value"), bool(rule.get("ignore_case", False))
+        kind, fold = rule.get("kind"), bool(rule.get("ignore_case", False))
+        value: Any = rule.get("value")  # a text, or a list of words or ids
         if kind == "contains":
             return cls.contains(tokenizer, value, ignore_case=fold, vocab_size=vocab_size)
         if kind == "regex":
