@@ -60,14 +60,16 @@ def run_arm(arm: str, rate: float, seed: int, options: argparse.Namespace) -> di
     )
     train = xf.TrainOptions(method=method, seed=seed)
     quick = xf.EvalOptions(repeats=1, sampling=xf.SamplingOptions(max_new_tokens=8))  # the scores proper come below
+    started = time.process_time()
     result = xf.train(base, target_of(arm, tokens, rate), train, lora_of(arm), quick, objective)
+    cpu = time.process_time() - started
     if method == "full":
         reference = split(xf.load(options.model, xf.LoadOptions(dtype=options.dtype), offline=True).model)
         scores = xf.evaluate(split(base.model), base.tokenizer, tokens, evaluation(seed), base=reference)
     else:
         off = partial(adapter_off, result.model)
         scores = xf.evaluate(split(base.model), base.tokenizer, tokens, evaluation(seed), adapter_off=off)
-    return {**result.record(), "before": None, "after": scores.record(), "history": thin(result.history)}
+    return {**result.record(), "before": None, "after": scores.record(), "history": thin(result.history), "cpu": cpu}
 
 
 def thin(history: list) -> list[dict]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from .durable import sync, sync_tree
 from .errors import XFactorError
 from .identity import BaseIdentity
 from .loading import Base
+from .parallel import process
 from .training import TrainResult
 
 RECORD = "xfactor.json"
@@ -104,13 +106,14 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processes": process()[1],
         **result.record(),
     }
-    if result.options.method == "lora":
+    if isinstance(result.model, PeftModel):
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name
             config.revision = result.base.choice.revision
-        result.model.save_pretrained(staging, save_embedding_layers=False)
+        result.model.save_pretrained(str(staging), save_embedding_layers=False)
     else:
         result.model.save_pretrained(staging)
         result.base.tokenizer.save_pretrained(staging)
@@ -196,6 +199,7 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
                 f"adapter {info.name} was made for {info.identity}, but the model here is {base.identity}; "
                 f"different: {', '.join(differences)}. Load the base it was made for with --model"
             )
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in info.shapes.items():
         if match := _MAGNITUDE.fullmatch(key):
             outputs = _layer_shape(base.model, match["module"], info.name)[1]
@@ -203,6 +207,7 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
                 raise XFactorError(
                     f"adapter {info.name}: {key} has shape {shape}, which does not fit {outputs} outputs"
                 )
+            parts.setdefault(match["module"], {})["magnitude"] = shape
             continue
         match = _KEY.fullmatch(key)
         if match is None:
@@ -215,14 +220,9 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
                 f"adapter {info.name}: {key} has shape {shape}, which does not fit the layer of "
                 f"{base.identity} ({expected[0]} in, {expected[1]} out)"
             )
-
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in info.shapes.items():
-        match = _KEY.fullmatch(key)
-        layer = (match or _MAGNITUDE.fullmatch(key))["module"]
-        parts.setdefault(layer, {})[f"{match['side']}.{match['kind']}" if match else "magnitude"] = shape
+        parts.setdefault(match["module"], {})[f"{match['side']}.{match['kind']}"] = shape
     check_layers(info.config, parts, f"adapter {info.name}")
-    if found := leaves_out(info.config, parts.keys(), _linear_names(base.model)):
+    if found := leaves_out(info.config, set(parts), _linear_names(base.model)):
         what = "no weights for" if found[1] else "weights for a layer that its configuration leaves out,"
         raise XFactorError(f"adapter {info.name} is damaged: it holds {what} {found[0]}")
     recorded = info.record.get("sha256", {})
@@ -245,10 +245,12 @@ def _layer_shape(model: nn.Module, path: str, name: str) -> tuple[int, int]:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise XFactorError(f"adapter {name}: the model has no layer {path}") from error
-    module = getattr(module, "base_layer", module)
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # GPT-2's Conv1D keeps (in, out)
+    layer = getattr(module, "base_layer", module)
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):  # GPT-2's, which keeps (in, out)
+        return layer.weight.shape[0], layer.weight.shape[1]
+    raise XFactorError(f"adapter {name}: {path} is not a linear layer of the model")
 
 
 def _linear_names(model: nn.Module) -> set[str]:

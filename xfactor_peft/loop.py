@@ -19,6 +19,7 @@ from .lora import lora_b_norm
 from .optimizers import build_optimizer
 from .out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from .parallel import check_rows, mean_over_processes, own_rows
+from .sharding import ShardedCopy, whole_tensor
 from .training_state import Stream, TrainingState
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ def optimise(
     on_step: Callable[[Step], None] | None = None,
     stop: Callable[[list[Step]], bool] | None = None,
     keeper: Keeper | None = None,
+    sharded: ShardedCopy | None = None,
 ) -> list[Step]:
     """Adam on `objective` over batches of ids, for at most `options.steps` steps; `stop` looks at every step.
 
     Args:
         keeper: saves the run and brings it to where it was saved.
+        sharded: the model, when its weights are to be shared out among the processes.
 
     Raises:
         XFactorError: a loss or gradient that is not finite, gradients that are all 0, LoRA that does not move.
@@ -62,9 +65,12 @@ def optimise(
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     AcceleratorState._reset_state()  # it would hold on to the precision of the first run in this process
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
+    if sharded:
+        sharded.shard(objective, accelerator.device)
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(options.optimizer, trainable.values(), options.learning_rate, options.weight_decay)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    if not sharded:
+        objective, optimizer = accelerator.prepare(objective, optimizer)
     state = TrainingState(trainable, optimizer, Stream(inputs))
     model.train()
     if keeper:
@@ -74,9 +80,13 @@ def optimise(
         for step in range(len(history), options.steps):
             started = time.perf_counter()
             value, mass = _gradients(accelerator, objective, state, options)
-            norm = float(nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None]))
+            norm = float(
+                whole_tensor(nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None]))
+            )
             history.append(Step(step, value, mass, norm, time.perf_counter() - started))
             if stop and stop(history):
+                if on_step:
+                    on_step(history[-1])
                 break
             _check_step(step, value, norm, keeper.way_on() if keeper else "")
             optimizer.step()
@@ -88,6 +98,8 @@ def optimise(
                 on_step(history[-1])
             if keeper:
                 keeper.after_step(state, last=step + 1 == options.steps)
+    if sharded:
+        sharded.gather()
     model.eval()
     return history
 
@@ -119,11 +131,17 @@ def _accumulate(
     for index, ids in enumerate(parts):
         share = len(ids) / total
         with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(objective):
-            loss, mass = objective(ids.to(accelerator.device))
+            with accelerator.autocast():
+                loss, mass = objective(ids.to(accelerator.device))
             accelerator.backward(loss * share)
         loss_sum, mass_sum = loss_sum + loss.item() * share, mass_sum + mass.item() * share
     loss_sum, mass_sum = mean_over_processes(accelerator, loss_sum, mass_sum)
     return loss_sum, mass_sum
+
+
+def _norm(trainable: dict[str, nn.Parameter]) -> float:
+    gradients = [p.grad for p in trainable.values() if p.grad is not None]
+    return float(whole_tensor(nn.utils.get_total_norm(gradients)))
 
 
 def _check_step(step: int, loss: float, norm: float, way_on: str) -> None:

@@ -13,7 +13,7 @@ the increments of a Gaussian log-prior on the text's count, of variance R (1-R) 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +76,8 @@ class Planner:
         rates: R, wanted rates (K,), float32.
         strengths: lambda (K,), moved so that the sampled rates stay at R: lambda += gain (logit R - logit measured).
         value: the learnt value; its states are the policy's, without gradient.
+        integral: the integral part of lambda's controller (K,).
+        optimizer, value_optimizer: of the policy and of the value.
     """
 
     halves: SplitModel
@@ -93,28 +95,26 @@ class Planner:
         groups = [{"params": self._parameters, "lr": self.options.lr}]
         if self.head is not None:
             groups.append({"params": [self.head.offset], "lr": 20 * self.options.lr})
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self._rates = [group["lr"] for group in groups]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             self.value = Value(self.halves.weight.shape[1], self.length, len(self.members)).to(device)
-        self._value_optimizer = torch.optim.Adam(self.value.parameters(), lr=2e-3)
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=2e-3)
         self._variance = (self.rates * (1 - self.rates) * self.length).clamp(min=1e-6)
-        self._integral = self.strengths.clone()
+        self.integral = self.strengths.clone()
 
-    def run(self, sample: Callable[[int], torch.Tensor], steps: int) -> Iterator[PlanStep]:
-        """`steps` updates; `sample(step)` gives sequences (N, P + T) of the policy as it is. Yields after each."""
-        for step in range(steps):
-            started = time.perf_counter()
-            self._set_learning_rate(step / steps)
-            rate, kl, *rest = self._update(sample(step), step < self.options.warm_up)
-            strength = float(self.strengths[0])
-            yield PlanStep(step, rate, kl, strength, *rest, time.perf_counter() - started)
+    def update(self, sample: Callable[[int], torch.Tensor], step: int, steps: int) -> PlanStep:
+        """Update number `step` of `steps`; `sample(step)` gives sequences (N, P + T) of the policy as it is."""
+        started = time.perf_counter()
+        self._set_learning_rate(step / steps)
+        rate, kl, *rest = self._update(sample(step), step < self.options.warm_up)
+        return PlanStep(step, rate, kl, float(self.strengths[0]), *rest, time.perf_counter() - started)
 
     def _set_learning_rate(self, progress: float) -> None:
         """Constant for half of the run, then linear down to a tenth."""
         factor = min(1.0, 0.1 + 1.8 * (1 - progress))
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
 
     def _update(self, ids: torch.Tensor, warm_up: bool) -> tuple[float, float, float, float, float]:
@@ -133,7 +133,7 @@ class Planner:
             values = self.value(states, scaled)
         advantage, _ = advantages(rewards, values, self.options.decay)
         _, targets = advantages(rewards, values, 1.0 if warm_up else 0.95)
-        explained = self.value.fit(self._value_optimizer, states, scaled, targets, 8 if warm_up else 2)
+        explained = self.value.fit(self.value_optimizer, states, scaled, targets, 8 if warm_up else 2)
         norm = 0.0 if warm_up else self._step(parts, advantage)
         measured = mass.mean((0, 1))
         if not warm_up:
@@ -164,7 +164,7 @@ class Planner:
         return _Rows(hidden, logits, gradients)
 
     def _step(self, parts: list[_Rows], advantage: torch.Tensor) -> float:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         total = advantage.numel()
         for part, scores in zip(parts, advantage.split(ROWS), strict=True):
             g, a = part.gradients, scores.flatten()[:, None]
@@ -177,7 +177,7 @@ class Planner:
                 outputs, [(-up / total).view_as(out) for up, out in zip(ascent, outputs, strict=True)]
             )
         norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
+        self.optimizer.step()
         if self.head is not None:
             self.head.write()
         return float(norm)
@@ -187,7 +187,7 @@ class Planner:
         low = torch.finfo(torch.float32).eps
         error = (torch.logit(self.rates.clamp(min=low)) - torch.logit(measured.clamp(low, 1 - low))).clamp(-2, 2)
         error = torch.where(self.rates > 0, error, 0.0)
-        self._integral = self._integral + 0.15 * error
-        self.strengths = self._integral + 0.3 * error
+        self.integral = self.integral + 0.15 * error
+        self.strengths = self.integral + 0.3 * error
         if self.head is not None:
             self.head.shift(0.25 * error)

@@ -88,6 +88,15 @@ class RateRun:
     def adapter_off(self) -> AbstractContextManager:
         return adapter_off(self.model)
 
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run beside its tensors, JSON-serialisable."""
+        return {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """The inverse of `facts`."""
+        self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
+        self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
+
     def sample(self, seed: int, count: int, tilt: torch.Tensor | None = None) -> torch.Tensor:
         """`count` openings of the base, continued by `LENGTH` tokens of the model as it is."""
         generator = torch.Generator().manual_seed(seed)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from .contexts import OPENING, batches, context_pool, openings
 from .errors import XFactorError
 from .head import SplitModel
+from .keeper import Keeper
 from .loading import Base
 from .lora import LoraOptions, add_lora
 from .memory import peaks, reset_peak
 from .objectives import ObjectiveOptions, TiltedObjective
 from .planning import Planner, PlanOptions, PlanStep
+from .planning_state import PlanningState
 from .rate_run import LENGTH, RateRun, room
 from .rollouts import atom_masses, calibrate, solve
 from .set_head import SetHead
@@ -28,6 +31,10 @@ from .targets import TiltedTarget
 from .tilt import MAX_STRENGTH
 from .token_bytes import special_ids
 from .training import Step, TrainOptions, optimise
+from .training_state import history_tensor, keep_random, load_random
+
+SOLVED, DISTIL, PLAN = "solved", "distil", "plan"
+"""Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; the sequence-level phase."""
 
 EXACT = 2e-4
 """Nats; a tilt this close to its teacher has nothing left to learn."""
@@ -41,11 +48,16 @@ def train_rate(
     lora: LoraOptions,
     objective: ObjectiveOptions,
     on_step: Callable[[Step], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> RateRun:
     """Wrap `base` with an adapter whose samples hold the wanted rates; see the module.
 
+    Args:
+        keeper: saves the run when lambda is solved, as it learns the tilt, and after every batch of planning.
+
     Raises:
         XFactorError: the rates cannot be met together, or training fails.
+        Interrupted: a signal stopped a run that has a keeper.
     """
     reset_peak(base.device)
     started = time.perf_counter()
@@ -54,19 +66,36 @@ def train_rate(
     banned = sorted(special_ids(base.tokenizer))
     run = RateRun(base, halves, target, openings(base, 512, seed=options.seed), options.seed, members, banned)
     run.objective = objective
-    run.strengths = _solve(run, objective, options)
+    if keeper and keeper.start:
+        run.restore(keeper.start.facts["rate"])
+        load_random(keeper.start.tensors())
+    else:
+        run.strengths = _solve(run, objective, options)
+    _note(run, keeper, SOLVED)
     run.model = add_lora(base.model, lora, sets=len(members))
     if lora.head:
         run.head = SetHead(base.model.get_output_embeddings(), members)
         run.head.shift(run.strengths)
-    _distil(run, options, objective, on_step)
+    if keeper is None or keeper.start_phase != PLAN:
+        _distil(run, options, objective, on_step, keeper)
     if objective.sequence_level:
-        _plan(run, options, lora, objective, on_step)
+        _plan(run, options, objective, on_step, keeper)
         if run.head is not None:
             run.correct_head()
     run.model.eval()
     run.seconds, run.peak = time.perf_counter() - started, peaks(base.device)
     return run
+
+
+def _note(run: RateRun, keeper: Keeper | None, phase: str) -> None:
+    """What of `run` the checkpoints of the phase that begins hold; lambda, once solved, has one of its own."""
+    if keeper is None:
+        return
+    keeper.phase, keeper.facts["rate"] = phase, run.facts()
+    if phase == SOLVED and keeper.start is None:
+        tensors = {"history": history_tensor([])}
+        keep_random(tensors)
+        keeper.save(0, tensors, {})
 
 
 def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> torch.Tensor:
@@ -89,7 +118,7 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
     return strengths
 
 
-def _distil(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step) -> None:
+def _distil(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step, keeper: Keeper | None) -> None:
     """Forward KL from the tilted base, until nothing is left or it no longer falls.
 
     Without a set head the student lags behind its teacher, so at a third, a half and three quarters of the steps the
@@ -107,13 +136,15 @@ def _distil(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on
     def stop(history: list[Step]) -> bool:
         if len(history) in checks:
             module.strengths.copy_(_strengthen(run, module.strengths))
+            _note(run, keeper, DISTIL)
         if history[-1].loss < EXACT:
             run.stopped = f"step {len(history)}: the adapter is the tilt (KL {history[-1].loss:.1e})"
         elif objective.early_stop and plateau([s.loss for s in history]):
             run.stopped = f"step {len(history)}: the loss no longer falls"
         return run.stopped is not None
 
-    run.history = optimise(run.base, run.model, module, inputs, options, on_step, stop)
+    _note(run, keeper, DISTIL)
+    run.history = optimise(run.base, run.model, module, inputs, options, on_step, stop, keeper)
     if run.head is not None:
         run.head.write()
 
@@ -151,7 +182,7 @@ def stop_planning(plan: list[PlanStep], rate: float) -> str | None:
     return None
 
 
-def _plan(run: RateRun, options: TrainOptions, lora: LoraOptions, objective: ObjectiveOptions, on_step) -> None:
+def _plan(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step, keeper: Keeper | None) -> None:
     rates = torch.tensor(run.target.rates).to(run.members)
     length = min(LENGTH, room(run.base, run.starts.shape[1]))
     plan = PlanOptions(lr=options.learning_rate, seed=options.seed)
@@ -159,15 +190,30 @@ def _plan(run: RateRun, options: TrainOptions, lora: LoraOptions, objective: Obj
         run.halves, run.head, run.members, run.adapter_off, rates,
         run.strengths.to(run.members), length, plan,
     )  # fmt: skip
-    first = len(run.history)
-    for step in planner.run(lambda i: run.sample(run.seed * 7 + 20_000 + i, plan.sequences), objective.sequence_steps):
-        run.plan.append(step)
-        run.history.append(Step(first + step.step, step.kl, step.rate, step.grad_norm, step.seconds))
-        if on_step:
-            on_step(run.history[-1])
+    state, steps = PlanningState(planner, run), objective.sequence_steps
+    run.model.eval()
+    _note(run, keeper, PLAN)
+    if keeper:
+        keeper.restore(state)
+
+    def stopped() -> bool:
         if objective.early_stop and (reason := stop_planning(run.plan, run.target.rates[0])):
-            run.stopped = f"batch {step.step + 1} of planning: {reason}"
-            break
+            run.stopped = f"batch {len(run.plan)} of planning: {reason}"
+            return True
+        return len(run.plan) == steps
+
+    def sample(step: int) -> torch.Tensor:
+        return run.sample(run.seed * 7 + 20_000 + step, plan.sequences)
+
+    with keeper.deferred() if keeper else nullcontext():
+        while not stopped():
+            step = planner.update(sample, len(run.plan), steps)
+            run.plan.append(step)
+            run.history.append(Step(len(run.history), step.kl, step.rate, step.grad_norm, step.seconds))
+            if on_step:
+                on_step(run.history[-1])
+            if keeper:
+                keeper.after_step(state, last=len(run.plan) == steps, every=1)
 
 
 def _check_room(base: Base, objective: ObjectiveOptions) -> None:

@@ -63,7 +63,7 @@ def train_to_folder(
     While it runs, everything is in a hidden folder beside `output`, which takes its name when the run is done:
     `metrics.jsonl`, a first line with the model, the token set and the settings and then one line a step, and
     checkpoints (see `run_folder`). A run that was stopped, killed or lost its power goes on with `resume` and the same
-    arguments, and ends with the same bytes on a CPU as if nothing had happened. Runs for a rate keep no checkpoints.
+    arguments, and ends with the same bytes on a CPU as if nothing had happened. With `fsdp` there are no checkpoints.
 
     Args:
         plan: what was predicted of the run, for the record.
@@ -85,12 +85,11 @@ def train_to_folder(
         "target": target.record(),
         "objective": objective.record(),
     }
-    checkpointed = isinstance(target, UniformTarget)
     if resume and process()[1] > 1:
         raise XFactorError("--resume goes on in one process; start it without accelerate launch")
     with own_output(output) as output, folder_lock(output), Interruption() as interruption:
         folder = RunFolder.open(output, header, force=force, resume=resume, settings=settings)
-        keeper = Keeper(folder.checkpoints, save_every, output, interruption, folder.start) if checkpointed else None
+        keeper = None if options.fsdp else Keeper(folder.checkpoints, save_every, output, interruption, folder.start)
         with folder.log() as log:
 
             def record_step(step: Step) -> None:

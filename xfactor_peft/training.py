@@ -26,6 +26,7 @@ from .metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
 from .objectives import ObjectiveOptions, UniformObjective
 from .optimizers import OPTIMIZERS
 from .out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
+from .sharding import ShardedCopy, check_sharding
 from .targets import TiltedTarget, UniformTarget
 from .variants import finish_variant
 
@@ -43,7 +44,8 @@ class TrainOptions:
 
     A step sums the gradients of `grad_accum` micro-batches of `batch_size` sequences each, divided by their number: the
     same step as one batch of all of them, in the memory of one. With `auto_batch`, a micro-batch that does not fit into
-    memory is halved until it does; the step stays the same.
+    memory is halved until it does; the step stays the same. With `fsdp`, several processes share out all weights
+    (`sharding`).
 
     Raises:
         XFactorError: a value outside its range.
@@ -59,6 +61,7 @@ class TrainOptions:
     seed: int = 0
     grad_accum: int = 1
     auto_batch: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,6 +75,8 @@ class TrainOptions:
             raise XFactorError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
         if not 0 <= self.weight_decay < float("inf"):
             raise XFactorError(f"--weight-decay must be at least 0; got {self.weight_decay:g}")
+        if self.fsdp:
+            check_sharding(self.method, self.optimizer)
 
     @property
     def learning_rate(self) -> float:
@@ -178,7 +183,7 @@ def train(
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
     try:
         if tilted:
-            run = train_rate(base, halves, target, options, lora, objective, on_step)
+            run = train_rate(base, halves, target, options, lora, objective, on_step, keeper)
             model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
         else:
             model, history, seconds, peak = _train_uniform(
@@ -228,10 +233,12 @@ def _train_uniform(
     """(model, history, seconds, peak), the seconds of an earlier part of the run included."""
     model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
     off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
-    module = UniformObjective(halves, target, objective.kl_to_base, off)
+    sharded = ShardedCopy(base.model) if options.fsdp else None
+    trained = SplitModel(sharded.model) if sharded else halves
+    module = UniformObjective(trained, target, objective.kl_to_base, off)
     inputs = batches(base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed)
     reset_peak(base.device)
-    history = optimise(base, model, module, inputs, options, on_step, keeper=keeper)
+    history = optimise(base, model, module, inputs, options, on_step, keeper=keeper, sharded=sharded)
     finish_variant(model)
     return model, history, sum(step.seconds for step in history), peaks(base.device)
 

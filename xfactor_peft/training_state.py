@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,22 +55,16 @@ class TrainingState:
         """(tensors, facts), from which `restore` makes the same state again.
 
         Raises:
-            XFactorError: a weight is not finite, so that nothing could go on from here.
+            XFactorError: a weight is not finite.
         """
+        check_finite(self.trainable, len(self.history))
         tensors = {f"model/{name}": p.detach() for name, p in self.trainable.items()}
-        for name, value in self.trainable.items():
-            if not torch.isfinite(value).all():
-                raise XFactorError(f"step {len(self.history) - 1}: {name} is no longer finite; lower --lr")
         facts: dict[str, Any] = {"drawn": self.inputs.drawn, "batch": self.inputs.digest(), "rows": self.rows}
-        facts[_OPTIMIZER] = {}
-        _flatten(self.optimizer.state_dict()["state"], _OPTIMIZER, tensors, facts[_OPTIMIZER])
-        rows = [astuple(step) for step in self.history]
-        tensors[_HISTORY] = torch.tensor(rows, dtype=torch.float64)
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        keep_optimizer(_OPTIMIZER, self.optimizer, tensors, facts)
+        tensors[_HISTORY] = history_tensor(self.history)
+        keep_random(tensors)
         facts["threads"] = torch.get_num_threads()
-        return _apart(tensors), facts
+        return apart(tensors), facts
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Become the captured state; contexts are drawn again first, while the model is still the untrained one.
@@ -89,15 +83,47 @@ class TrainingState:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[f"model/{name}"])
-        state = _unflatten(_OPTIMIZER, tensors, facts[_OPTIMIZER])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_optimizer(_OPTIMIZER, self.optimizer, tensors, facts)
         self.rows = facts["rows"]
         self.history += steps_of(tensors)
-        torch.set_rng_state(tensors["random/cpu"])
-        cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random/cuda")]
-        if cuda and len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
+        load_random(tensors)
+
+
+def check_finite(trainable: Mapping[str, torch.Tensor], made: int) -> None:
+    """Raises XFactorError when a weight is not finite after `made` steps, so that nothing could go on from here."""
+    for name, value in trainable.items():
+        if not torch.isfinite(value).all():
+            raise XFactorError(f"step {made - 1}: {name.removeprefix('model/')} is no longer finite; lower --lr")
+
+
+def keep_optimizer(name: str, optimizer: Any, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Put an optimiser's state into `tensors` and `facts` under `name`."""
+    facts[name] = {}
+    _flatten(optimizer.state_dict()["state"], name, tensors, facts[name])
+
+
+def load_optimizer(name: str, optimizer: Any, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """The inverse of `keep_optimizer`; settings such as the learning rate stay the optimiser's own."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": _unflatten(name, tensors, facts[name]), "param_groups": groups})
+
+
+def keep_random(tensors: dict[str, torch.Tensor]) -> None:
+    """Put the states of torch's generators into `tensors`."""
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"random/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+
+
+def load_random(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["random/cpu"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random/cuda")]
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def history_tensor(history: list[Step]) -> torch.Tensor:
+    return torch.tensor([astuple(step) for step in history], dtype=torch.float64)
 
 
 def steps_of(tensors: dict[str, torch.Tensor]) -> list[Step]:
@@ -130,7 +156,7 @@ def _unflatten(root: str, tensors: dict[str, torch.Tensor], plain: dict[str, Any
     return tree
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous on the CPU, and no two in the same memory, as files of safetensors want them."""
     seen: set[int] = set()
     result = {}

@@ -41,6 +41,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
     "--optimizer", type=click.Choice(["adam", "adamw", "adam8bit", "adafactor"]), default="adam", show_default=True
 )
 @click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--fsdp", is_flag=True, help="Several processes share out all weights (full fine-tuning).")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
 @click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
@@ -98,7 +99,7 @@ def run(flags: dict[str, Any]) -> None:
     from .summary import print_start, print_summary
 
     names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed", "grad_accum",
-             "auto_batch")  # fmt: skip
+             "auto_batch", "fsdp")  # fmt: skip
     options = TrainOptions(**{name: flags[name] for name in names})
     lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
