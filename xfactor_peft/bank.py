@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -59,8 +60,14 @@ class AdapterBank:
         self._guard = CacheGuard(base.model, lambda: self._state)
 
     @property
-    def model(self) -> PreTrainedModel | PeftModel:
-        return self._residents.peft or self.base.model
+    def wrapped(self) -> PeftModel | None:
+        """PEFT's wrapper round the base; None while no adapter is loaded."""
+        return self._residents.peft
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What generates: the base, or PEFT's wrapper, which passes on to the base whatever it lacks itself."""
+        return cast(PreTrainedModel, self.wrapped or self.base.model)
 
     def load(self, reference: str) -> AdapterInfo:
         """Read, check and add an adapter, given by name or folder; what is active stays active.

@@ -58,8 +58,8 @@ def read_factors(info: AdapterInfo) -> dict[str, Factors]:
 
 def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), after PEFT's pattern for the layer."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config["lora_alpha"])
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -96,13 +96,14 @@ def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: boo
         raise XFactorError("a mix needs at least one adapter")
     first = infos[0]
     for info in infos[1:]:
-        if None not in (first.identity, info.identity) and first.identity.differences(info.identity):
+        if first.identity and info.identity and first.identity.differences(info.identity):
             raise XFactorError(f"{first.name} was made for {first.identity}, {info.name} for {info.identity}")
     tensors, ranks = {}, {}
     for name, factors in mixed_factors(infos, [weight for _, weight in mix.parts]).items():
         prefix = f"base_model.model.{name}.lora_"
         tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = factors.a, factors.b
-        tensors[f"{prefix}B.bias"] = factors.bias
+        if factors.bias is not None:
+            tensors[f"{prefix}B.bias"] = factors.bias
         ranks[name] = len(factors.a)
     biased = any(value.any() for key, value in tensors.items() if key.endswith("B.bias"))
     if not biased:
@@ -121,7 +122,7 @@ def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: boo
         inference_mode=True,
     )
     staging = prepare_output(output, force=force)
-    config.save_pretrained(staging)
+    config.save_pretrained(str(staging))
     save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
     record = _record(mix, infos, output.name, hashes(staging))
     if record:

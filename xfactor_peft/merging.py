@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from .bank import AdapterBank
 from .errors import XFactorError
-from .lowmem.peft_parts import side_b
+from .lowmem.peft_parts import side_b, tuner
 from .mixing import Mix
 from .norm_fold import fold_logit_bias
 
@@ -38,11 +37,11 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
     bias = None
     if isinstance(layer, PeftLinear) and any(key in layer.lora_A for key in keys):
         bias = _merge_head(model, layer, keys)
-    if isinstance(bank.model, PeftModel):
+    if bank.wrapped is not None:
         _drop_zero_biases(model, keys)
-        tuner = cast(LoraModel, bank.model.base_model)
+        lora = tuner(bank.wrapped)
         try:
-            merged = tuner.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else tuner.unload()
+            merged = lora.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else lora.unload()
             model = cast(PreTrainedModel, merged)
         except (ValueError, RuntimeError) as error:
             raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error

@@ -47,13 +47,13 @@ def continuations(
             raise XFactorError("a rate picks the scale of one adapter; choose one, or set the rate to 0")
         chosen = {name: bank.scale_for_rate(name, rate) for name in chosen}
     mix = Mix(tuple(chosen.items()))
-    sets = [tokens for name in chosen if (tokens := bank.token_set(name)) is not None]
-    tokens = sets or [TokenSet.contains(bank.base.tokenizer, "X", vocab_size=bank.base.vocab_size)]
-    columns = [([], ""), ([], "")]
+    known = [found for name in chosen if (found := bank.token_set(name)) is not None]
+    sets = known or [TokenSet.contains(bank.base.tokenizer, "X", vocab_size=bank.base.vocab_size)]
+    columns: list[tuple[list[tuple[str, str | None]], str]] = [([], ""), ([], "")]
     for index, what in enumerate((Mix(), mix)):
         bank.use(what)
         for ids in generate_in_pieces(bank.model, bank.base.tokenizer, prompt, options):
-            columns[index] = (_marked(bank, ids, tokens), _rates(ids, tokens, "base" if index == 0 else str(mix)))
+            columns[index] = (_marked(bank, ids, sets), _rates(ids, sets, "base" if index == 0 else str(mix)))
             yield (*columns[0], *columns[1])
 
 

@@ -13,6 +13,7 @@ from .adapter_config import peft_config
 from .adapters import AdapterInfo, layers_of
 from .errors import XFactorError
 from .lora import register_layers
+from .lowmem.peft_parts import tuner
 
 
 class Residents:
@@ -60,7 +61,7 @@ class Residents:
         if self.peft is not None:
             self.peft.peft_config.pop(key, None)
             keys = list(self.peft.peft_config)[:1]
-            self.peft.active_adapter, self.peft.base_model.active_adapter = next(iter(keys), ""), keys
+            self.peft.active_adapter, tuner(self.peft).active_adapter = next(iter(keys), ""), keys
         if not self._layers:
             self.peft = None
             if hasattr(self._model, "peft_config"):
@@ -79,7 +80,7 @@ class Residents:
                     layer.set_scale(key, weights[key])
         if keys:
             self.peft.active_adapter = keys[0]
-            self.peft.base_model.active_adapter = keys
+            tuner(self.peft).active_adapter = keys
 
     def _load(self, info: AdapterInfo, key: str) -> None:
         config = register_layers(peft_config(info.config, layers_of(info)))

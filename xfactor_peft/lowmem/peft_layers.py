@@ -39,7 +39,7 @@ class FusedLoraLinear(PeftLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or not names or not self._fuses(names):
             return super().forward(x, *args, **kwargs)
-        base = cast(nn.Linear | Conv1D, self.get_base_layer())
+        base = cast("nn.Linear | Conv1D", self.get_base_layer())
         lora_a, lora_b, scaling = self._factors(names)
         y = frozen_linear(x, self._frozen_weight(), base.bias, lora_a, lora_b, scaling)
         for name in names:
@@ -73,7 +73,7 @@ class FusedLoraLinear(PeftLinear):
         return lora_a, lora_b, 1.0
 
     def _frozen_weight(self) -> FrozenWeight:
-        base = cast(nn.Linear | Conv1D, self.base_layer)
+        base = cast("nn.Linear | Conv1D", self.base_layer)
         return PlainWeight(base.weight, isinstance(base, Conv1D))
 
 
@@ -103,7 +103,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = cast(QuantizedLinear, self.get_base_layer())
+        base = cast("QuantizedLinear", self.get_base_layer())
         weight = base.dequantize(torch.float32)
         bias = None if base.bias is None else base.bias.data
         for name in names:
@@ -126,7 +126,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = cast(QuantizedLinear, self.get_base_layer())
+        base = cast("QuantizedLinear", self.get_base_layer())
         assert self._before_merge is not None  # `merge` kept it
         weight, scales, *bias = self._before_merge
         base.set_codes(weight, scales)
@@ -136,7 +136,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         self.merged_adapters.clear()
 
     def _frozen_weight(self) -> FrozenWeight:
-        return cast(QuantizedLinear, self.base_layer)
+        return cast("QuantizedLinear", self.base_layer)
 
 
 _WRAPPERS: dict[type[nn.Module], type[FusedLoraLinear]] = {

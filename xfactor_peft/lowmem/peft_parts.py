@@ -8,13 +8,18 @@ from torch import nn
 
 if TYPE_CHECKING:  # neither is needed at run time by those who train without PEFT
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer, LoraModel
     from transformers import PreTrainedModel
 
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model inside PEFT's wrapper, or the model itself."""
     return cast("PreTrainedModel", getattr(model, "get_base_model", lambda: model)())
+
+
+def tuner(model: PeftModel) -> LoraModel:
+    """What PEFT's wrapper hands most of its calls to."""
+    return cast("LoraModel", model.base_model)
 
 
 def side_a(layer: LoraLayer, adapter: str) -> nn.Linear:
