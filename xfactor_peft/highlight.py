@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,10 +18,12 @@ def marked_parts(
     Runs of members and of others are decoded together, so that characters made of several tokens stay whole.
     """
     members = {i for tokens in sets for i in tokens.ids}
-    parts, run, inside = [], [], False
+    parts: list[tuple[str, bool]] = []
+    run: list[int] = []
+    inside = False
     for i in [*ids, None]:
         if run and (i is None or (i in members) != inside):
-            parts.append((_printable(tokenizer.decode(run)), inside))
+            parts.append((_printable(cast(str, tokenizer.decode(run))), inside))
             run = []
         if i is not None:
             inside = i in members

@@ -75,9 +75,9 @@ class _ChunkedKL(torch.autograd.Function):
             if grad_set is not None:
                 grad_set[part] = (difference @ members.T).to(grad_set.dtype)
             difference = difference.to(weight.dtype)
-            if want_hidden:
+            if grad_hidden is not None:
                 torch.mm(difference, weight, out=grad_hidden[part])
-            if want_weight:
+            if grad_weight is not None:
                 grad_weight += difference.T @ h
         ctx.save_for_backward(
             grad_hidden,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def evaluate(
     )
     for batch in sequences:
         batches.append(batch.continuations)
-        samples.append(tokenizer.decode(batch.ids[0]))
+        samples.append(cast(str, tokenizer.decode(batch.ids[0])))
         parts.append(policy_and_base.score(batch, tokens.mask()))
     rows, scores = torch.cat(batches), PositionScores.join(parts)
     rate = rate_per_sequence(rows, tokens.mask())

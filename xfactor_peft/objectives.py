@@ -73,6 +73,9 @@ class ObjectiveOptions:
 class UniformObjective(nn.Module):
     """Mean D_KL(P || model) over all B*T positions, plus W times mean D_KL(base || model)."""
 
+    target: torch.Tensor
+    mask: torch.Tensor
+
     def __init__(
         self, halves: SplitModel, target: UniformTarget, kl_to_base: float = 0.0, adapter_off: AdapterOff | None = None
     ) -> None:
@@ -89,7 +92,7 @@ class UniformObjective(nn.Module):
         halves = self._halves
         hidden = halves.hidden(ids)
         result = kl_loss(hidden, halves.weight, self.target, self.mask, bias=halves.bias)
-        if not self._weight:
+        if not self._weight or self._off is None:
             return result
         teacher = Teacher(base_hidden(halves, ids, self._off), torch.zeros_like(self.target))
         members = self.mask[None].float()
@@ -99,6 +102,9 @@ class UniformObjective(nn.Module):
 
 class TiltedObjective(nn.Module):
     """Mean D_KL(q_lambda || model); the teacher q_lambda is the same weights with the adapter off, tilted."""
+
+    members: torch.Tensor
+    strengths: torch.Tensor
 
     def __init__(
         self, halves: SplitModel, target: TiltedTarget, adapter_off: AdapterOff, head: SetHead | None = None

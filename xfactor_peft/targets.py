@@ -116,7 +116,7 @@ class TiltedTarget:
     @property
     def rates(self) -> list[float] | None:
         """The wanted rates, or None when strengths are given instead."""
-        return None if self.goals[0].rate is None else [goal.rate for goal in self.goals]
+        return [goal.rate for goal in self.goals if goal.rate is not None] or None
 
     def members(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """F, membership in every set, float32 (K, V)."""

@@ -58,10 +58,12 @@ class Tracking:
     def _start(self, name: str | GeneralTracker) -> GeneralTracker:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        tracker = name
+        tracker: GeneralTracker
         if isinstance(name, str):
             kind = LOGGER_TYPE_TO_CLASS[name]
             tracker = kind(self._run, str(self._folder)) if kind.requires_logging_directory else kind(self._run)
+        else:
+            tracker = name
         if hasattr(tracker, "start"):
             tracker.start()
         tracker.store_init_configuration(self._settings)

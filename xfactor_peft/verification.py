@@ -112,6 +112,7 @@ def _check_rate(bank: AdapterBank, name: str) -> Check:
         tokens = bank.token_set(name)
     except XFactorError:
         return Check("R", UNKNOWN, "its token set is not known")
+    assert tokens is not None  # it has a rule
     bank.use(name)
     scores = evaluate(split(bank.base.model), bank.base.tokenizer, tokens, options)
     bank.use(None)

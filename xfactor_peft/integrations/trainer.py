@@ -13,6 +13,7 @@ only; the loss is made in chunks from the states that enter its output embedding
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import XFactorError
 from ..head import SplitModel, split
 from ..loading import switch_off_dropout
 from ..lora import adapter_off
+from ..lowmem.peft_parts import unwrapped
 from ..objectives import TiltedObjective, UniformObjective
 from ..targets import TiltedTarget, UniformTarget
 
@@ -56,7 +58,8 @@ class TokenSetTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         _switch_off_base_dropout(model)
-        self._halves = _Through(split(_plain(model)).model)
+        plain = split(unwrapped(model)).model
+        self._halves = _Through(plain, whole=[plain])
         off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
         self._objective = _objective(self._halves, target, kl_to_base, off)
         self._masses: list[float] = []
@@ -86,12 +89,14 @@ class TokenSetTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+@dataclass(frozen=True)
 class _Through(SplitModel):
-    """Hidden states by way of the whole model's forward pass, so that its wrappers' hooks run."""
+    """Hidden states by way of the whole model's forward pass, so that its wrappers' hooks run.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        object.__setattr__(self, "whole", [model])  # the same model, as the Trainer wrapped it
+    `whole` holds the same model, as the Trainer wrapped it.
+    """
+
+    whole: list[nn.Module] = field(default_factory=list, compare=False)
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         states: list[torch.Tensor] = []
@@ -109,17 +114,19 @@ def random_contexts(vocabulary: int, count: int, *, length: int = 64, seed: int 
     return _Rows(torch.randint(vocabulary, (count, length), generator=generator))
 
 
-class _Rows(TensorDataset):
+class _Rows(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": super().__getitem__(index)[0]}
+        return {"input_ids": self._ids[index]}
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
-
-
-def _plain(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _switch_off_base_dropout(model: nn.Module) -> None:
