@@ -170,7 +170,9 @@ def quantized_by(options: LoadOptions, device: torch.device) -> str | None:
     return options.backend
 
 
-def _load_model(choice: ModelChoice, dtype, device, quantization: str | None, backend: str | None) -> PreTrainedModel:
+def _load_model(
+    choice: ModelChoice, dtype: torch.dtype, device: torch.device, quantization: str | None, backend: str | None
+) -> PreTrainedModel:
     """Tensor by tensor on a CPU, through transformers' own loader on CUDA, for bitsandbytes, and where it must be."""
     try:
         if device.type == "cpu" and backend != "bitsandbytes":
@@ -178,16 +180,22 @@ def _load_model(choice: ModelChoice, dtype, device, quantization: str | None, ba
                 return load_streaming(choice.folder, dtype=dtype, quantization=quantization)
             except UnsupportedCheckpoint:
                 pass
-        if backend == "native":
+        if backend == "native" and quantization is not None:
             model = _from_pretrained(choice, dtype, torch.device("cpu"))
-            return quantize_linears(model, quantization).to(device)
+            model = quantize_linears(model, quantization)
+            return model.to(device)  # type: ignore[arg-type]  # mypy does not bind self in functools.wraps
         return _trainable_4bit(_from_pretrained(choice, dtype, device, _bitsandbytes_config(quantization, dtype)))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
 
 
-def _from_pretrained(choice: ModelChoice, dtype, device, quantization_config=None) -> PreTrainedModel:
+def _from_pretrained(
+    choice: ModelChoice,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         choice.folder,
         dtype=dtype,
@@ -204,9 +212,10 @@ def _trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
     It does so in the first forward pass in evaluation mode, and what is packed has no backward pass; a run samples
     before it trains.
     """
+    switch = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, switch):
+            setattr(module, switch, False)
     return model
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
@@ -20,6 +22,7 @@ from ..loading import DTYPES, switch_off_dropout
 from ..lora import LoraOptions, add_lora
 from ..lowmem import prepare_for_training
 from ..lowmem.activations import checkpointed_blocks
+from ..lowmem.peft_parts import unwrapped
 from ..lowmem.streaming import QUANTIZED, replace_layers
 
 
@@ -78,7 +81,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise XFactorError(f"{folder} holds no configuration that can be planned with: {error}") from error
 
 
-def build(config: PretrainedConfig, shape: Shape, device: str) -> nn.Module:
+def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedModel | PeftModel:
     """The model of `config` as it would train: quantised, wrapped with LoRA, activations made small.
 
     On the meta device it has no values, elsewhere uninitialised ones for the base.
@@ -109,7 +112,7 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
     """
     try:
         model = build(config, shape, "meta")
-        base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = unwrapped(model)
         saved, block_input = _saved_bytes(base, shape)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -128,7 +131,7 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
     )
 
 
-def _base_tensors(model: nn.Module):
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "lora_" not in name:
             yield name, tensor
@@ -149,7 +152,7 @@ def _saved_bytes(base: PreTrainedModel, shape: Shape) -> tuple[dict[int | None, 
             alive.append(tensor)
         return tensor
 
-    def entering(index: int | None):
+    def entering(index: int | None) -> Callable[..., None]:
         return lambda *_: place.__setitem__(0, index)
 
     hooks = []

@@ -83,8 +83,10 @@ def chosen_blocks(
     step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, here: int, teacher: bool
 ) -> int:
     """How many blocks `--checkpointing` recomputes; with "auto" all of them when no number is enough."""
+    if isinstance(options.checkpointing, int):
+        return options.checkpointing
     if options.checkpointing != "auto":
-        return {"off": 0, "on": len(step.blocks)}.get(options.checkpointing, options.checkpointing)
+        return len(step.blocks) if options.checkpointing == "on" else 0
     count = blocks_to_recompute(step, shape, budget, here=here, teacher=teacher)
     return len(step.blocks) if count is None else count
 

@@ -20,6 +20,7 @@ from ..head import SplitModel
 from ..losses import kl_loss
 from ..lowmem import prepare_for_training
 from ..lowmem.allocator import reuse_pages
+from ..lowmem.peft_parts import unwrapped
 from ..lowmem.quantized import QuantizedLinear
 from ..lowmem.scratch import release_scratch
 from .dry_run import Shape, build
@@ -63,8 +64,7 @@ def _seconds(config: PretrainedConfig, shape: Shape, layers: int, checkpointing:
     _fill(model)
     prepare_for_training(model, checkpointing)
     reuse_pages()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    halves = SplitModel(base)
+    halves = SplitModel(unwrapped(model))
     vocab_size = len(halves.weight)
     target, mask = torch.full((vocab_size,), 1 / vocab_size), torch.zeros(vocab_size, dtype=torch.bool)
     trained = [p for p in model.parameters() if p.requires_grad]

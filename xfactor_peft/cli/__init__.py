@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import warnings
+from typing import Any
 
 import click
 
@@ -37,7 +38,7 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.UsageError as error:

@@ -77,6 +77,6 @@ def command(**flags: Any) -> None:  # fmt: skip
             bank.use(None)
             print_frontier(name, scores, measure_frontier(halves, base.tokenizer, own, scores, options))
     if flags["json_file"]:
-        scores = {name: scores.record() for name, scores in columns.items()}
-        record = {"base": base.record(), "tokens": tokens.record(), "scores": scores}
+        records = {name: scores.record() for name, scores in columns.items()}
+        record = {"base": base.record(), "tokens": tokens.record(), "scores": records}
         flags["json_file"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,7 +31,8 @@ def print_start(
     if isinstance(target, UniformTarget):
         tokens = target.tokens
         console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
-    for goal in getattr(target, "goals", ()):
+    goals = () if isinstance(target, UniformTarget) else target.goals
+    for goal in goals:
         wish = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
         size = f"{len(goal.tokens)} of {goal.tokens.vocab_size}"
         console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wish}", markup=False)
@@ -40,7 +41,7 @@ def print_start(
         if lora.head:
             *_, head = matched
             del matched[head]
-            console.print(f"set head: rank {len(target.goals)} on {head}")
+            console.print(f"set head: rank {len(goals)} on {head}")
         if matched:
             layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
             console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")

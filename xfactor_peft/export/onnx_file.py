@@ -51,5 +51,6 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
         raise XFactorError(
             f"torch cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
+    assert program is not None  # which it would be without dynamo
     program.save(output)
     return f"merged {mix} into {output}: input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"
