@@ -75,6 +75,17 @@ def a_layer_less(tensors):
         del tensors[key]
 
 
+def on(path):
+    """The first layer's weights under the name of something that is no linear layer."""
+
+    def apply(tensors):
+        layer = first(tensors).split(".lora_")[0]
+        for key in [key for key in tensors if key.startswith(f"{layer}.")]:
+            tensors[key.replace(layer, f"base_model.model.{path}")] = tensors.pop(key)
+
+    return edit_weights(apply)
+
+
 HOSTILE = {
     "huge header": (huge_header, "a header of 4611686018427387904 bytes"),
     "a flipped bit": (flipped, "changed since it was saved"),
@@ -85,6 +96,9 @@ HOSTILE = {
     "whole numbers": (edit_weights(lambda t: t.update({first(t): t[first(t)].int()})), r"holds torch.int32"),
     "one side": (edit_weights(one_side), "has no A.weight"),
     "a layer less": (edit_weights(a_layer_less), "no weights for"),
+    "on a norm": (on("transformer.ln_f"), "transformer.ln_f is not a linear layer"),
+    "on a block": (on("transformer.h.0"), "transformer.h.0 is not a linear layer"),
+    "on nothing": (on("transformer.h.9.attn.c_attn"), "has no layer transformer.h.9"),
     "no shape": (edit_weights(lambda t: t.update({first(t): torch.tensor(1.0)})), "does not fit the layer"),
     "a rank of a thousand million": (edit_config(r=10**9), "r must be a whole number from 1 to 65536"),
     "another rank": (edit_config(r=16), "is of rank 8 and 8, not 16"),
