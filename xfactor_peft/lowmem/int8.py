@@ -40,7 +40,7 @@ class Int8Linear(QuantizedLinear):
     def _allocate(self) -> None:
         shape = (self.out_features, self.in_features)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("SCB", torch.empty(self.out_features))
+        self.register_buffer("SCB", torch.empty(self.out_features, dtype=torch.float32))
 
     @classmethod
     def from_bitsandbytes(cls, state: Mapping[str, torch.Tensor], *, from_conv1d: bool = False) -> Self:
@@ -72,7 +72,7 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
         few = x.shape[0] <= int8_matmul.FEW_ROWS
-        if not int8_matmul.enabled(x) or (few and x.dtype != torch.bfloat16):
+        if not int8_matmul.enabled(x) or (few and not int8_matmul.takes_few_rows(x)):
             weight = self._in_scratch(x.dtype)
             return x @ weight.T if addend is None else addend.addmm_(x, weight.T)
         if few:

@@ -22,6 +22,8 @@ from .scratch import scratch
 CREST = 10.0
 FEW_ROWS = 4
 """Up to here a product is bound by reading the weight, and activations stay as they are."""
+FEW_ROWS_STEP = 64
+"""`few_rows` needs a width that this divides: torch's kernel reads whole vectors (16 with AVX-512) unchecked."""
 PRODUCT_BYTES = 16 * 2**20
 """Rows go through in pieces of at most this many bytes of int32 products."""
 
@@ -60,6 +62,11 @@ def enabled(x: torch.Tensor, *, backward: bool = False) -> bool:
     if x.device.type != "cpu" or x.dtype == torch.float64 or _mode == "off" or (backward and _mode == "forward"):
         return False
     return _mode != "auto" or supported()
+
+
+def takes_few_rows(x: torch.Tensor) -> bool:
+    """Whether `few_rows` may have x, (M, in)."""
+    return x.dtype == torch.bfloat16 and x.shape[1] % FEW_ROWS_STEP == 0
 
 
 def few_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
