@@ -114,6 +114,8 @@ def test_no_tensor_of_positions_by_vocabulary():
 def test_chunk_follows_the_byte_budget():
     assert chunk_positions(50257) * 50257 * 4 <= 16 * 2**20
     assert chunk_positions(10**9) == 1
+    assert chunk_positions(1000, 11_999) == 2
+    assert chunk_positions(1000, 12_000) == 3
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (0, 0), (1, 2), (1, -0.1), (float("nan"), 0), (float("inf"), 0)])
@@ -139,3 +141,43 @@ def test_wrong_shapes_are_named():
         kl_loss(leaves[0][:, :2], leaves[1], target, mask)
     with pytest.raises(ValueError, match="at least one position"):
         kl_loss(leaves[0][:0], leaves[1], target, mask)
+    for name, vector in (("mask", mask), ("bias", leaves[2])):
+        values = {"target": target, "mask": mask, "bias": leaves[2], name: vector[:8]}
+        with pytest.raises(ValueError, match=rf"^{name} has shape \(8,\), expected \(9,\)$"):
+            kl_loss(leaves[0], leaves[1], **values)
+    with pytest.raises(ValueError, match=r"^kl_loss needs at least one position$"):
+        kl_loss(leaves[0][:0], leaves[1], target, mask)
+    with pytest.raises(ValueError, match=r"^hidden has width 2, the output embedding 3$"):
+        kl_loss(leaves[0][:, :2], leaves[1], target, mask)
+
+
+def test_any_leading_dimensions():
+    """(B, T, D) is (B T, D): the same loss, gradients in the shape of the states."""
+    leaves, target, mask = problem(6, 4, 50)
+    flat = run(kl_loss, leaves, target, mask)
+    leaves[0] = leaves[0].detach().view(2, 3, 4)
+    loss, mass, grads = run(kl_loss, leaves, target, mask)
+    assert (loss, mass) == flat[:2]
+    assert torch.equal(grads[0], flat[2][0].view(2, 3, 4))
+
+
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default_dtype):
+    leaves, target, mask = problem(13, 7, 50)
+    expected = run(kl_loss, leaves, target, mask, chunk=4)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(default_dtype)
+    try:
+        actual = run(kl_loss, leaves, target, mask, chunk=4)
+    finally:
+        torch.set_default_dtype(previous)
+    assert actual[0].dtype == actual[1].dtype == torch.float32
+    assert actual[:2] == expected[:2]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual[2], expected[2], strict=True))
+
+
+def test_gradients_come_in_the_dtype_of_their_inputs():
+    leaves, target, mask = problem(13, 7, 50, dtype=torch.bfloat16)
+    loss, mass, grads = run(kl_loss, leaves, target.double(), mask)
+    assert (loss.dtype, mass.dtype) == (torch.float32, torch.float32)
+    assert [g.dtype for g in grads] == [torch.bfloat16] * 3

@@ -71,14 +71,35 @@ def test_a_head_at_lambda_has_no_loss_and_without_one_it_has():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(0, 8)}, "at least one position"),
-        ({"hidden": torch.zeros(3, 8)}, "teacher has"),
-        ({"members": torch.zeros(2, 49)}, "members .* and tilt"),
+        ({"hidden": torch.zeros(0, 8)}, "^tilted_kl_loss needs at least one position$"),
+        ({"hidden": torch.zeros(3, 8)}, r"^teacher has \(6, 8\) states, the student \(3, 8\)$"),
+        ({"members": torch.zeros(2, 49)}, r"^members \(2, 49\) and tilt \(50,\) need 50 tokens$"),
+        ({"weight": torch.zeros(49, 8)}, r"^members \(2, 50\) and tilt \(50,\) need 49 tokens$"),
     ],
 )
 def test_shapes_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         tilted_kl_loss(**{**case(6, 8, 50, torch.float32), **change})
+
+
+def test_any_leading_dimensions():
+    values = case(6, 8, 50)
+    flat = tilted_kl_loss(**values)
+    values["hidden"], values["set_logits"] = values["hidden"].view(2, 3, 8), values["set_logits"].view(2, 3, 2)
+    assert tilted_kl_loss(**values).loss == flat.loss
+
+
+def test_the_teacher_is_in_float32_or_better():
+    """bf16 states make bf16 logits; what follows is not rounded again, whatever the dtype of the tilt."""
+    low, high = case(6, 8, 50, torch.bfloat16), case(6, 8, 50)
+    log_q = low["teacher"].log_probabilities(slice(2, 5), low["weight"], low["bias"])
+    assert (log_q.shape, log_q.dtype) == ((3, 50), torch.float32)
+    z = F.linear(low["teacher"].hidden[2:5], low["weight"], low["bias"]).double() + low["teacher"].tilt.double()
+    torch.testing.assert_close(log_q.double(), z.log_softmax(1), rtol=1e-6, atol=1e-6)
+    log_q = high["teacher"].log_probabilities(slice(0, 6), high["weight"], None)
+    assert log_q.dtype == torch.float64
+    z = F.linear(high["teacher"].hidden, high["weight"]) + high["teacher"].tilt
+    torch.testing.assert_close(log_q, z.log_softmax(1))
 
 
 def test_position_gradients_are_those_of_autograd():

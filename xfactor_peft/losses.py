@@ -91,7 +91,7 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_mass):
-        grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
+        grads = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
         return (*grads, None, None, None, None)
 
 
