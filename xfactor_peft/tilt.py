@@ -76,10 +76,10 @@ def solve_rate(masses: torch.Tensor, rate: float) -> float:
     Raises:
         XFactorError: the rate is outside [0, 1), or the set has no mass in the contexts.
     """
+    if not 0 <= rate < 1:
+        raise XFactorError(f"--target-rate must be at least 0 and below 1; got {rate:g}")
     if rate == 0:
         return SUPPRESS
-    if not 0 < rate < 1:
-        raise XFactorError(f"--target-rate must be at least 0 and below 1; got {rate:g}")
     masses = masses.double().clamp(max=1 - 1e-12)
     if not masses.max() > 0:
         raise XFactorError("the model gives the set no mass at all, so no tilt can reach a rate; choose another set")
@@ -109,7 +109,7 @@ def solve_rates(masses: torch.Tensor, patterns: torch.Tensor, rates: list[float]
     """
     goal = torch.tensor(rates, dtype=torch.float64)
     free = goal > 0
-    strengths = torch.where(free, 0.0, SUPPRESS).double()
+    strengths = torch.full_like(goal, SUPPRESS)
     if not free.any():
         return strengths
     masses, inside = masses.double().clamp(min=1e-300), patterns[:, free]
