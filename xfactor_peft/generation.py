@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -129,7 +129,8 @@ def generate_in_pieces(
 
     Every piece reads the text again and has a seed of its own, so the text differs from that of `generate`.
     """
-    start, new = encode_prompt(tokenizer, model, prompt, options.max_new_tokens), []
+    start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+    new: list[int] = []
     while len(new) < options.max_new_tokens:
         part = replace(options, max_new_tokens=min(piece, options.max_new_tokens - len(new)))
         seed = options.seed * 1_000_003 + len(new)
@@ -202,11 +203,11 @@ def sample_sequences(
         batch_size = sampling_batch(model, length + options.max_new_tokens, 64)
         for index, part in enumerate(rows.split(batch_size)):
             seed = options.seed * 1_000_003 + length * 1009 + index
-            ids = _sample(
+            sampled = _sample(
                 model, part, options, seed=seed, pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=None, suppress_tokens=banned, tilt=tilt,
             )  # fmt: skip
-            yield Sequences(ids.cpu(), length)
+            yield Sequences(sampled.cpu(), length)
 
 
 def sample_after(
@@ -238,7 +239,12 @@ class _AddTilt(LogitsProcessor):
 
 @torch.no_grad()
 def _sample(
-    model, ids, options: SamplingOptions, seed: int | None = None, tilt: torch.Tensor | None = None, **kwargs
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    options: SamplingOptions,
+    seed: int | None = None,
+    tilt: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """`generate` under its own random state, in eval mode; both are put back afterwards."""
     if tilt is not None:
@@ -246,10 +252,11 @@ def _sample(
     was_training = model.training
     model.eval()
     device = model.device
+    continued = cast(Callable[..., torch.Tensor], model.generate)  # from GenerationMixin, which every causal model has
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(options.seed if seed is None else seed)
         ids = ids.to(device)
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        output = model.generate(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
+        output = continued(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
     model.train(was_training)
     return output

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,11 +93,11 @@ class Planner:
     def __post_init__(self) -> None:
         device = self.halves.weight.device
         self._parameters = [p for p in self.halves.model.parameters() if p.requires_grad]
-        groups = [{"params": self._parameters, "lr": self.options.lr}]
+        groups: list[dict[str, Any]] = [{"params": self._parameters, "lr": self.options.lr}]
         if self.head is not None:
             groups.append({"params": [self.head.offset], "lr": 20 * self.options.lr})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self._rates = [group["lr"] for group in groups]
+        self._rates: list[float] = [group["lr"] for group in groups]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             self.value = Value(self.halves.weight.shape[1], self.length, len(self.members)).to(device)
@@ -108,8 +109,9 @@ class Planner:
         """Update number `step` of `steps`; `sample(step)` gives sequences (N, P + T) of the policy as it is."""
         started = time.perf_counter()
         self._set_learning_rate(step / steps)
-        rate, kl, *rest = self._update(sample(step), step < self.options.warm_up)
-        return PlanStep(step, rate, kl, float(self.strengths[0]), *rest, time.perf_counter() - started)
+        rate, kl, norm, explained, spread = self._update(sample(step), step < self.options.warm_up)
+        seconds = time.perf_counter() - started
+        return PlanStep(step, rate, kl, float(self.strengths[0]), norm, explained, spread, seconds)
 
     def _set_learning_rate(self, progress: float) -> None:
         """Constant for half of the run, then linear down to a tenth."""

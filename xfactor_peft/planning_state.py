@@ -38,7 +38,8 @@ class PlanningState:
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         planner = self._planner
-        named = {f"model/{name}": p for name, p in planner.halves.model.named_parameters() if p.requires_grad}
+        named: dict[str, torch.Tensor] = {}
+        named |= {f"model/{name}": p for name, p in planner.halves.model.named_parameters() if p.requires_grad}
         named |= {f"value/{name}": p for name, p in planner.value.named_parameters()}
         return named if planner.head is None else {**named, "offset": planner.head.offset}
 

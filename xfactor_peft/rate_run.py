@@ -61,7 +61,7 @@ class RateReport:
 
 @dataclass
 class RateRun:
-    """A run under way: the wrapped model, its set head, and the means to sample it."""
+    """A run under way: PEFT's wrapper round the model (once there is one), its set head, and the means to sample it."""
 
     base: Base
     halves: SplitModel
@@ -70,7 +70,7 @@ class RateRun:
     seed: int
     members: torch.Tensor
     banned: list[int]
-    model: PeftModel | None = None
+    wrapped: PeftModel | None = None
     head: SetHead | None = None
     strengths: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     calibration: list[dict[str, list[float]]] = field(default_factory=list)
@@ -80,6 +80,12 @@ class RateRun:
     seconds: float = 0.0
     peak: dict[str, float] = field(default_factory=dict)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+
+    @property
+    def model(self) -> PeftModel:
+        """What is trained; there is none before lambda is known."""
+        assert self.wrapped is not None
+        return self.wrapped
 
     @property
     def atoms(self) -> Atoms:
@@ -115,6 +121,7 @@ class RateRun:
     def correct_head(self) -> None:
         """Move the set head's offset until the sampled rates are the wanted ones."""
         head, wanted = self.head, torch.tensor(self.target.rates, dtype=torch.float64)
+        assert head is not None
 
         def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())
@@ -124,13 +131,11 @@ class RateRun:
         head.shift(offset.to(head.offset) - head.offset.detach())
         self.calibration += trace
 
-    def report(
-        self, halves: SplitModel, target: TiltedTarget, evaluation: EvalOptions, scores: Evaluation
-    ) -> RateReport:
-        frontier = None
+    def report(self, evaluation: EvalOptions, scores: Evaluation) -> RateReport:
+        target, frontier = self.target, None
         if self.objective.frontier and len(target.goals) == 1:
             frontier = measure_frontier(
-                halves, self.base.tokenizer, target.tokens, scores, evaluation,
+                self.halves, self.base.tokenizer, target.tokens, scores, evaluation,
                 start=float(self.strengths[0]), adapter_off=self.adapter_off,
             )  # fmt: skip
         return RateReport(

@@ -72,7 +72,7 @@ def train_rate(
     else:
         run.strengths = _solve(run, objective, options)
     _note(run, keeper, SOLVED)
-    run.model = add_lora(base.model, lora, sets=len(members))
+    run.wrapped = add_lora(base.model, lora, sets=len(members))
     if lora.head:
         run.head = SetHead(base.model.get_output_embeddings(), members)
         run.head.shift(run.strengths)
@@ -118,7 +118,13 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
     return strengths
 
 
-def _distil(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step, keeper: Keeper | None) -> None:
+def _distil(
+    run: RateRun,
+    options: TrainOptions,
+    objective: ObjectiveOptions,
+    on_step: Callable[[Step], None] | None,
+    keeper: Keeper | None,
+) -> None:
     """Forward KL from the tilted base, until nothing is left or it no longer falls.
 
     Without a set head the student lags behind its teacher, so at a third, a half and three quarters of the steps the
@@ -182,8 +188,16 @@ def stop_planning(plan: list[PlanStep], rate: float) -> str | None:
     return None
 
 
-def _plan(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_step, keeper: Keeper | None) -> None:
-    rates = torch.tensor(run.target.rates).to(run.members)
+def _plan(
+    run: RateRun,
+    options: TrainOptions,
+    objective: ObjectiveOptions,
+    on_step: Callable[[Step], None] | None,
+    keeper: Keeper | None,
+) -> None:
+    wanted = run.target.rates
+    assert wanted is not None  # `ObjectiveOptions.check` saw to it
+    rates = torch.tensor(wanted).to(run.members)
     length = min(LENGTH, room(run.base, run.starts.shape[1]))
     plan = PlanOptions(lr=options.learning_rate, seed=options.seed)
     planner = Planner(
@@ -197,7 +211,7 @@ def _plan(run: RateRun, options: TrainOptions, objective: ObjectiveOptions, on_s
         keeper.restore(state)
 
     def stopped() -> bool:
-        if objective.early_stop and (reason := stop_planning(run.plan, run.target.rates[0])):
+        if objective.early_stop and (reason := stop_planning(run.plan, wanted[0])):
             run.stopped = f"batch {len(run.plan)} of planning: {reason}"
             return True
         return len(run.plan) == steps

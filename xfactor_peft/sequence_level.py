@@ -120,11 +120,14 @@ class Value(nn.Module):
     Two layers on (h, t/T), times the tokens left, plus a mean per position: (N, T, D) -> (N, T).
     """
 
+    time: torch.Tensor
+
     def __init__(self, width: int, length: int, sets: int = 1, hidden: int = 128) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width + 1 + 2 * sets, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
+        first, last = nn.Linear(width + 1 + 2 * sets, hidden), nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(first, nn.GELU(), last)
         self.by_position = nn.Parameter(torch.zeros(length))
         self.register_buffer("time", torch.linspace(1, 1 / length, length), persistent=False)
 
@@ -133,7 +136,14 @@ class Value(nn.Module):
         features = torch.cat([hidden.float(), time, excess, excess.square() / 4], dim=-1)
         return self.net(features).squeeze(-1) + self.by_position
 
-    def fit(self, optimizer, hidden: torch.Tensor, excess: torch.Tensor, targets: torch.Tensor, epochs: int) -> float:
+    def fit(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hidden: torch.Tensor,
+        excess: torch.Tensor,
+        targets: torch.Tensor,
+        epochs: int,
+    ) -> float:
         """Regress on `targets` (N, T) in quarters of the batch; returns the share of variance explained before."""
         with torch.no_grad():
             explained = 1 - float((targets - self(hidden, excess)).var() / targets.var().clamp(min=1e-9))

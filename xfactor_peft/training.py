@@ -32,7 +32,7 @@ from .variants import finish_variant
 
 if TYPE_CHECKING:
     from .keeper import Keeper
-    from .rate_run import RateReport
+    from .rate_run import RateReport, RateRun
 
 METHODS = ("lora", "full")
 DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}
@@ -166,7 +166,6 @@ def train(
     """
     from .rate_training import train_rate
 
-    tilted = isinstance(target, TiltedTarget)
     lora = lora or default_lora(target, objective)
     _check(base, options, target, lora, objective)
     shape, teacher = run_shape(base, target, options, lora), needs_teacher(target, objective)
@@ -177,12 +176,14 @@ def train(
     reset_peak(base.device)
     torch.manual_seed(options.seed)
     halves = split(base.model)
-    goals = [goal.tokens for goal in target.goals] if tilted and len(target.goals) > 1 else []
+    goals = [goal.tokens for goal in target.goals] if isinstance(target, TiltedTarget) and len(target.goals) > 1 else []
     before = evaluate(halves, base.tokenizer, target.tokens, evaluation, goals=goals)
     sampling = [peaks(base.device)]
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
+    run: RateRun | None = None
+    model: PeftModel | PreTrainedModel
     try:
-        if tilted:
+        if isinstance(target, TiltedTarget):
             run = train_rate(base, halves, target, options, lora, objective, on_step, keeper)
             model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
         else:
@@ -215,7 +216,7 @@ def train(
         sampling_peak={key: max(part[key] for part in sampling) for key in sampling[0]},
         recomputed_blocks=recomputed,
         objective=objective,
-        rate=run.report(halves, target, evaluation, after) if tilted else None,
+        rate=run.report(evaluation, after) if run else None,
         warnings=collapse_warnings(before, after),
     )
 
@@ -257,11 +258,17 @@ def needs_teacher(target: UniformTarget | TiltedTarget, objective: ObjectiveOpti
 
 def run_shape(base: Base, target: UniformTarget | TiltedTarget, options: TrainOptions, lora: LoraOptions) -> Shape:
     """What decides this run's memory, for `budget`."""
-    sets = len(target.goals) if lora.head else 0
+    sets = len(target.goals) if lora.head and isinstance(target, TiltedTarget) else 0
     return Shape(base.dtype, base.quantization, options.batch_size, options.seq_len, options.method, lora, sets)
 
 
-def _check(base: Base, options: TrainOptions, target, lora: LoraOptions, objective: ObjectiveOptions) -> None:
+def _check(
+    base: Base,
+    options: TrainOptions,
+    target: UniformTarget | TiltedTarget,
+    lora: LoraOptions,
+    objective: ObjectiveOptions,
+) -> None:
     objective.check(target)
     if options.method == "full" and base.quantized:
         raise XFactorError("--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit")
