@@ -203,6 +203,29 @@ def test_a_full_disk_keeps_the_checkpoint_before(load_tiny, tmp_path, monkeypatc
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")
 
 
+def test_a_write_that_the_system_refuses(load_tiny, tmp_path):
+    """No stand-in: the kernel ends every file at 32 KiB, and then it does not any more."""
+    script = (
+        "import resource, sys; from pathlib import Path; from tests import test_resume as t; "
+        "from xfactor_peft.loading import LoadOptions, load_base; from xfactor_peft.models import resolve_model; "
+        "base = load_base(resolve_model(sys.argv[1]), LoadOptions('fp32')); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); t.run(base, Path(sys.argv[2]))"
+    )
+    folder = tmp_path / "model"
+    load_tiny().model.save_pretrained(folder)
+    load_tiny().tokenizer.save_pretrained(folder)
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder, tmp_path / "a"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    message = result.stderr.strip().splitlines()[-1]
+    assert "the checkpoint of step 5 cannot be written" in message, result.stderr
+    assert "File too large" in message
+    assert "no checkpoint is there yet" in message
+    assert not list((tmp_path / ".a.partial/checkpoints").glob("*"))
+
+
 def test_signals_wait_for_the_step_and_a_second_one_does_not():
     def strike(number):
         os.kill(os.getpid(), number)
