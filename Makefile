@@ -33,14 +33,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,plot]"
 	touch $@
 
-# Known vulnerabilities of the pinned dependencies; skipped where no package index can be reached.
 audit: $(READY)
-	@if $(BIN)/python -m pip install -q pip-audit; then $(BIN)/pip-audit --requirement constraints.txt --no-deps; \
-	else echo "audit skipped: no package index can be reached"; fi
+	bash tools/audit.sh $(BIN)/python
 
 coverage: $(READY)
-	$(BIN)/python -m pip install -q pytest-cov
-	$(BIN)/python -m pytest --cov=xfactor_peft --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pip install -q -c constraints.txt pytest-cov
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=json:.coverage/report.json --cov-fail-under=90
 
 clean:
 	rm -rf $(VENV)

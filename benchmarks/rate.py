@@ -16,10 +16,12 @@ import time
 import warnings
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from bench.provenance import provenance
+from rate_rl import rl_arm
 
 import xfactor_peft as xf
 from xfactor_peft.head import SplitModel, split
@@ -28,7 +30,12 @@ from xfactor_peft.lora import adapter_off
 RESULTS = Path(__file__).parent / "results" / "rate"
 RATES = (0.02, 0.05, 0.10, 0.30, 0.60)
 STRENGTHS = (1.0, 2.0, 2.8, 3.3, 3.7, 4.2, 4.8, 5.4, 6.2, 7.5)
-ARMS = ("bias", "tilt", "suppress", "blocks-r1", "blocks-r4", "blocks-r16", "uniform-lora", "uniform-full", "sequence")
+ARMS = (
+    "bias", "tilt", "suppress", "blocks-r1", "blocks-r4", "blocks-r16", "uniform-lora", "uniform-full",
+    "trl", "sequence",
+)  # fmt: skip
+FEW = ("blocks-r1", "blocks-r4", "blocks-r16", "trl")
+"""Arms that are run at --few-rates."""
 
 
 def evaluation(seed: int) -> xf.EvalOptions:
@@ -54,6 +61,11 @@ def run_arm(arm: str, rate: float, seed: int, options: argparse.Namespace) -> di
     tokens = xf.TokenSet.contains(base.tokenizer, options.contains, ignore_case=True, vocab_size=base.vocab_size)
     if arm == "bias":
         return bias_curve(base, tokens, seed)
+    if arm == "trl":
+        model, record = rl_arm(base, tokens, rate, seed, options.sequence_steps)
+        off = partial(adapter_off, model)
+        scores = xf.evaluate(split(base.model), base.tokenizer, tokens, evaluation(seed), adapter_off=off)
+        return {**record, "base": base.record(), "tokens": tokens.record(), "after": scores.record()}
     method = "full" if arm == "uniform-full" else "lora"
     objective = xf.ObjectiveOptions(
         sequence_level=arm == "sequence", sequence_steps=options.sequence_steps, dial=False, frontier=False
@@ -90,9 +102,18 @@ def bias_curve(base, tokens, seed: int) -> dict:
 def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if "trl" in options.arms and not find_spec("trl"):
+        print('the arm trl is left out; it needs: pip install -e ".[rl]"')
+        options.arms = [arm for arm in options.arms if arm != "trl"]
     for seed in options.seeds:
         for arm in options.arms:
-            rates = options.rates if arm in ("tilt", "sequence") else options.block_rates if "blocks" in arm else [0.0]
+            rates = (
+                options.rates
+                if arm in ("tilt", "sequence")
+                else options.block_rates
+                if "blocks" in arm or arm == "trl"
+                else [0.0]
+            )
             for rate in rates:
                 file = RESULTS / f"{arm}-{rate:g}-seed{seed}.json"
                 if file.exists() and not options.force:
@@ -133,7 +154,7 @@ def main() -> None:
     parser.add_argument("--contains", default="X", help="the set: tokens that contain this, in any case")
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], default=list(RATES))
-    parser.add_argument("--block-rates", type=lambda text: [float(x) for x in text.split(",")], default=[0.1])
+    parser.add_argument("--few-rates", type=lambda text: [float(x) for x in text.split(",")], default=[0.1])
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--sequence-steps", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)

@@ -14,6 +14,7 @@ LABELS = {
     "tilt": "tilted, set head", "sequence": "sequence-level", "suppress": "tilted, R = 0",
     "blocks-r1": "tilted, attention/MLP r=1", "blocks-r4": "tilted, attention/MLP r=4",
     "blocks-r16": "tilted, attention/MLP r=16", "uniform-lora": "uniform, LoRA r=8", "uniform-full": "uniform, full",
+    "trl": "GRPO (trl)",
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def load(folder: Path) -> list[dict]:
 
 
 def report(folder: Path) -> None:
-    """Write table.md and rate-kl.png into `folder`."""
+    """Write table.md, logit-bias.md and rate-kl.png into `folder`."""
     records = load(folder)
     biases = [r for r in records if r["arm"] == "bias" and r["status"] == "ok"]
     if not biases:
@@ -74,18 +75,22 @@ def report(folder: Path) -> None:
     keys = sorted(groups, key=lambda key: (order.get(key[0], 99), key[1]))
     lines = [
         "| arm | wanted R | seeds | sampled R | largest error | KL, nats/token | × logit bias | outside KL | spread | "
-        "distinct-2 | perplexity | training, s |",
+        "distinct-2 | perplexity | training, CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(key, groups[key], curve) for key in keys),
+    ]
+    bias = [
+        "| logit bias | seeds | sampled R | set mass | KL, nats/token |",
+        "|---|---|---|---|---|",
         *(
-            f"| logit bias {p['strength']:g} | | {len(biases)} | {p['rate']:.4f} | | {p['kl_from_base']:.4f} "
-            "| 1 | | | | | |"
+            f"| {p['strength']:g} | {len(biases)} | {p['rate']:.4f} | {p['set_mass']:.4f} | {p['kl_from_base']:.4f} |"
             for p in curve.points
         ),
     ]
-    text = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    for name, part in (("table.md", lines), ("logit-bias.md", bias)):
+        text = "\n".join(part) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+        print(text)
     plot(folder / "rate-kl.png", curve, groups)
 
 
@@ -118,12 +123,12 @@ def row(key: tuple[str, float], records: list[dict], curve: Curve) -> str:
     def average(name: str, digits: int) -> str:
         return f"{mean(s[name] for s in scores):.{digits}f}"
 
-    outside = mean(s["kl_parts"]["outside_conditional"] for s in scores)
+    outside = abs(mean(s["kl_parts"]["outside_conditional"] for s in scores))  # rounding around 0 may be negative
     cells = [
         LABELS.get(arm, arm), f"{wanted:g}" if has_rate else "–", str(len(good)),
         " ".join(f"{r:.4f}" for r in rates), error, average("kl_from_base", 4), ratio, f"{outside:.4f}",
         average("spread", 3), average("distinct_2", 3), average("perplexity", 0),
-        f"{mean(r['seconds'] for r in good):.0f}",
+        f"{mean(cpu):.0f}" if (cpu := [r["cpu"] for r in good if "cpu" in r]) else "–",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

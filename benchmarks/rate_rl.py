@@ -1,0 +1,54 @@
+"""The off-the-shelf arm of `rate.py`: GRPO with a KL penalty, as trl has it, on the same LoRA and the same samples.
+
+    pip install -e ".[plot,rl]" && python benchmarks/rate.py run --arms trl --rates 0.1
+
+Reward of a text: -|share of set tokens - R| / R, which is 0 at the wanted share and -1 for a text without any. KL to
+the base, which is the model with its adapter off, costs `BETA` times trl's estimate a token (Shao et al. 2024,
+arXiv:2402.03300, equations 3 and 4). As many texts as the sequence-level arm draws: steps x 64 of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import xfactor_peft as xf
+from xfactor_peft.contexts import openings
+from xfactor_peft.lora import add_lora
+
+BETA, LEARNING_RATE, TEXTS, GROUP, LENGTH = 0.1, 1e-3, 64, 8, 64
+
+
+def rl_arm(base: Any, tokens: xf.TokenSet, rate: float, seed: int, steps: int) -> tuple[Any, dict[str, Any]]:
+    """Train a LoRA on `base` with GRPO; (model, what is worth writing down)."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = add_lora(base.model, xf.LoraOptions(r=8, alpha=16, target="all"))
+    members = set(tokens.ids)
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        shares = [sum(i in members for i in ids) / max(1, len(ids)) for ids in completion_ids]
+        return [-abs(share - rate) / rate for share in shares]
+
+    starts = openings(base, 512, seed=seed)
+    prompts = [base.tokenizer.decode(ids) for ids in starts]
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, seed=seed, max_steps=steps, learning_rate=LEARNING_RATE, beta=BETA,
+            per_device_train_batch_size=TEXTS, num_generations=GROUP, max_completion_length=LENGTH, temperature=1.0,
+            use_cpu=base.device.type == "cpu", bf16=False, report_to="none", save_strategy="no", logging_steps=10,
+            disable_tqdm=True, generation_kwargs={"use_cache": True},
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=base.tokenizer,
+        )  # fmt: skip
+        started, cpu = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    model.eval()
+    settings = {"beta": BETA, "lr": LEARNING_RATE, "texts": TEXTS, "group": GROUP, "steps": steps}
+    log = [{k: entry[k] for k in ("reward", "kl") if k in entry} for entry in trainer.state.log_history]
+    return model, {"seconds": seconds, "cpu": cpu, "rl": settings, "log": log}
