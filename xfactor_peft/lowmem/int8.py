@@ -52,7 +52,7 @@ class Int8Linear(QuantizedLinear):
         if "SCB" not in state or state["weight"].dtype != torch.int8:
             raise ValueError("an 8-bit bitsandbytes state needs an int8 weight and SCB; was the layer quantised yet?")
         rows, columns = state["weight"].shape
-        layer = cls(columns, rows, "bias" in state, from_conv1d=from_conv1d)
+        layer = cls(columns, rows, False, from_conv1d=from_conv1d)
         layer.set_codes(state["weight"].clone(), state["SCB"].float().clone())
         if "bias" in state:
             layer.bias = nn.Parameter(state["bias"].clone(), requires_grad=False)

@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def from_weight(cls, weight: torch.Tensor, bias: torch.Tensor | None, *, from_conv1d: bool = False) -> Self:
         """Quantise `weight`, (out, in); the bias is kept as it is."""
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, from_conv1d=from_conv1d)
+        layer = cls(weight.shape[1], weight.shape[0], False, from_conv1d=from_conv1d)
         layer.quantize_(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
