@@ -10,7 +10,7 @@ from .errors import XFactorError
 
 _DECODING = {"prompts", "repeats", "max_new_tokens", "top_k", "seed", "temperature", "top_p", "prompt_texts"}
 _KINDS = ("contains", "regex", "words", "token-ids")
-_PARSER = re._parser  # type: ignore[attr-defined]
+_PARSER = re._parser  # type: ignore[attr-defined]  # an inner part of CPython, not in typeshed
 
 
 def check_record(record: dict[str, Any], where: str) -> None:
