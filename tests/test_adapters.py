@@ -14,14 +14,14 @@ from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters import check_fits, find_adapter, list_adapters, read_adapter
 from xfactor_peft.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.loading import LoadOptions, load_base
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.mixing import Mix
 from xfactor_peft.models import resolve_model
 from xfactor_peft.runs import default_name, train_to_folder
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 IDS = torch.arange(12)[None]
 SHORT = TrainOptions(steps=30, seq_len=16, lr=1e-2)

@@ -19,12 +19,14 @@ from xfactor_peft.adapters import read_adapter
 from xfactor_peft.checkpoints import Checkpoints
 from xfactor_peft.cli import main
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions, generate
+from xfactor_peft.generation import generate
 from xfactor_peft.locks import folder_lock
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.out_of_memory import is_out_of_memory
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.targets import Goal
-from xfactor_peft.training import TrainOptions, train
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training import train
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(

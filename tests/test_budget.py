@@ -18,11 +18,12 @@ from xfactor_peft.budget.dry_run import Shape, measure_step
 from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
 from xfactor_peft.budget.options import parse_size
 from xfactor_peft.budget.plan import make_plan, require_fit
-from xfactor_peft.generation import SamplingOptions, sampling_batch
+from xfactor_peft.generation import sampling_batch
 from xfactor_peft.lora import add_lora
 from xfactor_peft.lowmem import prepare_for_training
 from xfactor_peft.lowmem.activations import checkpointed_blocks
 from xfactor_peft.metrics import EvalOptions
+from xfactor_peft.sampling_options import SamplingOptions
 
 SHAPE = Shape("fp32", None, 4, 32, "lora", LoraOptions())
 QUICK = EvalOptions(prompts=("Once upon a time",), repeats=1, sampling=SamplingOptions(max_new_tokens=4))
@@ -163,7 +164,7 @@ import torch
 from xfactor_peft import LoadOptions, LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, load, train
 from xfactor_peft.budget.dry_run import Shape
 from xfactor_peft.budget.plan import make_plan
-from xfactor_peft.generation import SamplingOptions
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.memory import peak_rss
 from xfactor_peft.metrics import EvalOptions
 

@@ -20,7 +20,7 @@ from xfactor_peft.mixing import Mix, parse_mix
 from xfactor_peft.runs import train_to_folder
 from xfactor_peft.targets import UniformTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 
 def bank_of(base, root, *names):

@@ -10,7 +10,6 @@ from tests.families import FAMILIES, family_folder
 from tests.test_adapters import logits
 from xfactor_peft.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.head import split
 from xfactor_peft.loading import LoadOptions, load_base
 from xfactor_peft.lora import LoraOptions
@@ -19,9 +18,10 @@ from xfactor_peft.metrics import EvalOptions
 from xfactor_peft.models import resolve_model
 from xfactor_peft.objectives import ObjectiveOptions
 from xfactor_peft.runs import train_to_folder
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.targets import TiltedTarget, UniformTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 BRIEF = EvalOptions(("The fox",), 1, SamplingOptions(max_new_tokens=4))
 OPTIONS = TrainOptions(steps=8, batch_size=2, seq_len=16, lr=1e-2)

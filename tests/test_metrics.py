@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions, encode_prompt, generate, sample_sequences
+from xfactor_peft.generation import encode_prompt, generate, sample_sequences
 from xfactor_peft.head import split
 from xfactor_peft.lora import LoraOptions, add_lora
 from xfactor_peft.metrics import EvalOptions, bootstrap_interval, distinct_n, evaluate, rate_per_sequence
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.token_bytes import special_ids
 from xfactor_peft.tokens import TokenSet
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.parallel import check_rows, own_output, own_rows, quiet_unless_first
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))

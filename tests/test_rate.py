@@ -12,7 +12,6 @@ from xfactor_peft.bank import AdapterBank
 from xfactor_peft.contexts import context_pool, openings, self_contexts
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.frontier import measure_frontier
-from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.head import SplitModel, split
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.metrics import EvalOptions, evaluate
@@ -20,9 +19,11 @@ from xfactor_peft.objectives import ObjectiveOptions
 from xfactor_peft.planning import PlanStep
 from xfactor_peft.rate_training import plateau, stop_planning
 from xfactor_peft.runs import default_name, train_to_folder
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions, train
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training import train
 
 SCORES = EvalOptions(
     ("Once upon a time", "The fox", "A cat", "In the house"), 24, SamplingOptions(max_new_tokens=48, seed=5)

@@ -22,7 +22,7 @@ from xfactor_peft.interruption import Interrupted, Interruption
 from xfactor_peft.lora import LoraOptions
 from xfactor_peft.objectives import ObjectiveOptions
 from xfactor_peft.runs import train_to_folder
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=8, lr=1e-2)

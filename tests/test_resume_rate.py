@@ -19,7 +19,7 @@ from xfactor_peft.planning_state import PlanningState
 from xfactor_peft.runs import train_to_folder
 from xfactor_peft.targets import TiltedTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=16)
 BLOCKS = {"lora": LoraOptions(r=2, target="attention", dropout=0.2)}

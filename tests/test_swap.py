@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 from tests.test_adapters import logits
 from xfactor_peft.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.lora import LoraOptions, add_lora
 from xfactor_peft.mixing import Mix, parse_mix, parse_mixes
+from xfactor_peft.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(max_new_tokens=8, temperature=0)
 

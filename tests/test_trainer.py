@@ -16,7 +16,8 @@ from xfactor_peft.targets import TiltedTarget, UniformTarget
 from xfactor_peft.tilt import tilt_kl
 from xfactor_peft.tokens import TokenSet
 from xfactor_peft.tracking import Tracking
-from xfactor_peft.training import Step, TrainOptions, train
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training import Step, train
 
 STEPS = 6
 

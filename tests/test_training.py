@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from tests.tiny import KINDS
 from xfactor_peft import losses, reference
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.generation import SamplingOptions
 from xfactor_peft.head import split
 from xfactor_peft.lora import LoraOptions, add_lora, matched_modules
 from xfactor_peft.metrics import EvalOptions
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.targets import UniformTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions, train
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training import train
 
 QUICK = EvalOptions(("Once upon a time", "The fox"), 4, SamplingOptions(max_new_tokens=16))
 SHORT = TrainOptions(steps=60, batch_size=4, seq_len=16, lr=1e-2)

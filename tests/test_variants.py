@@ -20,7 +20,7 @@ from xfactor_peft.optimizers import build_optimizer
 from xfactor_peft.runs import train_to_folder
 from xfactor_peft.targets import UniformTarget
 from xfactor_peft.tokens import TokenSet
-from xfactor_peft.training import TrainOptions
+from xfactor_peft.train_options import TrainOptions
 
 OPTIONS = TrainOptions(steps=12, seq_len=16, lr=3e-3)
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .bank import AdapterBank as AdapterBank
     from .budget.options import MemoryOptions as MemoryOptions
     from .errors import XFactorError as XFactorError
-    from .generation import SamplingOptions as SamplingOptions
     from .loading import LoadOptions as LoadOptions
     from .loading import load as load
     from .lora import LoraOptions as LoraOptions
@@ -27,11 +26,12 @@ if TYPE_CHECKING:
     from .mixing import Mix as Mix
     from .objectives import ObjectiveOptions as ObjectiveOptions
     from .runs import train_to_folder as train_to_folder
+    from .sampling_options import SamplingOptions as SamplingOptions
     from .targets import Goal as Goal
     from .targets import TiltedTarget as TiltedTarget
     from .targets import UniformTarget as UniformTarget
     from .tokens import TokenSet as TokenSet
-    from .training import TrainOptions as TrainOptions
+    from .train_options import TrainOptions as TrainOptions
     from .training import train as train
 
 __version__ = "0.1.0"
@@ -45,10 +45,10 @@ _HOME = {
     "Mix": "mixing",
     "MemoryOptions": "budget.options",
     "ObjectiveOptions": "objectives",
-    "SamplingOptions": "generation",
+    "SamplingOptions": "sampling_options",
     "TiltedTarget": "targets",
     "TokenSet": "tokens",
-    "TrainOptions": "training",
+    "TrainOptions": "train_options",
     "UniformTarget": "targets",
     "XFactorError": "errors",
     "evaluate": "metrics",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import XFactorError
 
+RECORD, CONFIG, WEIGHTS = "xfactor.json", "adapter_config.json", "adapter_model.safetensors"
 JSON_LIMIT = 16 * 2**20
 HEADER_LIMIT = 16 * 2**20
 """Bytes; a thousand layers of LoRA take a fiftieth of it."""

@@ -15,10 +15,11 @@ from .adapters import AdapterInfo, check_fits, find_adapter, read_adapter
 from .cache_guard import CacheGuard
 from .dial import scale_for_rate
 from .errors import XFactorError
-from .generation import SamplingOptions, generate, generate_batch
+from .generation import generate, generate_batch
 from .loading import Base
 from .mixing import Mix
 from .residents import Residents
+from .sampling_options import SamplingOptions
 from .tokens import TokenSet
 
 

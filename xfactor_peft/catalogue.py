@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import RECORD, AdapterInfo, find_adapter, list_adapters, read_adapter, write_record
+from .adapter_files import RECORD
+from .adapters import AdapterInfo, find_adapter, list_adapters, read_adapter
 from .errors import XFactorError
+from .output import write_record
 from .tokens import _describe as describe_rule
 
 

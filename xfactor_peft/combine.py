@@ -14,19 +14,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
-from .adapters import (
-    WEIGHTS,
-    AdapterInfo,
-    find_adapter,
-    hashes,
-    layers_of,
-    prepare_output,
-    publish,
-    read_adapter,
-    write_record,
-)
+from .adapter_files import WEIGHTS
+from .adapters import AdapterInfo, find_adapter, layers_of, read_adapter
 from .errors import XFactorError
 from .mixing import Mix
+from .output import hashes, prepare_output, publish, write_record
 
 
 @dataclass(frozen=True)

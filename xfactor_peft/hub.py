@@ -10,8 +10,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub import errors as hub
 
-from .adapters import CONFIG, RECORD, WEIGHTS, prepare_output, publish, read_adapter
+from .adapter_files import CONFIG, RECORD, WEIGHTS
+from .adapters import read_adapter
 from .errors import XFactorError
+from .output import prepare_output, publish
 
 FILES = (CONFIG, WEIGHTS, RECORD, "README.md", "metrics.jsonl", "training.png")
 

@@ -25,7 +25,7 @@ from .training_state import Stream, TrainingState
 if TYPE_CHECKING:
     from .keeper import Keeper
     from .loading import Base
-    from .training import TrainOptions
+    from .train_options import TrainOptions
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .generation import DEFAULT_PROMPTS, SamplingOptions, Sequences, sample_sequences
+from .generation import DEFAULT_PROMPTS, Sequences, sample_sequences
 from .head import SplitModel
 from .position_scores import PositionScores, score_positions
+from .sampling_options import SamplingOptions
 from .tokens import TokenSet
 
 COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0

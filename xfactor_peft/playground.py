@@ -12,10 +12,11 @@ import torch
 from .adapters import list_adapters
 from .bank import AdapterBank
 from .errors import XFactorError
-from .generation import SamplingOptions, generate_in_pieces
+from .generation import generate_in_pieces
 from .highlight import marked_parts
 from .metrics import rate_per_sequence
 from .mixing import Mix
+from .sampling_options import SamplingOptions
 from .tokens import TokenSet
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from .errors import XFactorError
 from .head import SplitModel
 from .keeper import Keeper
 from .loading import Base
+from .loop import Step, optimise
 from .lora import LoraOptions, add_lora
 from .memory import peaks, reset_peak
 from .objectives import ObjectiveOptions, TiltedObjective
@@ -30,7 +31,7 @@ from .set_head import SetHead
 from .targets import TiltedTarget
 from .tilt import MAX_STRENGTH
 from .token_bytes import special_ids
-from .training import Step, TrainOptions, optimise
+from .train_options import TrainOptions
 from .training_state import history_tensor, keep_random, load_random
 
 SOLVED, DISTIL, PLAN = "solved", "distil", "plan"

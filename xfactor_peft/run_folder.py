@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import RECORD, prepare_output, publish, save_result, staging_of
+from .adapter_files import RECORD
 from .checkpoints import Checkpoint, Checkpoints
 from .durable import write_atomically
 from .errors import XFactorError
 from .interruption import Interrupted
 from .keeper import resume_command
+from .output import prepare_output, publish, save_result, staging_of
 
 if TYPE_CHECKING:
     from .loop import Step

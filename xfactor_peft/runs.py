@@ -22,7 +22,8 @@ from .parallel import own_output, process
 from .run_folder import RunFolder
 from .targets import TiltedTarget, UniformTarget
 from .tokens import TokenSet
-from .training import Step, TrainOptions, TrainResult, default_lora, train
+from .train_options import TrainOptions
+from .training import Step, TrainResult, default_lora, train
 
 
 def default_name(

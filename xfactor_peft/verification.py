@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
-from .adapters import AdapterInfo, check_fits, find_adapter, hashes, read_adapter
+from .adapters import AdapterInfo, check_fits, find_adapter, read_adapter
 from .bank import AdapterBank
 from .errors import XFactorError
-from .generation import DEFAULT_PROMPTS, SamplingOptions
+from .generation import DEFAULT_PROMPTS
 from .head import split
 from .loading import Base
 from .merging import merge
 from .metrics import EvalOptions, evaluate
+from .output import hashes
+from .sampling_options import SamplingOptions
 
 OK, FAILED, UNKNOWN = "ok", "failed", "not checked"
 

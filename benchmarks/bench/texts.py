@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from xfactor_peft.generation import SamplingOptions, generate
+from xfactor_peft.generation import generate
 from xfactor_peft.head import SplitModel
 from xfactor_peft.loading import Base
+from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens import TokenSet
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")

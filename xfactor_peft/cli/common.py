@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..generation import SamplingOptions
     from ..loading import Base, LoadOptions
     from ..models import ModelChoice
+    from ..sampling_options import SamplingOptions
     from ..tokens import TokenSet
 
 Command = Callable[..., Any]
@@ -147,7 +147,7 @@ def default_set(base: Base) -> TokenSet:
 
 def sampling(flags: dict[str, Any]) -> SamplingOptions:
     """The sampling options as given."""
-    from ..generation import SamplingOptions
+    from ..sampling_options import SamplingOptions
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return SamplingOptions(**{name: flags[name] for name in names})

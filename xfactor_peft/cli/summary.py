@@ -15,7 +15,8 @@ from ..objectives import ObjectiveOptions
 from ..rate_run import RateReport
 from ..targets import TiltedTarget, UniformTarget
 from ..tokens import _describe as describe_rule
-from ..training import TrainOptions, TrainResult
+from ..train_options import TrainOptions
+from ..training import TrainResult
 from .console import console
 from .plan_text import print_measured
 

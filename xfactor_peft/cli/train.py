@@ -93,7 +93,8 @@ def run(flags: dict[str, Any]) -> None:
     from ..models import resolve_model
     from ..runs import default_name, train_to_folder
     from ..tracking import check_trackers
-    from ..training import TrainOptions, default_lora
+    from ..train_options import TrainOptions
+    from ..training import default_lora
     from .plan_text import print_expectation
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
@@ -160,8 +161,8 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan
 
 
 def _evaluation(flags: dict[str, Any]) -> Any:
-    from ..generation import SamplingOptions
     from ..metrics import EvalOptions
+    from ..sampling_options import SamplingOptions
 
     new = 64 if flags["eval_tokens"] is None else flags["eval_tokens"]
     return EvalOptions(repeats=flags["eval_repeats"], sampling=SamplingOptions(max_new_tokens=new, seed=flags["seed"]))
@@ -169,8 +170,8 @@ def _evaluation(flags: dict[str, Any]) -> Any:
 
 def _source_evaluation(base: Any, new: int | None) -> Any:
     """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
-    from ..generation import SamplingOptions
     from ..metrics import EvalOptions
+    from ..sampling_options import SamplingOptions
 
     if new is None:
         new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..adapters import RECORD, WEIGHTS, hashes, prepare_output, publish
+from ..adapter_files import RECORD, WEIGHTS
 from ..bank import AdapterBank
 from ..merging import merge
 from ..mixing import Mix
+from ..output import hashes, prepare_output, publish
 
 
 def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> str:
