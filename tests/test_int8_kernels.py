@@ -138,12 +138,12 @@ def test_pieces_are_multiples_of_64_rows_within_the_budget(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_buffers_hold_one_piece(shape, monkeypatch):
+def test_buffers_hold_one_piece(shape, default_dtype, monkeypatch):
     """int32 products, one float32 buffer for x and the result, int8 codes of x; perhaps the addend in float32."""
     (outputs, inputs), rows = shape, 64
     monkeypatch.setattr(int8_matmul, "PRODUCT_BYTES", 4 * rows * outputs)
     codes, scales = quantize_rows(draw(*shape))
-    for addend in (None, torch.zeros(200, outputs)):
+    for addend in (None, torch.zeros(200, outputs, dtype=torch.float32)):
         release_scratch()
         int8_matmul.product(draw(200, inputs), codes, scales, addend)
         expected = rows * (4 * outputs + 4 * max(shape) + inputs)

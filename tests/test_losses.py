@@ -88,6 +88,9 @@ def test_frozen_weight_gets_no_gradient_buffer():
         saved.clear()
         kl_loss(leaves[0], leaves[1], target, mask)
         assert saved == [(8, 4), (50, 4)]
+        saved.clear()
+        kl_loss(leaves[0].detach(), leaves[1], target, mask, bias=leaves[2].detach())
+        assert saved == [(50, 4)]
 
 
 def test_no_tensor_of_positions_by_vocabulary():
@@ -176,8 +179,26 @@ def test_the_default_dtype_does_not_matter(default_dtype):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual[2], expected[2], strict=True))
 
 
-def test_gradients_come_in_the_dtype_of_their_inputs():
+def test_gradients_are_kept_in_the_dtype_of_their_inputs():
     leaves, target, mask = problem(13, 7, 50, dtype=torch.bfloat16)
-    loss, mass, grads = run(kl_loss, leaves, target.double(), mask)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t):
+        loss, mass, grads = run(kl_loss, leaves, target.double(), mask)
     assert (loss.dtype, mass.dtype) == (torch.float32, torch.float32)
-    assert [g.dtype for g in grads] == [torch.bfloat16] * 3
+    assert saved == [g.dtype for g in grads] == [torch.bfloat16] * 3
+
+
+def test_chunks_add_up_in_float32():
+    """The gradients of W and b, in bf16, from 512 chunks: rounded once like those from one chunk."""
+    leaves, target, mask = problem(512, 8, 30, dtype=torch.bfloat16)
+    whole, chunked = (run(kl_loss, leaves, target, mask, chunk=chunk)[2] for chunk in (512, 1))
+    for one, many in zip(whole[1:], chunked[1:], strict=True):
+        assert (one.double() - many.double()).norm() <= 2**-8 * one.double().norm()
+
+
+def test_on_the_meta_device():
+    """A dry run: the results are where the states are, in float32."""
+    hidden, weight = (torch.zeros(n, 4, device="meta", dtype=torch.bfloat16) for n in (6, 50))
+    result = kl_loss(hidden, weight, torch.zeros(50, device="meta"), torch.zeros(50, device="meta", dtype=torch.bool))
+    for value in result:
+        assert (value.device.type, value.shape, value.dtype) == ("meta", (), torch.float32)

@@ -28,6 +28,12 @@ def test_uniform_levels_by_hand():
     assert p.dtype == torch.float32
     torch.testing.assert_close(p, torch.tensor([1, 3, 1, 3, 1, 1, 1, 1]) / 12)
     assert target.probabilities("meta").device.type == "meta"
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(target.probabilities(), p)
+    finally:
+        torch.set_default_dtype(previous)
     assert UniformTarget(ONE).levels == (0.5, 0.0)
     assert UniformTarget(ONE).record() == {"kind": "uniform", "alpha": 1.0, "beta": 0.0}
 

@@ -89,6 +89,30 @@ def test_any_leading_dimensions():
     assert tilted_kl_loss(**values).loss == flat.loss
 
 
+def test_bf16_is_close_to_the_exact_loss():
+    low = case(64, 8, 50, torch.bfloat16)
+    high = {k: v.double() for k, v in low.items() if k != "teacher"}
+    high["teacher"] = Teacher(*(t.double() for t in low["teacher"]))
+    names = ("hidden", "set_logits")
+    for values in (low, high):
+        for name in names:
+            values[name].requires_grad_()
+    ours, exact = tilted_kl_loss(**low, chunk=5), tilted_kl_loss(**high)
+    assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=0.01)
+    grads = [torch.autograd.grad(r.loss, [v[n] for n in names]) for r, v in ((ours, low), (exact, high))]
+    for got, expected in zip(*grads, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_what_needs_no_gradient_saves_none():
+    values, saved = case(6, 8, 50), []
+    values["hidden"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        tilted_kl_loss(**values)
+    assert saved == [(6, 8)]
+
+
 def test_the_teacher_is_in_float32_or_better():
     """bf16 states make bf16 logits; what follows is not rounded again, whatever the dtype of the tilt."""
     low, high = case(6, 8, 50, torch.bfloat16), case(6, 8, 50)

@@ -51,8 +51,8 @@ class _ChunkedKL(torch.autograd.Function):
         want_hidden, want_weight, want_bias, want_set = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and want_bias else None
-        grad_set = torch.empty_like(set_logits) if set_logits is not None and want_set else None
+        grad_bias = torch.zeros_like(bias, dtype=accumulate) if want_bias else None
+        grad_set = torch.empty_like(set_logits) if want_set else None
         for start in range(0, positions, chunk):
             part = slice(start, start + chunk)
             h = hidden[part]
@@ -73,7 +73,7 @@ class _ChunkedKL(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += difference.sum(0)
             if grad_set is not None:
-                grad_set[part] = (difference @ members.T).to(grad_set.dtype)
+                grad_set[part] = difference @ members.T
             difference = difference.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(difference, weight, out=grad_hidden[part])

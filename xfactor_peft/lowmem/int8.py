@@ -68,7 +68,7 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        return (self.weight.to(wide) * (self.SCB.to(wide) / 127)[:, None]).to(dtype)
+        return (self.weight * (self.SCB.to(wide) / 127)[:, None]).to(dtype)
 
     def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
         few = x.shape[0] <= int8_matmul.FEW_ROWS
