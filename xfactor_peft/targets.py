@@ -53,7 +53,7 @@ class UniformTarget:
         """P as a float32 tensor of shape (V,), summing to 1."""
         inside, outside = self.levels
         mask = self.tokens.mask(device)
-        return torch.full(mask.shape, outside, dtype=torch.float32, device=device).masked_fill_(mask, inside)
+        return torch.full(mask.shape, outside, dtype=torch.float32, device=mask.device).masked_fill_(mask, inside)
 
 
 @dataclass(frozen=True)
