@@ -40,7 +40,7 @@ coverage: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt pytest-cov
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=json:.coverage/report.json --cov-fail-under=90
 
-# Mutation testing of the modules that pyproject.toml names; from the beginning, about a quarter of an hour on one core.
+# Mutation testing of the modules that pyproject.toml names; from the beginning, about ten minutes on one core.
 mutation: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt mutmut
 	rm -rf mutants
