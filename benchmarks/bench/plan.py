@@ -70,7 +70,7 @@ Batch = tuple[Run, ...]
 
 
 def plan(preset: Preset, model: str, real: str | None = None) -> list[Batch]:
-    """Every batch of a preset, in order: base, sweeps, arms, the source's table, the shape rows.
+    """Every batch of a preset, in order: base, the source's table, sweeps, arms, the shape rows.
 
     Args:
         model: what the arms are trained on.
@@ -78,11 +78,11 @@ def plan(preset: Preset, model: str, real: str | None = None) -> list[Batch]:
     """
     settings = preset.settings
     batches: list[Batch] = [(Run("base", arms.BASE, model, settings, strengths=preset.strengths),)]
+    for name in (model, real) if preset.source and real else (model,) if preset.source else ():
+        batches += [(run,) for run in source_runs(name, preset)]
     short = replace(settings, steps=preset.sweep_steps, probe_every=0)
     batches.append(tuple(Run("sweep", arm, model, short, rates=preset.rates_for(arm)) for arm in preset.arms))
     batches += [tuple(Run("train", arm, model, settings, seed) for seed in preset.seeds) for arm in preset.arms]
-    for name in (model, real) if preset.source and real else (model,) if preset.source else ():
-        batches += [(run,) for run in source_runs(name, preset)]
     shape = replace(settings, steps=preset.shape_steps, seq_len=Settings.seq_len, probe_every=0)
     batches += [(Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4),) for arm in preset.shape_arms]
     return batches

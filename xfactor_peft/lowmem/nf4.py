@@ -59,10 +59,10 @@ def _nearest(scaled: torch.Tensor) -> torch.Tensor:
 @cache
 def _grid() -> tuple[torch.Tensor, torch.Tensor]:
     """For each cell of [-1, 1]: how many bounds lie below it, uint8, and the next bound from there on."""
-    code = torch.tensor(CODE)
+    code = torch.tensor(CODE, dtype=torch.float32)
     bounds = (code[:-1] + code[1:]) / 2
-    below = torch.bucketize(torch.arange(_CELLS + 1) * (2 / _CELLS) - 1, bounds)
-    return below.to(torch.uint8), torch.cat([bounds, torch.tensor([torch.inf])])[below]
+    below = torch.bucketize(torch.arange(_CELLS + 1, dtype=torch.float32) * (2 / _CELLS) - 1, bounds)
+    return below.to(torch.uint8), torch.cat([bounds, bounds.new_tensor([torch.inf])])[below]
 
 
 @cache
@@ -93,7 +93,7 @@ class NF4Linear(QuantizedLinear):
     def _allocate(self) -> None:
         entries = self.out_features * self.in_features
         self.weight = nn.Parameter(torch.empty((entries + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        self.register_buffer("absmax", torch.empty(-(-entries // BLOCK)))
+        self.register_buffer("absmax", torch.empty(-(-entries // BLOCK), dtype=torch.float32))
 
     @classmethod
     def from_bitsandbytes(
