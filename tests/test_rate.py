@@ -17,9 +17,9 @@ from xfactor_peft.lora import LoraOptions
 from xfactor_peft.metrics import EvalOptions, evaluate
 from xfactor_peft.objectives import ObjectiveOptions
 from xfactor_peft.planning import PlanStep
-from xfactor_peft.rate_training import plateau, stop_planning
 from xfactor_peft.runs import default_name, train_to_folder
 from xfactor_peft.sampling_options import SamplingOptions
+from xfactor_peft.stopping import plateau, stop_planning
 from xfactor_peft.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.tokens import TokenSet
 from xfactor_peft.train_options import TrainOptions
@@ -193,7 +193,26 @@ def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
     assert len(result.rate.plan) == 25
     assert result.after.rate == pytest.approx(0.2, abs=0.04)
     assert result.rate.frontier.ratio < 0.9
+    assert result.rate.planning["kept"]
     parts_add_up(result.after)
+
+
+def test_where_planning_gains_nothing_the_tilt_comes_back(tiny, monkeypatch):
+    """Two batches at a rate that harms: a policy that is worse than the tilt is not kept."""
+    from xfactor_peft import planning_phase, rate_run
+
+    monkeypatch.setattr(rate_run, "CALIBRATION_TEXTS", 64)
+    monkeypatch.setattr(planning_phase, "CHECK_TEXTS", 64)
+    objective = ObjectiveOptions(sequence_level=True, sequence_steps=4, dial=False)
+    options = TrainOptions(steps=2, seq_len=24, lr=0.3)
+    result = train(tiny, TiltedTarget.of(x_set(tiny), 0.2), options, None, SCORES, objective)
+    planning = result.rate.planning
+    assert planning["kl"] > 1.5 * planning["kl_of_tilt"]
+    assert not planning["kept"]
+    assert "planning gained nothing" in result.rate.stopped
+    assert result.rate.offsets == pytest.approx(result.rate.strengths)
+    assert result.rate.frontier.ratio == pytest.approx(1.0, abs=0.02)
+    assert result.after.rate == pytest.approx(0.2, abs=0.06)
 
 
 def test_frontier_of_a_tilt_is_the_tilt(tiny):

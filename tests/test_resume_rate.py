@@ -9,7 +9,7 @@ import torch
 
 from tests.test_resume import Crash, metrics, scores, weights
 from tests.test_training import QUICK
-from xfactor_peft import rate_training
+from xfactor_peft import planning_phase, rate_training
 from xfactor_peft.checkpoints import Checkpoints
 from xfactor_peft.interruption import Interrupted
 from xfactor_peft.keeper import Keeper
@@ -33,7 +33,8 @@ def short(monkeypatch):
 
     monkeypatch.setattr(rate_run, "CALIBRATION_TEXTS", 16)
     monkeypatch.setattr(rate_run, "LENGTH", 16)
-    monkeypatch.setattr(rate_training, "LENGTH", 16)
+    monkeypatch.setattr(planning_phase, "LENGTH", 16)
+    monkeypatch.setattr(planning_phase, "CHECK_TEXTS", 8)
 
 
 def run(base, output, sequence=False, crash_at=None, **more):

@@ -113,6 +113,18 @@ class Planner:
         seconds = time.perf_counter() - started
         return PlanStep(step, rate, kl, float(self.strengths[0]), norm, explained, spread, seconds)
 
+    @torch.no_grad()
+    def price(self, ids: torch.Tensor, strengths: torch.Tensor) -> float:
+        """Mean KL per token on sequences (N, P + T) of the policy, moved to the wanted rates R along dKL/dR = lambda:
+
+        mean KL - lambda (m - R), with m the set masses; `strengths` is lambda (K,).
+        """
+        parts = []
+        for rows in ids.to(self.halves.weight.device).split(ROWS):
+            gradients = self._pass(rows, strengths.expand(len(rows), self.length, -1)).gradients
+            parts.append(gradients.kl - (gradients.mass - self.rates) @ strengths)
+        return float(torch.cat(parts).mean())
+
     def _set_learning_rate(self, progress: float) -> None:
         """Constant for half of the run, then linear down to a tenth."""
         factor = min(1.0, 0.1 + 1.8 * (1 - progress))

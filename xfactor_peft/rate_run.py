@@ -22,11 +22,15 @@ from .rollouts import atom_masses, calibrate
 from .set_head import SetHead
 from .targets import TiltedTarget
 from .tilt import Atoms
+from .training_state import history_tensor, keep_random
 
 if TYPE_CHECKING:
-    from .training import Step
+    from .keeper import Keeper
+    from .loop import Step
 
 CALIBRATION_TEXTS, LENGTH = 256, 64
+SOLVED, DISTIL, PLAN = "solved", "distil", "plan"
+"""Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; the sequence-level phase."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 
 
@@ -39,6 +43,7 @@ class RateReport:
         offsets: b of every goal in the set head; None without one.
         calibration: rounds of (strength, sampled rate).
         plan: steps of the sequence-level phase.
+        planning: its KL per token and the tilt's, and whether it was kept; None without that phase.
         frontier: the exact logit bias at the same set mass; None for several goals, whose tilt is one itself.
         dial: pairs (scale, expected R).
     """
@@ -48,6 +53,7 @@ class RateReport:
     offsets: list[float] | None
     calibration: list[dict[str, list[float]]]
     plan: list[PlanStep]
+    planning: dict[str, Any] | None
     frontier: Frontier | None
     dial: list[tuple[float, float]]
     stopped: str | None
@@ -76,6 +82,7 @@ class RateRun:
     calibration: list[dict[str, list[float]]] = field(default_factory=list)
     history: list[Step] = field(default_factory=list)
     plan: list[PlanStep] = field(default_factory=list)
+    planning: dict[str, Any] | None = None
     stopped: str | None = None
     seconds: float = 0.0
     peak: dict[str, float] = field(default_factory=dict)
@@ -102,6 +109,16 @@ class RateRun:
         """The inverse of `facts`."""
         self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
         self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
+
+    def note(self, keeper: Keeper | None, phase: str) -> None:
+        """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own."""
+        if keeper is None:
+            return
+        keeper.phase, keeper.facts["rate"] = phase, self.facts()
+        if phase == SOLVED and keeper.start is None:
+            tensors = {"history": history_tensor([])}
+            keep_random(tensors)
+            keeper.save(0, tensors, {})
 
     def sample(self, seed: int, count: int, tilt: torch.Tensor | None = None) -> torch.Tensor:
         """`count` openings of the base, continued by `LENGTH` tokens of the model as it is."""
@@ -144,6 +161,7 @@ class RateRun:
             offsets=self.head.offset.detach().tolist() if self.head is not None else None,
             calibration=self.calibration,
             plan=self.plan,
+            planning=self.planning,
             frontier=frontier,
             dial=self.dial() if self.objective.dial else [],
             stopped=self.stopped,
