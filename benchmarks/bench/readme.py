@@ -4,7 +4,8 @@
     python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
 
 The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. Tables that the other
-benchmarks wrote (`memory.py`, `rate.py`) go between markers named lowmem and rate, where the README has them.
+benchmarks wrote (`memory.py`, `rate.py`) go between markers named lowmem and rate, and the source's table of the preset
+paper between markers named source, where the README has them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .results import Results, load
 from .tables import all_tables, provenance_line
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-OTHERS = ("lowmem", "rate")
-"""Benchmarks whose table.md is pasted as it stands, by their folder in the results."""
+OTHERS = {"lowmem": "lowmem/table.md", "rate": "rate/table.md", "source": "paper/source.md"}
+"""What else is pasted as it stands: the markers' name, and the file in the results."""
 FIGURES = ("rate-kl", "memory")
 
 
@@ -54,8 +55,8 @@ def pasted(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
 
 def with_other_tables(text: str) -> str:
     """`text` with the tables of the other benchmarks, as far as it has their markers and they have results."""
-    for name in OTHERS:
-        begin, table = BEGIN.replace("benchmark", name), REPOSITORY / RESULTS / name / "table.md"
+    for name, file in OTHERS.items():
+        begin, table = BEGIN.replace("benchmark", name), REPOSITORY / RESULTS / file
         if begin in text and table.is_file():
             text = pasted(text, table.read_text(encoding="utf-8").strip(), begin, END.replace("benchmark", name))
     return text

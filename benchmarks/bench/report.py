@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from . import plots
 from .headlines import compared, headlines
 from .results import Results, Row, load
+from .source_page import PAGE, source_page
 from .tables import all_tables, markdown, number, provenance_line, sweep_table
 
 TEMPLATE = "report.html.j2"
@@ -26,6 +27,8 @@ def write_report(folder: Path) -> str:
     """
     results = load(folder)
     (folder / TABLE).write_text(markdown(results), encoding="utf-8")
+    if page := source_page(results):
+        (folder / PAGE).write_text(page, encoding="utf-8")
     pictures = plots.save_png(results, folder / PLOTS)
     (folder / REPORT).write_text(html(results), encoding="utf-8")
     failures = sum(len(row.failures) for row in results.rows)

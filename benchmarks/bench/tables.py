@@ -12,6 +12,8 @@ from .results import Results, Row, steps_to_rate
 from .stats import Estimate
 
 NONE = "–"
+SOURCE_TABLE = "source-"
+"""How names of the source's tables begin; there is one a model."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def all_tables(results: Results) -> dict[str, Table]:
     for model in dict.fromkeys(row.model for row in results.of("source")):
         rows = results.of("source", model=model)
         caption = f"The source’s rates on {model_name(model)}. {_settings(rows[0].settings)}"
-        found[f"source-{len(found)}"] = table(results, rows, SOURCE, caption)
+        found[f"{SOURCE_TABLE}{len(found)}"] = table(results, rows, SOURCE, caption)
     shape = results.of("shape")
     if shape:
         name, settings = model_name(shape[0].model), shape[0].settings
