@@ -202,3 +202,23 @@ def test_on_the_meta_device():
     result = kl_loss(hidden, weight, torch.zeros(50, device="meta"), torch.zeros(50, device="meta", dtype=torch.bool))
     for value in result:
         assert (value.device.type, value.shape, value.dtype) == ("meta", (), torch.float32)
+
+
+def test_autocast_rounds_the_logits_alone():
+    """Full fine-tuning in bf16: float32 weights under autocast. At the optimum the loss is 0, not below it."""
+    (hidden, weight, bias), target, mask = problem(64, 32, 128, size=2)
+    with torch.no_grad():  # everything on the set, so that any rounding of log q shows
+        weight[mask] = 0
+        bias[:] = torch.where(mask, 24.0, 0.0)
+    values = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, function in (("fused", kl_loss), ("eager", reference.kl_loss)):
+            leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+            loss, mass = function(leaves[0], leaves[1], target, mask, bias=leaves[2])
+            loss.backward()
+            values[name] = (loss.detach(), mass, *(leaf.grad for leaf in leaves))
+    assert values["fused"][0] > -1e-6
+    for fused, eager in zip(values["fused"], values["eager"], strict=True):
+        assert fused.dtype == eager.dtype
+        torch.testing.assert_close(fused, eager, rtol=2e-2, atol=2e-4)
+    torch.testing.assert_close(values["fused"][0], values["eager"][0], rtol=1e-4, atol=1e-6)

@@ -14,6 +14,7 @@ Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ class KLResult(NamedTuple):
 def chunk_positions(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """How many positions fit into one chunk of float32 logits; at least 1."""
     return max(1, chunk_bytes // (4 * vocab_size))
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    """Autocast may make the logits in bfloat16, but it is not to round log-probabilities and gradients."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -57,28 +63,29 @@ class _ChunkedKL(torch.autograd.Function):
             part = slice(start, start + chunk)
             h = hidden[part]
             z = F.linear(h, weight, bias).to(accumulate)
-            if set_logits is not None:
-                z.addmm_(set_logits[part].to(accumulate), members)
-            z -= z.logsumexp(dim=1, keepdim=True)
-            if teacher is None:
-                loss += len(h) * entropy - (z @ target).sum()
-                wanted = target
-            else:
-                log_wanted = teacher.log_probabilities(part, weight, bias)
-                wanted = log_wanted.exp()
-                loss += (wanted * log_wanted.sub_(z)).sum()
-            q = z.exp_()
-            mass += (q @ members.T).sum(0)
-            difference = q.sub_(wanted).div_(positions)
-            if grad_bias is not None:
-                grad_bias += difference.sum(0)
-            if grad_set is not None:
-                grad_set[part] = difference @ members.T
-            difference = difference.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(difference, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += difference.T @ h
+            log_wanted = None if teacher is None else teacher.log_probabilities(part, weight, bias)
+            with _no_autocast(hidden.device.type):
+                if set_logits is not None:
+                    z.addmm_(set_logits[part].to(accumulate), members)
+                z -= z.logsumexp(dim=1, keepdim=True)
+                if log_wanted is None:
+                    loss += len(h) * entropy - (z @ target).sum()
+                    wanted = target
+                else:
+                    wanted = log_wanted.exp()
+                    loss += (wanted * log_wanted.sub_(z)).sum()
+                q = z.exp_()
+                mass += (q @ members.T).sum(0)
+                difference = q.sub_(wanted).div_(positions)
+                if grad_bias is not None:
+                    grad_bias += difference.sum(0)
+                if grad_set is not None:
+                    grad_set[part] = difference @ members.T
+                difference = difference.to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = difference @ weight
+                if grad_weight is not None:
+                    grad_weight += difference.T @ h.to(weight.dtype)
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
