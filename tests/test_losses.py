@@ -222,3 +222,18 @@ def test_autocast_rounds_the_logits_alone():
         assert fused.dtype == eager.dtype
         torch.testing.assert_close(fused, eager, rtol=2e-2, atol=2e-4)
     torch.testing.assert_close(values["fused"][0], values["eager"][0], rtol=1e-4, atol=1e-6)
+
+
+def test_states_in_bf16_over_weights_in_float32():
+    """What a model under autocast gives when its last norm keeps bfloat16."""
+    (hidden, weight, bias), target, mask = problem(16, 32, 128)
+    grads = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [hidden.detach().bfloat16().to(dtype).requires_grad_(), weight.detach().clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = kl_loss(*leaves, target, mask, bias=bias.detach())
+        loss.backward()
+        grads[dtype] = [leaf.grad for leaf in leaves]
+    assert [g.dtype for g in grads[torch.bfloat16]] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(grads[torch.bfloat16][0].float(), grads[torch.float32][0], rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(grads[torch.bfloat16][1], grads[torch.float32][1], rtol=1e-5, atol=1e-7)
