@@ -107,13 +107,7 @@ def run(options: argparse.Namespace) -> None:
         options.arms = [arm for arm in options.arms if arm != "trl"]
     for seed in options.seeds:
         for arm in options.arms:
-            rates = (
-                options.rates
-                if arm in ("tilt", "sequence")
-                else options.block_rates
-                if "blocks" in arm or arm == "trl"
-                else [0.0]
-            )
+            rates = options.rates if arm in ("tilt", "sequence") else options.few_rates if arm in FEW else [0.0]
             for rate in rates:
                 file = RESULTS / f"{arm}-{rate:g}-seed{seed}.json"
                 if file.exists() and not options.force:

@@ -80,9 +80,7 @@ def optimise(
         for step in range(len(history), options.steps):
             started = time.perf_counter()
             value, mass = _gradients(accelerator, objective, state, options)
-            norm = float(
-                whole_tensor(nn.utils.get_total_norm([p.grad for p in trainable.values() if p.grad is not None]))
-            )
+            norm = _norm(trainable)
             history.append(Step(step, value, mass, norm, time.perf_counter() - started))
             if stop and stop(history):
                 if on_step:

@@ -47,8 +47,8 @@ class PlanningState:
         named |= {f"model/{name}": p for name, p in planner.halves.model.named_parameters() if p.requires_grad}
         return named if planner.head is None else {**named, "offset": planner.head.offset}
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return {**self._policy(), **{f"value/{name}": p for name, p in self._planner.value.named_parameters()}}
+    def _value(self) -> dict[str, torch.Tensor]:
+        return {f"value/{name}": p for name, p in self._planner.value.named_parameters()}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the policy's tensors, for `put`."""
@@ -68,7 +68,7 @@ class PlanningState:
         Raises:
             XFactorError: a weight is not finite.
         """
-        tensors, facts = dict(self._parameters()), {"threads": torch.get_num_threads()}
+        tensors, facts = {**self._policy(), **self._value()}, {"threads": torch.get_num_threads()}
         check_finite(tensors, len(self.history))
         for name in _OPTIMIZERS:
             keep_optimizer(name, getattr(self._planner, name), tensors, facts)
@@ -82,15 +82,14 @@ class PlanningState:
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Become the captured state."""
         planner = self._planner
+        self.put(tensors)
         with torch.no_grad():
-            for name, parameter in self._parameters().items():
+            for name, parameter in self._value().items():
                 parameter.copy_(tensors[name])
         for name in _OPTIMIZERS:
             load_optimizer(name, getattr(planner, name), tensors, facts)
         planner.strengths = tensors["strengths"].to(planner.strengths)
         planner.integral = tensors["integral"].to(planner.integral)
-        if planner.head is not None:
-            planner.head.write()
         self.before = {name: tensors[f"before/{name}"].to(value) for name, value in self.before.items()}
         self._run.history = steps_of(tensors)
         self._run.plan = [PlanStep(int(row[0]), *row[1:]) for row in tensors["plan"].tolist()]
