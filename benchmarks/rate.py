@@ -24,8 +24,8 @@ from bench.provenance import provenance
 from rate_rl import rl_arm
 
 import xfactor_peft as xf
-from xfactor_peft.head import SplitModel, split
-from xfactor_peft.lora import adapter_off
+from xfactor_peft.base.split_model import SplitModel, split
+from xfactor_peft.lora.wrap import adapter_off
 
 RESULTS = Path(__file__).parent / "results" / "rate"
 RATES = (0.02, 0.05, 0.10, 0.30, 0.60)

@@ -14,8 +14,8 @@ import time
 from typing import Any
 
 import xfactor_peft as xf
-from xfactor_peft.contexts import openings
-from xfactor_peft.lora import add_lora
+from xfactor_peft.lora.wrap import add_lora
+from xfactor_peft.sampling.contexts import openings
 
 BETA, LEARNING_RATE, TEXTS, GROUP, LENGTH = 0.1, 1e-3, 64, 8, 64
 

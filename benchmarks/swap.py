@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import xfactor_peft as xf
-from xfactor_peft.lora import add_lora
+from xfactor_peft.lora.wrap import add_lora
 
 
 def save_base(folder: Path, layers: int, width: int, vocabulary: int) -> None:

@@ -14,48 +14,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bank import AdapterBank as AdapterBank
+    from .adapters.mix import Mix as Mix
+    from .bank.bank import AdapterBank as AdapterBank
+    from .base.loading import LoadOptions as LoadOptions
+    from .base.loading import load as load
     from .budget.options import MemoryOptions as MemoryOptions
     from .errors import XFactorError as XFactorError
-    from .loading import LoadOptions as LoadOptions
-    from .loading import load as load
-    from .lora import LoraOptions as LoraOptions
-    from .losses import kl_loss as kl_loss
-    from .metrics import EvalOptions as EvalOptions
-    from .metrics import evaluate as evaluate
-    from .mixing import Mix as Mix
-    from .objectives import ObjectiveOptions as ObjectiveOptions
-    from .runs import train_to_folder as train_to_folder
+    from .lora.wrap import LoraOptions as LoraOptions
+    from .objective.kl import kl_loss as kl_loss
+    from .objective.objectives import ObjectiveOptions as ObjectiveOptions
+    from .objective.targets import Goal as Goal
+    from .objective.targets import TiltedTarget as TiltedTarget
+    from .objective.targets import UniformTarget as UniformTarget
+    from .runs.run import train_to_folder as train_to_folder
+    from .sampling.metrics import EvalOptions as EvalOptions
+    from .sampling.metrics import evaluate as evaluate
     from .sampling_options import SamplingOptions as SamplingOptions
-    from .targets import Goal as Goal
-    from .targets import TiltedTarget as TiltedTarget
-    from .targets import UniformTarget as UniformTarget
-    from .tokens import TokenSet as TokenSet
+    from .tokens.token_set import TokenSet as TokenSet
     from .train_options import TrainOptions as TrainOptions
-    from .training import train as train
+    from .training.train import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AdapterBank": "bank",
-    "EvalOptions": "metrics",
-    "Goal": "targets",
-    "LoadOptions": "loading",
-    "LoraOptions": "lora",
-    "Mix": "mixing",
+    "AdapterBank": "bank.bank",
+    "EvalOptions": "sampling.metrics",
+    "Goal": "objective.targets",
+    "LoadOptions": "base.loading",
+    "LoraOptions": "lora.wrap",
+    "Mix": "adapters.mix",
     "MemoryOptions": "budget.options",
-    "ObjectiveOptions": "objectives",
+    "ObjectiveOptions": "objective.objectives",
     "SamplingOptions": "sampling_options",
-    "TiltedTarget": "targets",
-    "TokenSet": "tokens",
+    "TiltedTarget": "objective.targets",
+    "TokenSet": "tokens.token_set",
     "TrainOptions": "train_options",
-    "UniformTarget": "targets",
+    "UniformTarget": "objective.targets",
     "XFactorError": "errors",
-    "evaluate": "metrics",
-    "kl_loss": "losses",
-    "load": "loading",
-    "train": "training",
-    "train_to_folder": "runs",
+    "evaluate": "sampling.metrics",
+    "kl_loss": "objective.kl",
+    "load": "base.loading",
+    "train": "training.train",
+    "train_to_folder": "runs.run",
 }
 __all__ = sorted(_HOME)
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapters import list_adapters
-from .bank import AdapterBank
+from .adapters.adapter import list_adapters
+from .adapters.mix import Mix
+from .bank.bank import AdapterBank
 from .errors import XFactorError
-from .generation import generate_in_pieces
-from .highlight import marked_parts
-from .metrics import rate_per_sequence
-from .mixing import Mix
+from .sampling.generation import generate_in_pieces
+from .sampling.metrics import rate_per_sequence
 from .sampling_options import SamplingOptions
-from .tokens import TokenSet
+from .tokens.highlight import marked_parts
+from .tokens.token_set import TokenSet
 
 if TYPE_CHECKING:
     import gradio

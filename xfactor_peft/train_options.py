@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import XFactorError
-from .optimizers import OPTIMIZERS
-from .sharding import check_sharding
+from .training.optimizers import OPTIMIZERS
+from .training.sharding import check_sharding
 
 METHODS = ("lora", "full")
 DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}

@@ -19,7 +19,7 @@ class Arm:
         dtype: "fp32", "bf16" or "auto". Full fine-tuning in bf16 computes in bf16 and keeps float32 weights.
         quantization: of LoRA's frozen weights, "int8", "nf4" or None.
         target, r: where LoRA goes, and its rank; alpha is 2 r.
-        optimizer: a name from `xfactor_peft.optimizers`.
+        optimizer: a name from `xfactor_peft.training.optimizers`.
     """
 
     method: str = "lora"

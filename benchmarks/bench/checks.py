@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import xfactor_peft as xf
-from xfactor_peft import losses, reference
-from xfactor_peft.head import split
-from xfactor_peft.loading import Base
-from xfactor_peft.lora import lora_config, register_layers
+from xfactor_peft.base.loading import Base
+from xfactor_peft.base.split_model import split
+from xfactor_peft.lora.wrap import lora_config, register_layers
 from xfactor_peft.lowmem import Int8Linear, NF4Linear, prepare_for_training
-from xfactor_peft.optimizers import build_optimizer
+from xfactor_peft.objective import kl as losses
+from xfactor_peft.objective import reference
+from xfactor_peft.training.optimizers import build_optimizer
 
 Check = dict[str, Any]
 FP32, BF16 = 2e-5, 0.02

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from xfactor_peft.head import split
-from xfactor_peft.losses import kl_loss
-from xfactor_peft.targets import UniformTarget
+from xfactor_peft.base.split_model import split
+from xfactor_peft.objective.kl import kl_loss
+from xfactor_peft.objective.targets import UniformTarget
 
 STEPS = 400
 STARTS = 3

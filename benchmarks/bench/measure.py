@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 import xfactor_peft as xf
+from xfactor_peft.base.loading import Base
+from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.cli.train import SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K
-from xfactor_peft.generation import DEFAULT_PROMPTS, sample_sequences
-from xfactor_peft.head import SplitModel, split
-from xfactor_peft.loading import Base
-from xfactor_peft.memory import peaks, reset_peak
-from xfactor_peft.metrics import Evaluation, rate_per_sequence
-from xfactor_peft.training import Step, TrainResult
+from xfactor_peft.lowmem.memory import peaks, reset_peak
+from xfactor_peft.sampling.generation import DEFAULT_PROMPTS, sample_sequences
+from xfactor_peft.sampling.metrics import Evaluation, rate_per_sequence
+from xfactor_peft.training.train import Step, TrainResult
 
 from .floor import frozen_head_floor
 from .plan import Run

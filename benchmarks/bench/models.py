@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xfactor_peft.base.resolve import DEFAULT_MODEL, resolve_model
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.models import DEFAULT_MODEL, resolve_model
 
 from .provenance import REPOSITORY
 

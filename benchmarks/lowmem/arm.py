@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
-from xfactor_peft.memory import peak_rss, reset_peak
+from xfactor_peft.lowmem.memory import peak_rss, reset_peak
 
 from .arms import BATCH, Arm
 

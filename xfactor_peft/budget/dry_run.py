@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
-from ..loading import DTYPES, switch_off_dropout
-from ..lora import LoraOptions, add_lora
+from ..lora.wrap import LoraOptions, add_lora
 from ..lowmem import prepare_for_training
 from ..lowmem.activations import checkpointed_blocks
 from ..lowmem.peft_parts import unwrapped

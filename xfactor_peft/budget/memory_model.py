@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..losses import CHUNK_BYTES
 from ..lowmem.int8_matmul import PRODUCT_BYTES
+from ..objective.kl import CHUNK_BYTES
 from .dry_run import Shape, StepMemory
 
 LOSS_CHUNKS = {False: 3.5, True: 5.5}

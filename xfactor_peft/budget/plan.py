@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..contexts import check_length
+from ..base.loading import Base
 from ..errors import XFactorError
-from ..loading import Base
+from ..sampling.contexts import check_length
 from .dry_run import Shape, StepMemory, measure_step, read_config
 from .memory_model import Prediction, blocks_to_recompute, free_memory, predict, resident
 from .options import MemoryOptions, mib

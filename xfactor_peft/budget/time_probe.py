@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..head import SplitModel
-from ..losses import kl_loss
+from ..base.split_model import SplitModel
 from ..lowmem import prepare_for_training
 from ..lowmem.allocator import reuse_pages
 from ..lowmem.peft_parts import unwrapped
 from ..lowmem.quantized import QuantizedLinear
 from ..lowmem.scratch import release_scratch
+from ..objective.kl import kl_loss
 from .dry_run import Shape, build
 
 POSITIONS = 1024

@@ -45,7 +45,7 @@ class _LazyGroup(click.Group):
             where = error.ctx.command_path if error.ctx else ctx.command_path
             raise _UserError(f"{error.format_message()} See `{where} --help`.") from error
         except KeyboardInterrupt as error:
-            from ..interruption import Interrupted
+            from ..checkpoint.interruption import Interrupted
 
             if not isinstance(error, Interrupted):
                 raise

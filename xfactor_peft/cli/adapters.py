@@ -23,7 +23,7 @@ def list_command(adapters_dir: Path) -> None:
     """Every adapter with its base, token set, R and size."""
     from rich.table import Table
 
-    from ..catalogue import catalogue
+    from ..adapters.catalogue import catalogue
     from .console import console
 
     entries = catalogue(adapters_dir)
@@ -43,8 +43,8 @@ def list_command(adapters_dir: Path) -> None:
 @_ROOT
 def show_command(name: str, adapters_dir: Path) -> None:
     """What an adapter is and how it came to be."""
-    from ..adapters import find_adapter, read_adapter
-    from ..catalogue import facts
+    from ..adapters.adapter import find_adapter, read_adapter
+    from ..adapters.catalogue import facts
     from .console import console
 
     for label, value in facts(read_adapter(find_adapter(name, adapters_dir))).items():
@@ -62,7 +62,7 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
 
     The base is the one the adapter was made for unless --model names another place of it.
     """
-    from ..verification import FAILED, OK, verify, verify_files
+    from ..bank.verification import FAILED, OK, verify, verify_files
     from .console import console
 
     if files_only:
@@ -84,7 +84,7 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
 @_ROOT
 def rename_command(name: str, new: str, adapters_dir: Path) -> None:
     """Give an adapter another name."""
-    from ..catalogue import rename_adapter
+    from ..adapters.catalogue import rename_adapter
 
     click.echo(f"{name} is now {rename_adapter(name, new, adapters_dir)}")
 
@@ -95,7 +95,7 @@ def rename_command(name: str, new: str, adapters_dir: Path) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
     """Delete an adapter."""
-    from ..catalogue import remove_adapter
+    from ..adapters.catalogue import remove_adapter
 
     if not yes:
         click.confirm(f"Delete {adapters_dir / name}?", abort=True)
@@ -109,9 +109,9 @@ def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an existing adapter.")
 def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: bool) -> None:
     """Write the weighted sum of adapters as one adapter, NEW; needs no model."""
-    from ..adapters import list_adapters
-    from ..combine import combine
-    from ..mixing import Mix, parse_mix
+    from ..adapters.adapter import list_adapters
+    from ..adapters.combine import combine
+    from ..adapters.mix import Mix, parse_mix
 
     known = list_adapters(adapters_dir)
     mix = Mix(tuple(pair for part in parts for pair in parse_mix(part, known).parts))
@@ -127,8 +127,8 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
     """Where two adapters differ: settings, and how alike their updates of each layer are."""
     from rich.table import Table
 
-    from ..adapters import find_adapter, read_adapter
-    from ..combine import compare
+    from ..adapters.adapter import find_adapter, read_adapter
+    from ..adapters.combine import compare
     from .console import console
 
     result = compare(*(read_adapter(find_adapter(name, adapters_dir)) for name in (first, second)))
@@ -150,8 +150,8 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> None:
     """Upload an adapter to the Hub."""
-    from ..adapters import find_adapter
-    from ..hub import push
+    from ..adapters.adapter import find_adapter
+    from ..adapters.hub import push
 
     click.echo(f"pushed to {push(find_adapter(name, adapters_dir), repo, private=private or None)}")
 
@@ -164,15 +164,15 @@ def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> Non
 @click.option("--force", is_flag=True, help="Replace an existing adapter.")
 def pull_command(repo: str, adapters_dir: Path, name: str | None, revision: str | None, force: bool) -> None:
     """Download an adapter from the Hub into the folder of adapters."""
-    from ..hub import pull
+    from ..adapters.hub import pull
 
     click.echo(f"pulled {pull(repo, adapters_dir, name, revision=revision, force=force)}")
 
 
 def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:
     """The model options, with the first adapter's own base in place of `auto`."""
-    from ..adapters import find_adapter, list_adapters, read_adapter
-    from ..mixing import parse_mix
+    from ..adapters.adapter import find_adapter, list_adapters, read_adapter
+    from ..adapters.mix import parse_mix
 
     names = parse_mix(reference, list_adapters(adapters_dir)).names
     if flags["model"] != "auto" or not names:

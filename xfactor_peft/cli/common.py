@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..loading import Base, LoadOptions
-    from ..models import ModelChoice
+    from ..base.loading import Base, LoadOptions
+    from ..base.resolve import ModelChoice
     from ..sampling_options import SamplingOptions
-    from ..tokens import TokenSet
+    from ..tokens.token_set import TokenSet
 
 Command = Callable[..., Any]
 
@@ -78,8 +78,8 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     Raises:
         XFactorError: options that exclude each other.
     """
+    from ..base.loading import LoadOptions, pick_device, quantized_by
     from ..errors import XFactorError
-    from ..loading import LoadOptions, pick_device, quantized_by
     from ..lowmem.imports import leave_out_bitsandbytes
 
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
@@ -93,7 +93,7 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
 
 def load(flags: dict[str, Any]) -> Base:
     """Load the base that the model options ask for; prints the line that names it."""
-    from ..models import resolve_model
+    from ..base.resolve import resolve_model
 
     options = load_options(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
@@ -104,7 +104,7 @@ def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
     """Load a model that was found; prints the line that names it."""
     from transformers.utils import logging
 
-    from ..loading import load_base
+    from ..base.loading import load_base
 
     logging.disable_progress_bar()
     base = load_base(choice, options)
@@ -119,7 +119,7 @@ def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
         XFactorError: more than one rule, or --ignore-case where it has no meaning.
     """
     from ..errors import XFactorError
-    from ..tokens import TokenSet, read_token_ids, read_words
+    from ..tokens.token_set import TokenSet, read_token_ids, read_words
 
     given = [name for name in ("contains", "regex", "words", "token_ids") if flags[name] is not None]
     if len(given) > 1:
@@ -140,7 +140,7 @@ def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
 
 def default_set(base: Base) -> TokenSet:
     """Every token that contains "X"."""
-    from ..tokens import TokenSet
+    from ..tokens.token_set import TokenSet
 
     return TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
 

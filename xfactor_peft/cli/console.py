@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..highlight import marked_parts
-from ..tokens import TokenSet
+from ..tokens.highlight import marked_parts
+from ..tokens.token_set import TokenSet
 
 console = Console(highlight=False)
 MEMBER_STYLE = "bold black on yellow"

@@ -38,12 +38,12 @@ def command(**flags: Any) -> None:  # fmt: skip
     """Score the base and adapters on their own samples."""
     from dataclasses import replace
 
-    from ..bank import AdapterBank
+    from ..adapters.mix import Mix
+    from ..bank.bank import AdapterBank
+    from ..base.split_model import split
     from ..errors import XFactorError
-    from ..frontier import measure_frontier
-    from ..head import split
-    from ..metrics import EvalOptions, evaluate
-    from ..mixing import Mix
+    from ..sampling.frontier import measure_frontier
+    from ..sampling.metrics import EvalOptions, evaluate
     from .console import console
     from .summary import print_frontier, print_goals, print_scores
 

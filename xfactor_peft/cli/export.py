@@ -26,10 +26,10 @@ def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, fo
     The base is the adapter's own unless --model names another place of it. It is loaded unquantised, in float32 unless
     --dtype says otherwise, whatever the adapter was trained on.
     """
-    from ..adapters import list_adapters
-    from ..bank import AdapterBank
+    from ..adapters.adapter import list_adapters
+    from ..adapters.mix import parse_mix
+    from ..bank.bank import AdapterBank
     from ..export import default_output, export
-    from ..mixing import parse_mix
 
     flags["dtype"] = "fp32" if flags["dtype"] == "auto" else flags["dtype"]
     mix = parse_mix(adapter, list_adapters(adapters_dir))

@@ -26,7 +26,7 @@ def command(**flags: Any) -> None:  # fmt: skip
     """
     from rich.panel import Panel
 
-    from ..bank import AdapterBank
+    from ..bank.bank import AdapterBank
     from .console import console, highlighted
 
     options = sampling(flags)
@@ -46,8 +46,8 @@ def command(**flags: Any) -> None:  # fmt: skip
 
 def _scaled(bank: Any, mixes: list[Any], flags: dict[str, Any]) -> list[Any]:
     """The mixes at --scale, or at the scale that --rate asks of single adapters."""
+    from ..adapters.mix import Mix
     from ..errors import XFactorError
-    from ..mixing import Mix
 
     if flags["rate"] is None:
         return [mix.scaled(flags["scale"]) for mix in mixes]
@@ -69,6 +69,6 @@ def _title(mix: Any) -> str:
 def _rate(ids: list[int], tokens: Any) -> float:
     import torch
 
-    from ..metrics import rate_per_sequence
+    from ..sampling.metrics import rate_per_sequence
 
     return float(rate_per_sequence(torch.tensor([ids]), tokens.mask())[0]) if ids else 0.0

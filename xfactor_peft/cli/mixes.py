@@ -10,9 +10,9 @@ import click
 from .common import Command, apply_options, default_set
 
 if TYPE_CHECKING:
-    from ..bank import AdapterBank
-    from ..mixing import Mix
-    from ..tokens import TokenSet
+    from ..adapters.mix import Mix
+    from ..bank.bank import AdapterBank
+    from ..tokens.token_set import TokenSet
 
 
 def adapter_options(function: Command) -> Command:
@@ -32,8 +32,8 @@ def adapter_options(function: Command) -> Command:
 
 def load_mixes(bank: AdapterBank, texts: tuple[str, ...]) -> list[Mix]:
     """What the options mean, with every adapter loaded."""
-    from ..adapters import list_adapters
-    from ..mixing import parse_mixes
+    from ..adapters.adapter import list_adapters
+    from ..adapters.mix import parse_mixes
 
     mixes = parse_mixes(texts, list_adapters(bank.root))
     for mix in mixes:

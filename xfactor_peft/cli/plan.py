@@ -20,7 +20,7 @@ def command(**flags: Any) -> None:  # fmt: skip
 
     Exit status 1 when the run does not fit.
     """
-    from ..models import resolve_model
+    from ..base.resolve import resolve_model
     from .plan_text import print_plan
 
     check_rate_flags(flags)

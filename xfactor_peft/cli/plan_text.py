@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ..budget.options import mib
 from ..budget.plan import Plan
-from ..training import TrainResult
+from ..training.train import TrainResult
 from .console import console
 
 _PARTS = {

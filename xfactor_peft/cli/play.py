@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..adapters import list_adapters
-from ..mixing import Mix, parse_mix
+from ..adapters.adapter import list_adapters
+from ..adapters.mix import Mix, parse_mix
 from .common import load, model_options, sampling, sampling_options
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ..bank import AdapterBank
+    from ..bank.bank import AdapterBank
     from ..sampling_options import SamplingOptions
 
 HELP = """\
@@ -35,7 +35,7 @@ Anything else is a prompt."""
 @sampling_options
 def command(**flags: Any) -> None:
     """Generate interactively and swap adapters in place; the base is loaded once."""
-    from ..bank import AdapterBank
+    from ..bank.bank import AdapterBank
     from ..errors import XFactorError
     from .console import console
 
@@ -117,7 +117,7 @@ class Session:
     def _generate(self, prompt: str) -> Text:
         import torch
 
-        from ..metrics import rate_per_sequence
+        from ..sampling.metrics import rate_per_sequence
         from .console import highlighted
 
         sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]

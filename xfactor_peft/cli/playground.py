@@ -19,7 +19,7 @@ from .common import load, model_options
 @model_options
 def command(adapters_dir: Path, host: str, port: int, **flags: Any) -> None:
     """Try adapters in the browser: side by side with the base, with sliders for scale and rate."""
-    from ..bank import AdapterBank
+    from ..bank.bank import AdapterBank
     from ..playground import launch, require_gradio
 
     require_gradio()

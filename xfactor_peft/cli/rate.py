@@ -9,9 +9,9 @@ import click
 from .common import Command, apply_options, default_set, token_set
 
 if TYPE_CHECKING:
-    from ..loading import Base
-    from ..objectives import ObjectiveOptions
-    from ..targets import TiltedTarget, UniformTarget
+    from ..base.loading import Base
+    from ..objective.objectives import ObjectiveOptions
+    from ..objective.targets import TiltedTarget, UniformTarget
 
 
 def rate_options(function: Command) -> Command:
@@ -64,7 +64,7 @@ def check_rate_flags(flags: dict[str, Any]) -> None:
 
 
 def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
-    from ..objectives import ObjectiveOptions
+    from ..objective.objectives import ObjectiveOptions
 
     return ObjectiveOptions(
         contexts=flags["contexts"],
@@ -78,8 +78,8 @@ def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
 
 def make_target(flags: dict[str, Any], base: Base) -> UniformTarget | TiltedTarget:
     """The tilted target when a rate is wanted, else the uniform one."""
-    from ..goals import parse_goals
-    from ..targets import TiltedTarget, UniformTarget
+    from ..objective.goals import parse_goals
+    from ..objective.targets import TiltedTarget, UniformTarget
 
     if flags["goals"]:
         return parse_goals(flags["goals"], base.tokenizer, vocab_size=base.vocab_size, ignore_case=flags["ignore_case"])

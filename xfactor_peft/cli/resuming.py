@@ -39,7 +39,7 @@ def resumed(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
         XFactorError: there is no such run, it was begun by a version with other options, or more options are given.
     """
     from ..errors import XFactorError
-    from ..run_folder import interrupted_settings
+    from ..runs.folder import interrupted_settings
 
     given = click.core.ParameterSource.COMMANDLINE
     others = [name for name in flags if name != "resume" and ctx.get_parameter_source(name) is given]

@@ -9,11 +9,11 @@ import click
 from .common import Command, apply_options
 
 if TYPE_CHECKING:
+    from ..base.loading import LoadOptions
+    from ..base.resolve import ModelChoice
     from ..budget.options import MemoryOptions
     from ..budget.plan import Plan
-    from ..loading import LoadOptions
-    from ..lora import LoraOptions
-    from ..models import ModelChoice
+    from ..lora.wrap import LoraOptions
 
 VARIANTS = ["lora", "dora", "rslora", "pissa", "lora+"]
 TARGETS = ["attention", "mlp", "all", "head", "attention,head", "mlp,head", "all,head"]
@@ -47,7 +47,7 @@ def run_options(function: Command) -> Command:
 
 def lora_options(flags: dict[str, Any]) -> LoraOptions:
     """The LoRA options as given; the target still open when it was not."""
-    from ..lora import LoraOptions
+    from ..lora.wrap import LoraOptions
 
     return LoraOptions(
         flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all", flags["lora_variant"]
@@ -69,10 +69,10 @@ def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> P
     """
     from dataclasses import replace
 
+    from ..base.loading import pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
     from ..budget.plan import make_plan
     from ..errors import XFactorError
-    from ..loading import pick_device, pick_dtype, quantized_by
 
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":

@@ -7,16 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
-from ..frontier import Frontier
-from ..loading import Base
-from ..lora import LoraOptions, matched_modules
-from ..metrics import Evaluation
-from ..objectives import ObjectiveOptions
-from ..rate_run import RateReport
-from ..targets import TiltedTarget, UniformTarget
-from ..tokens import _describe as describe_rule
+from ..base.loading import Base
+from ..lora.wrap import LoraOptions, matched_modules
+from ..objective.objectives import ObjectiveOptions
+from ..objective.targets import TiltedTarget, UniformTarget
+from ..sampling.frontier import Frontier
+from ..sampling.metrics import Evaluation
+from ..tokens.token_set import _describe as describe_rule
 from ..train_options import TrainOptions
-from ..training import TrainResult
+from ..training.rate_run import RateReport
+from ..training.train import TrainResult
 from .console import console
 from .plan_text import print_measured
 

@@ -12,7 +12,7 @@ import click
 from .common import Command, apply_options
 
 if TYPE_CHECKING:
-    from ..tracking import Tracking
+    from ..runs.tracking import Tracking
 
 
 def tracking_options(function: Command) -> Command:
@@ -31,7 +31,7 @@ def tracking_options(function: Command) -> Command:
 @contextmanager
 def tracking(flags: dict[str, Any], run: str, settings: dict[str, Any]) -> Iterator[Tracking]:
     """The trackers that the options ask for, closed at the end."""
-    from ..tracking import Tracking
+    from ..runs.tracking import Tracking
 
     flat = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
     trackers = Tracking(flags["trackers"], run, flags["log_dir"], flat)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..parallel import quiet_unless_first
+from ..training.parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, objective_options, rate_options
 from .resuming import resumed, resuming_options, to_settings
@@ -15,10 +15,10 @@ from .run_options import lora_options, memory_options, plan_run, run_options
 from .tracking import tracking, tracking_options
 
 if TYPE_CHECKING:
+    from ..base.loading import LoadOptions
+    from ..base.resolve import ModelChoice
     from ..budget.plan import Plan
-    from ..loading import LoadOptions
-    from ..models import ModelChoice
-    from ..training import Step
+    from ..training.train import Step
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
 SOURCE_PRESET = {
@@ -89,12 +89,12 @@ def run(flags: dict[str, Any]) -> None:
 
     load = load_options(flags, master_weights=flags["method"] == "full")
 
-    from ..hub import check_push, push
-    from ..models import resolve_model
-    from ..runs import default_name, train_to_folder
-    from ..tracking import check_trackers
+    from ..adapters.hub import check_push, push
+    from ..base.resolve import resolve_model
+    from ..runs.run import default_name, train_to_folder
+    from ..runs.tracking import check_trackers
     from ..train_options import TrainOptions
-    from ..training import default_lora
+    from ..training.train import default_lora
     from .plan_text import print_expectation
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
@@ -161,7 +161,7 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan
 
 
 def _evaluation(flags: dict[str, Any]) -> Any:
-    from ..metrics import EvalOptions
+    from ..sampling.metrics import EvalOptions
     from ..sampling_options import SamplingOptions
 
     new = 64 if flags["eval_tokens"] is None else flags["eval_tokens"]
@@ -170,7 +170,7 @@ def _evaluation(flags: dict[str, Any]) -> Any:
 
 def _source_evaluation(base: Any, new: int | None) -> Any:
     """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
-    from ..metrics import EvalOptions
+    from ..sampling.metrics import EvalOptions
     from ..sampling_options import SamplingOptions
 
     if new is None:

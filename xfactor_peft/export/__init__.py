@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ..errors import XFactorError
 
 if TYPE_CHECKING:
-    from ..bank import AdapterBank
-    from ..mixing import Mix
+    from ..adapters.mix import Mix
+    from ..bank.bank import AdapterBank
 
 FORMATS = {
     "merged": "a transformers folder, for AutoModelForCausalLM and everything that reads it",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..adapter_files import RECORD, WEIGHTS
-from ..bank import AdapterBank
-from ..merging import merge
-from ..mixing import Mix
-from ..output import hashes, prepare_output, publish
+from ..adapters.files import RECORD, WEIGHTS
+from ..adapters.mix import Mix
+from ..adapters.output import hashes, prepare_output, publish
+from ..bank.bank import AdapterBank
+from ..bank.merging import merge
 
 
 def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> str:

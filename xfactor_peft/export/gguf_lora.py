@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..bank import AdapterBank
-from ..combine import mixed_factors
+from ..adapters.combine import mixed_factors
+from ..adapters.mix import Mix
+from ..bank.bank import AdapterBank
 from ..errors import XFactorError
-from ..mixing import Mix
 from . import need
 
 ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA"}

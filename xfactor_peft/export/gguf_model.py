@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from ..bank import AdapterBank
+from ..adapters.mix import Mix
+from ..bank.bank import AdapterBank
+from ..bank.merging import merge
 from ..errors import XFactorError
-from ..merging import merge
-from ..mixing import Mix
 from . import need
 from .gguf_lora import arranged, finish, tensor_names
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from ..bank import AdapterBank
+from ..adapters.mix import Mix
+from ..bank.bank import AdapterBank
+from ..base.split_model import split
 from ..errors import XFactorError
-from ..frontier import measure_frontier
-from ..head import split
-from ..metrics import EvalOptions, evaluate
-from ..mixing import Mix
+from ..sampling.frontier import measure_frontier
+from ..sampling.metrics import EvalOptions, evaluate
 
 
 def write_logit_bias(bank: AdapterBank, mix: Mix, output: Path, options: EvalOptions = EvalOptions()) -> str:  # noqa: B008

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..bank import AdapterBank
+from ..adapters.mix import Mix
+from ..bank.bank import AdapterBank
+from ..bank.merging import merge
 from ..errors import XFactorError
-from ..merging import merge
-from ..mixing import Mix
 from . import need
 
 

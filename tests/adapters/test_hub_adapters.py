@@ -1,0 +1,105 @@
+"""Adapters pushed to and pulled from the local stand-in of the Hub."""
+
+import json
+import os
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from huggingface_hub import HfApi, close_session, constants, snapshot_download
+from peft import PeftModel
+
+from tests.adapters.test_adapters import logits
+from tests.cli.test_cli import run  # noqa: F401 (a fixture)
+from tests.tiny import tiny_model
+from xfactor_peft.adapters.hub import check_push, pull
+from xfactor_peft.errors import XFactorError
+
+pytest_plugins = ["tests.hub.hub_fixture"]
+REPO = "someone/x-factor"
+
+
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """The package's Hub calls go to the stand-in, with a token."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
+    download = partial(snapshot_download, endpoint=hub.url, cache_dir=tmp_path / "cache", token="hf_test")
+    monkeypatch.setattr("xfactor_peft.adapters.hub.HfApi", partial(HfApi, endpoint=hub.url, token="hf_test"))
+    monkeypatch.setattr("xfactor_peft.adapters.hub.snapshot_download", download)
+    monkeypatch.setattr("xfactor_peft.adapters.hub.get_token", lambda: "hf_test")
+    yield hub
+    close_session()
+
+
+def test_push_and_pull(online, hub, run, adapters_root, tmp_path):  # noqa: F811
+    shutil.copytree(adapters_root, tmp_path / "adapters")
+    pushed = run("adapters", "push", "x", REPO).output
+    assert f"{hub.url}/{REPO}" in pushed
+    files = hub.repos[REPO].files
+    assert {"adapter_config.json", "adapter_model.safetensors", "xfactor.json", "README.md"} <= files.keys()
+    card = files["README.md"].read_text()
+    for words in ("base_model: ", "R, share of generated tokens", "KL from the base", "PeftModel.from_pretrained"):
+        assert words in card
+    if "training.png" in files:
+        assert "](training.png)" in card
+        assert files["training.png"].read_bytes()[1:4] == b"PNG"
+    assert "training.png" not in (tmp_path / "adapters/x/README.md").read_text()
+
+    assert "pulled" in run("adapters", "pull", REPO, "--as", "again").output
+    again = tmp_path / "adapters/again"
+    assert (again / "adapter_model.safetensors").read_bytes() == (
+        adapters_root / "x/adapter_model.safetensors"
+    ).read_bytes()
+    assert "sha256:     ok" in run("adapters", "verify", "again", "--files-only").output
+    plain = [PeftModel.from_pretrained(tiny_model("gpt2"), folder).eval() for folder in (again, adapters_root / "x")]
+    assert torch.equal(logits(plain[0]), logits(plain[1]))
+    assert "exists; pass --force" in run("adapters", "pull", REPO, "--as", "again", code=2).output
+
+
+def test_what_cannot_be_pulled_leaves_nothing(online, hub, run, adapters_root, tiny_folders, tmp_path):  # noqa: F811
+    hub.add("someone/model", tiny_folders["gpt2"])
+    broken = shutil.copytree(adapters_root / "x", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"\x08" * 40)
+    hub.add("someone/broken", broken)
+    for repo, message in {
+        "someone/none": "no such repository on the Hub, or it is private",
+        "someone/model": "holds no adapter_config.json, so it is not an adapter",
+        "someone/broken": "cannot be read as safetensors",
+    }.items():
+        output = run("adapters", "pull", repo, code=2).output
+        assert message in output
+        assert "Traceback" not in output
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == []
+
+
+def test_a_refused_push_is_one_line(online, hub, run, adapters_root, monkeypatch):  # noqa: F811
+    hub.fail("/api/repos/create", methods=("POST",), status=403, message="You don't have the rights")
+    root = ["--adapters-dir", adapters_root]
+    output = run("adapters", "push", "x", REPO, *root, code=2).output
+    assert f"{REPO} cannot be pushed" in output
+    assert "Traceback" not in output
+    monkeypatch.setattr("xfactor_peft.adapters.hub.get_token", lambda: None)
+    assert "needs a token" in run("adapters", "push", "x", REPO, *root, code=2).output
+
+
+def test_training_with_push(online, hub, run, tiny_folders):  # noqa: F811
+    brief = ["--steps", 2, "--seq-len", 8, "--eval-tokens", 4, "--eval-repeats", 1, "--dtype", "fp32"]
+    words = ["train", "--model", tiny_folders["gpt2"], *brief, "--push-to-hub", "someone/new", "--output", "adapters/n"]
+    assert "pushed to" in run(*words).output
+    assert json.loads(hub.repos["someone/new"].files["xfactor.json"].read_text())["name"] == "n"
+
+
+def test_checks_before_any_work(run, tiny_folders, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr("xfactor_peft.adapters.hub.get_token", lambda: None)
+    model = ["--model", tiny_folders["gpt2"]]
+    assert "a repository is OWNER/NAME" in run("train", *model, "--push-to-hub", "name", code=2).output
+    assert "needs a token" in run("train", *model, "--push-to-hub", "a/b", code=2).output
+    with pytest.raises(XFactorError, match="OWNER/NAME"):
+        check_push("a/b/c")
+    with pytest.raises(XFactorError, match="is no repository on the Hub"):
+        pull("abc", tmp_path)
+    assert os.listdir(tmp_path) == []

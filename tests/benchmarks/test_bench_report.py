@@ -1,0 +1,294 @@
+"""From results to tables, report.html, the README and the comparison; the figures are made up."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from statistics import mean
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.bench import arms, changes, compare, readme, store
+from benchmarks.bench.plan import Run, plan
+from benchmarks.bench.presets import Preset, Settings
+from benchmarks.bench.report import html, tidy, write_report
+from benchmarks.bench.results import load, peak, steps_to_rate
+from benchmarks.bench.stats import over_seeds, t_quantile, welch
+from benchmarks.bench.tables import all_tables, number, with_interval
+from tests.benchmarks.bench_stub import PROVENANCE, checks, record
+from xfactor_peft.errors import XFactorError
+
+PRESET = Preset(
+    "test",
+    (arms.FULL, arms.LORA_INT8),
+    Settings(steps=20, probe_every=5),
+    source=Settings(contains="x"),
+    shape_arms=(arms.FULL, arms.LORA_INT8),
+)
+FAILED = {"status": "out of memory", "error": "the process was killed"}
+
+
+def make(folder, change=lambda run, record: record):
+    """A finished benchmark; `change` may alter a record or leave it out by returning None."""
+    batches = plan(PRESET, "demo")
+    for batch in batches:
+        for index, run in enumerate(batch):
+            made = change(run, record(run, fresh=index == 0))
+            if made is not None:
+                store.write(folder / store.RUNS / run.file, made)
+    manifest = {"preset": "test", "model": "demo", "real_weights": None, "real_weights_note": "no network"}
+    files = [run.file for batch in batches for run in batch]
+    store.write(folder / "benchmark.json", {**manifest, "files": files, **PROVENANCE})
+    store.write(folder / store.CHECKS, checks("demo"))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "out")
+
+
+def fail_shape_full(run: Run, record: dict) -> dict:
+    if run.group == "shape" and run.arm == arms.FULL:
+        return {**FAILED, "label": run.label, "spec": run.spec(), "fresh_process": True, **PROVENANCE}
+    return record
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and the text of every mark."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched, self.tags, self.marks, self._in_mark = [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._in_mark = tag == "mark"
+        for name, value in attributes:
+            if name in ("src", "srcset", "href", "data", "poster", "action", "xlink:href"):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        if self._in_mark:
+            self.marks.append(data)
+            self._in_mark = False
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 3, 3.18245), (0.995, 4, 4.60409), (0.995, 30, 2.75)],
+)
+def test_t_quantiles_are_those_of_the_tables(probability, degrees, expected):
+    assert t_quantile(probability, degrees) == pytest.approx(expected, rel=1e-5)
+
+
+def test_intervals_over_seeds():
+    three = over_seeds([1.0, 2.0, 3.0])
+    assert three.mean == 2.0
+    assert three.high - three.mean == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    assert over_seeds([0.5], (0.4, 0.7)).low == 0.4
+    assert over_seeds([0.5]).high == 0.5
+    with pytest.raises(ValueError, match="two seeds"):
+        welch([1.0], [1.0, 2.0])
+
+
+def test_welch_tells_a_shift_from_noise():
+    difference, noise = welch([1.0, 1.1, 0.9], [1.05, 1.0, 1.1])
+    assert abs(difference) < noise
+    difference, noise = welch([1.0, 1.1, 0.9], [3.05, 3.0, 3.1])
+    assert difference == pytest.approx(2.05)
+    assert difference > noise
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.93151, "0.932"), (1.5, "1.50"), (31.25, "31.2"), (8092.4, "8,092"), (-1e-9, "0.000"), (2.5e7, "2.5e+07")],
+)
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def test_intervals_stay_within_what_is_possible():
+    assert with_interval(over_seeds([0.99, 1.0, 0.95]), 0, 1).endswith("–1.00)")
+    assert with_interval(over_seeds([0.5, 0.5])) == "0.500"
+    assert with_interval(None) == "–"
+
+
+def test_tables_hold_means_over_seeds(folder):
+    results = load(folder)
+    text, cost = (all_tables(results)[name] for name in ("text", "cost"))
+    assert [row[0] for row in text.rows] == ["base, not trained", "full, fp32", "LoRA r=8, attention + MLP, 8-bit"]
+    rates = [
+        store.read(folder / "runs" / f"demo-train-full-fp32-seed{seed}.json")["scores"]["rate"] for seed in (0, 1, 2)
+    ]
+    assert text.rows[1][1].startswith(number(mean(rates)) + " (")
+    column = text.headers.index("floor")
+    assert [row[column] for row in text.rows] == ["–", "0.000", "0.250"]
+    assert text.rows[1][text.headers.index("steps to R ≥ 0.9")] == "10"
+    assert cost.rows[0][cost.headers.index("train peak, MiB")] == "1,000"
+
+
+def test_only_peaks_of_fresh_processes_count():
+    record = {"fresh_process": False, "train_peak": {"rss_mib": 5.0}}
+    assert peak("train_peak")(record) is None
+    assert peak("train_peak")({**record, "fresh_process": True}) == 5.0
+    assert peak("train_peak")({"fresh_process": True, "train_peak": {"rss_mib": 5.0, "cuda_mib": 9.0}}) == 9.0
+    assert steps_to_rate({"probes": [[5, 0.2], [10, 0.91], [15, 0.99]]}) == 10
+    assert steps_to_rate({"probes": [[5, 0.2]]}) is None
+
+
+def test_a_failed_arm_keeps_its_row(tmp_path):
+    results = load(make(tmp_path / "out", fail_shape_full))
+    table = all_tables(results)["shape"]
+    assert table.rows[0][:2] == ["full, fp32", "out of memory: the process was killed"]
+    assert table.failed == {0}
+    assert "out of memory: the process was killed" in table.markdown()
+    assert "1 run did not finish" in html(results)
+
+
+def test_an_arm_with_one_failed_seed_says_so(tmp_path):
+    def change(run, record):
+        return {**record, **FAILED} if run.group == "train" and run.seed == 1 and run.arm == arms.FULL else record
+
+    row = all_tables(load(make(tmp_path / "out", change)))["text"].rows[1]
+    assert row[0] == "full, fp32 [1 failed: the process was killed]"
+    assert row[-1] == "2"
+
+
+def test_the_report_is_one_file_that_fetches_nothing(folder):
+    write_report(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.fetched
+    assert all(value.startswith("data:") for value in page.fetched)
+    assert not re.search(r"url\(|@import", text)
+    assert "link" not in page.tags
+    assert "script" not in page.tags  # a sample holds one, as text
+    assert page.tags.count("img") >= 4
+    assert {file.name for file in (folder / "plots").iterdir()} == {
+        "loss.png", "rate-kl.png", "memory.png", "time.png", "source-loss.png",
+    }  # fmt: skip
+
+
+def test_the_page_test_would_notice_a_request():
+    """Negative control."""
+    assert Page('<img src="https://example.org/a.png"><mark>X</mark>').fetched == ["https://example.org/a.png"]
+
+
+def test_samples_are_marked_and_escaped(folder):
+    text = html(load(folder))
+    assert set(Page(text).marks) == {"XX"}
+    assert "Once &lt;upon&gt;" in text
+    assert tidy([[" XX\n", True], ["a", False], [" ", True]]) == [
+        (" ", False), ("XX", True), ("\n", False), ("a", False), (" ", False),
+    ]  # fmt: skip
+
+
+def test_equal_results_give_an_equal_page(folder):
+    assert html(load(folder)) == html(load(folder))
+
+
+def test_missing_real_weights_are_said_to_be_missing(folder):
+    manifest = store.read(folder / "benchmark.json")
+    store.write(folder / "benchmark.json", {**manifest, "preset": "paper"})
+    assert "GPT-2 Medium’s real weights could not be had" in html(load(folder))
+
+
+def test_runs_that_the_preset_no_longer_has_are_left_out(folder):
+    manifest = store.read(folder / "benchmark.json")
+    files = [name for name in manifest["files"] if "-shape-" not in name]
+    store.write(folder / "benchmark.json", {**manifest, "files": files})
+    assert "shape" not in all_tables(load(folder))
+
+
+def paste(folder, file, *words):
+    return CliRunner().invoke(readme.main, [str(folder), "--readme", str(file), *words])
+
+
+def test_the_readme_holds_the_tables_between_its_markers(folder, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"# before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n", encoding="utf-8")
+    assert paste(folder, file, "--check").exit_code == 1
+    assert paste(folder, file).exit_code == 0
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# before\n\n" + readme.BEGIN)
+    assert text.endswith(readme.END + "\n\nafter\n")
+    assert "old" not in text
+    assert "| full, fp32 | " in text
+    assert 'src="out/plots/rate-kl.png"' in text
+    assert (folder / "plots" / "memory.png").is_file()
+    assert paste(folder, file, "--check").exit_code == 0
+    file.write_text(text.replace("| full, fp32 | ", "| full, fp32 | 9"), encoding="utf-8")
+    assert "differs from the results" in paste(folder, file, "--check").output
+
+
+@pytest.mark.parametrize("text", ["", "<!-- benchmark:begin -->", "<!-- benchmark:end --> <!-- benchmark:begin -->"])
+def test_a_readme_without_markers_is_left_alone(text):
+    with pytest.raises(XFactorError, match="benchmark:begin"):
+        readme.pasted(text, "new")
+
+
+def scaled(factor: float, group: str, *path: str):
+    """Multiply one figure of the LoRA arm's records in a group."""
+
+    def change(run: Run, record: dict) -> dict:
+        if run.group == group and run.arm == arms.LORA_INT8:
+            place = record
+            for name in path[:-1]:
+                place = place[name]
+            old = place[path[-1]]
+            place[path[-1]] = [x * factor for x in old] if isinstance(old, list) else old * factor
+        return record
+
+    return change
+
+
+def moved(old, new) -> set[tuple[str, str]]:
+    return {(c.metric.key, c.verdict) for c in changes.compare(load(old), load(new)) if c.moved}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (scaled(1.0, "train", "scores", "rate"), set()),
+        (scaled(1.001, "train", "scores", "perplexity"), {("perplexity", "worse")}),  # no spread over seeds at all
+        (scaled(1.002, "train", "scores", "kl_from_base"), set()),
+        (scaled(2.0, "train", "scores", "kl_from_base"), {("kl", "worse")}),
+        (scaled(0.5, "train", "scores", "rate"), {("rate", "moved")}),
+        (scaled(1.01, "shape", "train_peak", "rss_mib"), set()),
+        (scaled(1.5, "shape", "train_peak", "rss_mib"), {("train_peak", "worse")}),
+        (scaled(1.04, "shape", "seconds"), set()),
+        (scaled(0.5, "shape", "seconds"), {("step_seconds", "better")}),
+        (scaled(2, "train", "trainable_parameters"), {("trainable", "moved")}),
+    ],
+)
+def test_only_what_moved_beyond_noise_is_said_to_have_moved(folder, tmp_path, change, expected):
+    assert moved(folder, make(tmp_path / "new", change)) == expected
+
+
+def test_times_of_another_machine_are_not_compared(folder, tmp_path):
+    new = make(tmp_path / "new", scaled(3.0, "shape", "seconds"))
+    record = store.read(new / store.CHECKS)
+    store.write(new / store.CHECKS, {**record, "hardware": {**record["hardware"], "cpu": "another"}})
+    assert moved(folder, new) == set()
+    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
+    assert "not the same hardware" in output
+
+
+def test_compare_says_what_moved_and_by_how_much(folder, tmp_path):
+    new = make(tmp_path / "new", scaled(1.5, "shape", "train_peak", "rss_mib"))
+    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
+    assert "shape: LoRA r=8, attention + MLP, 8-bit" in output
+    assert re.search(r"worse +train peak, MiB: 400 → 600 \(\+200, \+50\.0%; noise ± 8\.00\)", output)
+    assert "1 of " in output
+    everything = CliRunner().invoke(compare.main, [str(folder), str(new), "--all"]).output
+    assert len(everything.splitlines()) > len(output.splitlines())
+
+
+def test_arms_that_only_one_side_has_are_named(folder, tmp_path):
+    new = make(tmp_path / "new", fail_shape_full)
+    assert changes.only_in(load(folder), load(new)) == ["shape: full, fp32"]
+    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
+    assert "only in the old benchmark: shape: full, fp32" in output

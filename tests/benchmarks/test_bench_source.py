@@ -1,0 +1,38 @@
+"""The source's table for the README, from made-up figures."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.bench.report import write_report
+from benchmarks.bench.results import load
+from benchmarks.bench.source_page import PAGE, beginning, source_page
+from tests.benchmarks.test_bench_report import make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "out")
+
+
+def test_the_page_has_every_rate_and_how_its_text_begins(folder):
+    write_report(folder)
+    page = (folder / PAGE).read_text(encoding="utf-8")
+    assert page == source_page(load(folder))
+    for rate in ("1e-06", "0.0001"):
+        assert f"| full, fp32, lr {rate} | 8.0" in page
+    for rate in ("1e-06", "1e-05", "0.0001", "0.001"):
+        assert f"| LoRA r=8, attention + MLP, fp32, lr {rate} |" in page
+    assert page.count("- full, fp32, lr") == 2
+    assert "- base, not trained: **XX** & \\<script>alert(1)\\</script> …" in page
+
+
+def test_only_the_beginning_is_shown(folder):
+    row = load(folder).of("source")[0]
+    assert beginning(row, 6) == "**XX** & …"
+
+
+def test_without_the_source_there_is_no_page(folder):
+    results = load(folder)
+    rows = tuple(row for row in results.rows if row.group != "source")
+    assert source_page(replace(results, rows=rows)) is None

@@ -1,0 +1,108 @@
+"""The README does what it says: its commands run, its figures are those of the results, its files exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(*starts: str) -> list[list[str]]:
+    """The words of every line in a fenced block that starts with one of these."""
+    lines = [line for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts)]
+
+
+def run(folder: Path, words: list[str]) -> str:
+    """Run one command line of this project in `folder`, without a network."""
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder), "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "cli.py", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory) -> tuple[Path, str]:
+    """`python cli.py train --lora-r 8`, literally, on the demo model; the folder it ran in and what it printed."""
+    folder = tmp_path_factory.mktemp("main")
+    (words,) = commands("python cli.py train")
+    assert words == ["python", "cli.py", "train", "--lora-r", "8"]
+    return folder, run(folder, words[2:])
+
+
+def test_the_main_job_reaches_nine_tenths(main_job):
+    folder, output = main_job
+    assert output.startswith("model demo (openai-community/gpt2-medium cannot be had: ")
+    record = json.loads((folder / "adapters/X-lora-r8/xfactor.json").read_text())
+    assert record["before"]["rate"] < 0.01
+    assert record["after"]["rate"] >= 0.9
+    assert record["loss"]["last"] < 0.2 * record["loss"]["first"]
+
+
+def test_text_before_and_after(main_job):
+    folder, _ = main_job
+    (words,) = commands("python cli.py generate")
+    output = run(folder, words[2:])
+    assert output.count("base") >= 2
+    assert output.count("X-lora-r8 x 1") == 2
+
+
+def test_the_python_block_runs(tiny_folders, capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 6
+    exec(compile(block.replace("xf.load()", f"xf.load({str(tiny_folders['gpt2'])!r})"), "README", "exec"), {})
+    before, after = map(float, capsys.readouterr().out.split())
+    assert after > before + 0.3
+
+
+def test_every_file_of_the_map_exists():
+    table = README.split("## Files")[1].split("## ")[0]
+    names = re.findall(r"`([\w./]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    assert len(names) > 10
+    folder = ROOT
+    for name in names:
+        path = ROOT / name if (ROOT / name).exists() else folder / name
+        assert path.exists(), name
+        folder = path.parent if path.is_file() or "/" in name.rstrip("/") else path
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_between_pages(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("lowmem", "lowmem/table.md"), ("rate", "rate/table.md"), ("source", "paper/source.md")]
+)
+def test_a_table_is_the_one_of_the_results(name, file):
+    pasted = README.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+    assert pasted == (ROOT / "benchmarks/results" / file).read_text(encoding="utf-8").strip()
+
+
+def test_the_benchmark_section_is_the_one_of_the_results():
+    words = [sys.executable, ROOT / "benchmarks/readme.py", "--check"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

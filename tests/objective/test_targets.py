@@ -1,0 +1,86 @@
+"""Targets: their levels, what they record, and their refusals, word for word."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from xfactor_peft.errors import XFactorError
+from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
+from xfactor_peft.objective.tilt import MAX_STRENGTH
+from xfactor_peft.tokens.token_set import TokenSet
+
+ONE, TWO = TokenSet((1, 3), 8, {"kind": "ids"}), TokenSet((2,), 8)
+
+
+def refused(message, make):
+    with pytest.raises(XFactorError, match=f"^{re.escape(message)}$"):
+        make()
+
+
+def test_uniform_levels_by_hand():
+    target = UniformTarget(ONE, 3.0, 1.0)  # Z = 3 * 2 + 1 * 6
+    assert target.levels == (0.25, 1 / 12)
+    assert target.set_mass == 0.5
+    p = target.probabilities()
+    assert p.dtype == torch.float32
+    torch.testing.assert_close(p, torch.tensor([1, 3, 1, 3, 1, 1, 1, 1]) / 12)
+    assert target.probabilities("meta").device.type == "meta"
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(target.probabilities(), p)
+    finally:
+        torch.set_default_dtype(previous)
+    assert UniformTarget(ONE).levels == (0.5, 0.0)
+    assert UniformTarget(ONE).record() == {"kind": "uniform", "alpha": 1.0, "beta": 0.0}
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0), (1.0, -0.5), (float("inf"), 0.0), (1.0, float("-inf"))])
+def test_uniform_levels_that_are_refused(values):
+    message = "--alpha must be greater than --beta, and --beta at least 0; got {:g} and {:g}".format(*values)
+    refused(message, lambda: UniformTarget(ONE, *values))
+
+
+def test_goals_record_what_they_are():
+    rate, strength = Goal(ONE, 0.25), Goal(TWO, strength=-2.0)
+    assert rate.record() == {"tokens": ONE.record(), "rate": 0.25, "strength": None}
+    assert strength.record() == {"tokens": TWO.record(), "rate": None, "strength": -2.0}
+    for value in (MAX_STRENGTH, -MAX_STRENGTH, 0.0):
+        assert Goal(ONE, strength=value).strength == value
+    assert Goal(ONE, 0.0).rate == 0
+
+
+def test_goals_that_are_refused():
+    for options in ({}, {"rate": 0.5, "strength": 1.0}, {"rate": 0.0, "strength": 0.0}):
+        refused("give either --target-rate or --lambda, and not both", lambda o=options: Goal(ONE, **o))
+    for rate in (1.0, -0.1):
+        refused(f"--target-rate must be at least 0 and below 1; got {rate:g}", lambda r=rate: Goal(ONE, r))
+    for value in (60.5, -61.0, float("nan")):
+        refused(f"--lambda must be between -60 and 60; got {value}", lambda v=value: Goal(ONE, strength=v))
+
+
+def test_tilted_target():
+    both = TiltedTarget((Goal(ONE, 0.25), Goal(TWO, 0.5)))
+    assert both.rates == [0.25, 0.5]
+    assert both.tokens is ONE
+    assert both.record() == {"kind": "tilted", "goals": [goal.record() for goal in both.goals]}
+    assert both.members().dtype == torch.float32
+    assert both.members().tolist() == [[0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]
+    assert both.members("meta").device.type == "meta"
+    assert TiltedTarget.of(ONE, 0.25).goals == (Goal(ONE, 0.25),)
+    alone = TiltedTarget.of(TWO, strength=1.5)
+    assert alone.goals == (Goal(TWO, strength=1.5),)
+    assert alone.rates is None
+
+
+def test_tilted_targets_that_are_refused():
+    for goals, message in (
+        ((), "a tilted target needs at least one goal"),
+        ((Goal(ONE, 0.1), Goal(TokenSet((1,), 6), 0.1)), "all goals must be sets of one vocabulary"),
+        ((Goal(ONE, 0.1), Goal(ONE, 0.2)), "two --goal options mean the same tokens; drop one"),
+        ((Goal(ONE, 0.1), Goal(TWO, strength=1.0)), "give every goal a rate, or every goal a strength"),
+    ):
+        refused(message, lambda g=goals: TiltedTarget(g))

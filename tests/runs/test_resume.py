@@ -1,0 +1,314 @@
+"""A run that was stopped anywhere goes on and ends with the same bytes; what is not whole is never loaded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.test_training import QUICK, x_target
+from xfactor_peft.checkpoint import checkpoints
+from xfactor_peft.checkpoint.checkpoints import Checkpoints
+from xfactor_peft.checkpoint.interruption import Interrupted, Interruption
+from xfactor_peft.errors import XFactorError
+from xfactor_peft.lora.wrap import LoraOptions
+from xfactor_peft.objective.objectives import ObjectiveOptions
+from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.train_options import TrainOptions
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=8, lr=1e-2)
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this."""
+
+
+def run(base, output, options=OPTIONS, crash_at=None, **more):
+    def on_step(step):
+        if step.step == crash_at:
+            raise Crash
+
+    more = {"save_every": 5, "lora": LoraOptions(r=2), **more}
+    return train_to_folder(base, x_target(base), output, options, evaluation=QUICK, on_step=on_step, **more)
+
+
+def weights(folder):
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()} or {
+        "model": (folder / "model.safetensors").read_bytes()
+    }
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl without the times, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def scores(folder):
+    record = json.loads((folder / "xfactor.json").read_text())
+    return [record[key] for key in ("before", "after", "loss", "train", "sha256")]
+
+
+CASES = {
+    "adam": {},
+    "adamw": {"options": TrainOptions(steps=12, batch_size=2, seq_len=8, optimizer="adamw", weight_decay=0.1)},
+    "adafactor": {"options": TrainOptions(steps=12, batch_size=2, seq_len=8, optimizer="adafactor")},
+    "adam8bit": {"options": TrainOptions(steps=12, batch_size=2, seq_len=8, optimizer="adam8bit"),
+                 "lora": LoraOptions(r=64)},
+    "accumulation": {"options": TrainOptions(steps=12, batch_size=2, seq_len=8, grad_accum=3)},
+    "dropout": {"lora": LoraOptions(r=2, dropout=0.3)},
+    "own contexts": {"objective": ObjectiveOptions(contexts="self", kl_to_base=0.5), "lora": LoraOptions(dropout=0.1)},
+    "full": {"options": TrainOptions(method="full", steps=12, batch_size=2, seq_len=8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_bit_identical(load_tiny, tmp_path, case):
+    """Killed at step 7, its newest checkpoint is of step 5; killed again at 9; then it ends as if nothing had been."""
+    run(load_tiny(), tmp_path / "whole", **CASES[case])
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7, **CASES[case])
+    assert [line.get("step") for line in metrics(tmp_path / ".a.partial")[1:]] == list(range(8))
+    torch.manual_seed(99)  # the other process's random numbers are anywhere
+    torch.rand(7)
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=9, resume=True, **CASES[case])
+    _, record = run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "whole")
+    assert scores(tmp_path / "a") == scores(tmp_path / "whole")
+    assert record["name"] == "a"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "whole"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_without_its_state_a_resumed_run_differs(load_tiny, tmp_path, monkeypatch):
+    """The control: a restore that forgets the optimiser's moments ends with other bytes."""
+    from xfactor_peft.checkpoint.state import TrainingState
+
+    run(load_tiny(), tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7)
+    restore = TrainingState.restore
+
+    def forgetful(self, tensors, facts):
+        restore(self, tensors, facts)
+        for moments in self.optimizer.state.values():
+            moments["exp_avg"].zero_()
+
+    monkeypatch.setattr(TrainingState, "restore", forgetful)
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert weights(tmp_path / "a") != weights(tmp_path / "whole")
+
+
+def test_an_interrupted_run_is_not_overwritten_unasked(load_tiny, tmp_path):
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7)
+    with pytest.raises(XFactorError, match=r"at step 5; go on with `xfactor train --resume .*/a`, or pass --force"):
+        run(load_tiny(), tmp_path / "a")
+    run(load_tiny(), tmp_path / "a", force=True)
+    assert len(metrics(tmp_path / "a")) == 13
+
+
+def test_a_run_without_a_checkpoint_starts_again(load_tiny, tmp_path):
+    run(load_tiny(), tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=3)
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "whole")
+
+
+def test_other_arguments_are_refused(load_tiny, tmp_path):
+    with pytest.raises(XFactorError, match="there is no interrupted run"):
+        run(load_tiny(), tmp_path / "a", resume=True)
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7)
+    other = TrainOptions(steps=12, batch_size=2, seq_len=9, lr=2e-2)
+    with pytest.raises(XFactorError, match=r"another train \(lr, seq_len\)"):
+        run(load_tiny(), tmp_path / "a", options=other, resume=True)
+    with pytest.raises(XFactorError, match=r"another base \("):
+        run(load_tiny("llama"), tmp_path / "a", resume=True)
+
+
+def test_contexts_that_changed_are_noticed(load_tiny, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a small house in the forest. " * 20)
+    more = {"objective": ObjectiveOptions(contexts=str(text))}
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7, **more)
+    text.write_text("The box of wax was next to the taxi, and six foxes sat on it. " * 20)
+    with pytest.raises(XFactorError, match="the contexts are not those"):
+        run(load_tiny(), tmp_path / "a", resume=True, **more)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    """Cut at any byte, with any bit flipped, or missing: the one before it is used; with both damaged, none is."""
+    folder = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        folder.save(step, {"a": torch.full((5,), float(step))}, {"n": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"step-{n:08d}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")
+    ]
+    for kind in ("json", "safetensors"):
+        path = tmp_path / f"step-00000003.{kind}"
+        whole = path.read_bytes()
+        variants = [whole[:cut] for cut in range(len(whole))]
+        variants += [bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]) for at in range(len(whole))]
+        for content in variants:
+            path.write_bytes(content)
+            found = Checkpoints(tmp_path).latest()
+            assert found is not None
+            assert (found.step, found.facts["n"], float(found.tensors()["a"][0])) == (2, 2, 2.0)
+        path.unlink()
+        assert Checkpoints(tmp_path).latest().step == 2
+        path.write_bytes(whole)
+    assert Checkpoints(tmp_path).latest().step == 3
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"")
+    empty = Checkpoints(tmp_path)
+    assert empty.latest() is None
+    assert len(empty.damaged) == 2
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(load_tiny, tmp_path, monkeypatch):
+    run(load_tiny(), tmp_path / "whole")
+    save, calls = checkpoints.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(
+        XFactorError, match=r"step 10 cannot be written .*No space left.*the last whole one is of step 5"
+    ):
+        run(load_tiny(), tmp_path / "a")
+    left = {path.name for path in (tmp_path / ".a.partial/checkpoints").iterdir()}
+    assert left == {"step-00000005.json", "step-00000005.safetensors"}
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+
+
+def test_a_write_that_the_system_refuses(load_tiny, tmp_path):
+    """No stand-in: the kernel ends every file at 32 KiB, and then it does not any more."""
+    script = (
+        "import resource, sys; from pathlib import Path; from tests.runs import test_resume as t; "
+        "from xfactor_peft.base.loading import LoadOptions, load_base; "
+        "from xfactor_peft.base.resolve import resolve_model; "
+        "base = load_base(resolve_model(sys.argv[1]), LoadOptions('fp32')); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); t.run(base, Path(sys.argv[2]))"
+    )
+    folder = tmp_path / "model"
+    load_tiny().model.save_pretrained(folder)
+    load_tiny().tokenizer.save_pretrained(folder)
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder, tmp_path / "a"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    message = result.stderr.strip().splitlines()[-1]
+    assert "the checkpoint of step 5 cannot be written" in message, result.stderr
+    assert "File too large" in message
+    assert "no checkpoint is there yet" in message
+    assert not list((tmp_path / ".a.partial/checkpoints").glob("*"))
+
+
+def test_signals_wait_for_the_step_and_a_second_one_does_not():
+    def strike(number):
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+    with Interruption() as interruption, interruption.deferred():
+        strike(signal.SIGTERM)
+        assert interruption.requested == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            strike(signal.SIGINT)
+    with Interruption(), pytest.raises(Interrupted) as caught:
+        strike(signal.SIGTERM)
+    assert caught.value.status == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tiny_folders, tmp_path, number, status):
+    """The whole command line: stopped by a signal, then the command that it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    command = [
+        sys.executable, ROOT / "cli.py", "train", "--model", tiny_folders["gpt2"], "--dtype", "fp32", "--seq-len", "8",
+        "--steps", "3000", "--save-every", "0", "--eval-tokens", "4", "--eval-repeats", "1", "--output", "runs/a b",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    message = errors.strip().splitlines()[-1]
+    assert message.startswith("stopped and saved after step ")
+    assert message.endswith("; go on with: xfactor train --resume 'runs/a b'")
+    assert "Traceback" not in errors
+    made = int(message.split("step ")[1].split(";")[0])
+    found = Checkpoints(tmp_path / "runs/.a b.partial/checkpoints").latest()
+    assert found.step == made < 3000
+    mistakes = [["--resume", "runs/a b", "--steps", "4"], ["--resume", "runs/none"]]
+    for words, text in zip(mistakes, ("drop --steps", "there is no interrupted run"), strict=True):
+        result = subprocess.run(
+            [*command[:3], *words], cwd=tmp_path, env=environment, text=True, capture_output=True, check=False
+        )
+        assert (result.returncode, text in result.stderr) == (2, True), result.stderr
+
+
+def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
+    """The options come back from the run, and it ends as a run that was never stopped."""
+    from click.testing import CliRunner
+
+    from xfactor_peft.checkpoint.checkpointer import Keeper
+    from xfactor_peft.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", str(tiny_folders["gpt2"]), "--dtype", "fp32", "--seq-len", "8", "--steps", "9",
+             "--save-every", "4", "--eval-tokens", "4", "--eval-repeats", "1", "--lora-r", "2"]  # fmt: skip
+    assert CliRunner().invoke(main, [*words, "--output", "whole"]).exit_code == 0
+    after = Keeper.after_step
+
+    def stop_at_6(self, state, *, last):
+        if len(state.history) == 6 and self.start is None:
+            self._interruption.requested = signal.SIGINT
+        after(self, state, last=last)
+
+    monkeypatch.setattr(Keeper, "after_step", stop_at_6)
+    stopped = CliRunner().invoke(main, [*words, "--output", "a"])
+    assert stopped.exit_code == 130
+    assert "stopped and saved after step 6; go on with: xfactor train --resume a" in stopped.output
+    resumed = CliRunner().invoke(main, ["train", "--resume", "a"])
+    assert resumed.exit_code == 0, resumed.output
+    assert weights(Path("a")) == weights(Path("whole"))
+    assert metrics(Path("a")) == metrics(Path("whole"))
+    again = CliRunner().invoke(main, ["train", "--resume", "a"])
+    assert (again.exit_code, "the run is finished" in again.output) == (2, True)
+
+
+def test_killed_at_random_moments_nothing_is_lost():
+    """The script of docs/reliability.md with a handful of kills."""
+    script = [sys.executable, ROOT / "benchmarks/kill_and_resume.py", "--kills", "5", "--steps", "20", "--seed", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "'kills': 5" in result.stdout

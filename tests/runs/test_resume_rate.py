@@ -1,0 +1,150 @@
+"""A run for a rate that was stopped in any of its phases goes on and ends with the same bytes."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from tests.runs.test_resume import Crash, metrics, scores, weights
+from tests.training.test_training import QUICK
+from xfactor_peft.checkpoint.checkpointer import Keeper
+from xfactor_peft.checkpoint.checkpoints import Checkpoints
+from xfactor_peft.checkpoint.interruption import Interrupted
+from xfactor_peft.lora.wrap import LoraOptions
+from xfactor_peft.objective.objectives import ObjectiveOptions
+from xfactor_peft.objective.targets import TiltedTarget
+from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.tokens.token_set import TokenSet
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training import rate as rate_training
+from xfactor_peft.training.sequence import phase as planning_phase
+from xfactor_peft.training.sequence.state import PlanningState
+
+OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=16)
+BLOCKS = {"lora": LoraOptions(r=2, target="attention", dropout=0.2)}
+PLANNED = {"lora": LoraOptions(r=2, target="all,head")}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Calibration from few short texts: the same code, in seconds."""
+    from xfactor_peft.training import rate_run
+
+    monkeypatch.setattr(rate_run, "CALIBRATION_TEXTS", 16)
+    monkeypatch.setattr(rate_run, "LENGTH", 16)
+    monkeypatch.setattr(planning_phase, "LENGTH", 16)
+    monkeypatch.setattr(planning_phase, "CHECK_TEXTS", 8)
+
+
+def run(base, output, sequence=False, crash_at=None, **more):
+    def on_step(step):
+        if step.step == crash_at:
+            raise Crash
+
+    tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
+    objective = ObjectiveOptions(sequence_level=sequence, sequence_steps=6, dial=False, frontier=False)
+    return train_to_folder(
+        base, TiltedTarget.of(tokens, 0.2), output, OPTIONS, evaluation=QUICK, objective=objective, on_step=on_step,
+        save_every=4, **more,
+    )  # fmt: skip
+
+
+def report(folder):
+    """What is recorded of how the rate was reached, without the times."""
+    rate = json.loads((folder / "xfactor.json").read_text())["rate"]
+    return {**rate, "plan": [{k: v for k, v in step.items() if k != "seconds"} for step in rate["plan"]]}
+
+
+def assert_same(folder, whole):
+    assert weights(folder) == weights(whole)
+    assert metrics(folder) == metrics(whole)
+    assert scores(folder) == scores(whole)
+    assert report(folder) == report(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "crashes", "phase"),
+    [
+        (BLOCKS, (2, 6, 10), ["solved", "distil", "distil"]),  # lambda moves at steps 4, 6 and 9
+        ({"sequence": True, **PLANNED}, (1, 3, 5), ["solved", "plan", "plan"]),
+        ({"sequence": True, **BLOCKS}, (7, 12, 14), ["distil", "distil", "plan"]),
+    ],
+    ids=["attention", "planned", "planned without a head"],
+)
+def test_a_resumed_run_is_bit_identical(load_tiny, tmp_path, more, crashes, phase):
+    run(load_tiny(), tmp_path / "whole", **more)
+    found = []
+    for count, step in enumerate(crashes):
+        with pytest.raises(Crash):
+            run(load_tiny(), tmp_path / "a", crash_at=step, resume=count > 0, **more)
+        found.append(Checkpoints(tmp_path / ".a.partial/checkpoints").latest().facts["phase"])
+        torch.manual_seed(99)  # the other process's random numbers are anywhere
+    assert found == phase
+    run(load_tiny(), tmp_path / "a", resume=True, **more)
+    assert_same(tmp_path / "a", tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "whole"}
+
+
+def test_a_solved_strength_is_not_solved_again(load_tiny, tmp_path, monkeypatch):
+    run(load_tiny(), tmp_path / "whole")
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=0)
+    monkeypatch.setattr(rate_training, "_solve", lambda *_: pytest.fail("solved again"))
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert_same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_killed_before_it_is_solved_it_starts_again(load_tiny, tmp_path, monkeypatch):
+    run(load_tiny(), tmp_path / "whole")
+
+    def crash(*_, **__):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rate_training, "calibrate", crash)
+        with pytest.raises(Crash):
+            run(load_tiny(), tmp_path / "a")
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert_same(tmp_path / "a", tmp_path / "whole")
+
+
+def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
+    """The control: every part of the state is needed."""
+    run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "crashed", sequence=True, crash_at=5, **PLANNED)
+    restore = PlanningState.restore
+    for forgotten in ("integral", "optimizer", "value_optimizer", "random"):
+
+        def forgetful(self, tensors, facts, forgotten=forgotten):
+            restore(self, tensors, facts)
+            if forgotten == "random":
+                torch.manual_seed(1)
+            elif forgotten == "integral":
+                self._planner.integral = self._planner.integral + 0.5
+            else:
+                for moments in getattr(self._planner, forgotten).state.values():
+                    moments["exp_avg"].zero_()
+
+        monkeypatch.setattr(PlanningState, "restore", forgetful)
+        shutil.copytree(tmp_path / ".crashed.partial", tmp_path / f".{forgotten}.partial")
+        run(load_tiny(), tmp_path / forgotten, resume=True, sequence=True, **PLANNED)
+        assert report(tmp_path / forgotten)["plan"] != report(tmp_path / "whole")["plan"]
+
+
+def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
+    run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
+    after = Keeper.after_step
+
+    def press(self, state, **more):
+        if len(state.history) == 3 and self.start is None:
+            self._interruption.requested = signal.SIGINT
+        after(self, state, **more)
+
+    monkeypatch.setattr(Keeper, "after_step", press)
+    with pytest.raises(Interrupted, match="stopped and saved after step 3; go on with: xfactor train --resume"):
+        run(load_tiny(), tmp_path / "a", sequence=True, **PLANNED)
+    run(load_tiny(), tmp_path / "a", sequence=True, resume=True, **PLANNED)
+    assert_same(tmp_path / "a", tmp_path / "whole")

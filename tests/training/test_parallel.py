@@ -1,0 +1,163 @@
+"""Two processes make the steps of one; one of them prints and writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xfactor_peft.errors import XFactorError
+from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.training.parallel import check_rows, own_output, own_rows, quiet_unless_first
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
+BRIEF = ["--steps", "8", "--seq-len", "16", "--lr", "1e-3", "--eval-tokens", "8", "--eval-repeats", "1"]
+LORA, FULL = ["--lora-r", "4"], ["--method", "full"]
+LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "docs/configs/two-cpu-processes.yaml"]
+
+
+def train(tmp_path, model, output, *words, launcher=()):
+    command = [ROOT / "cli.py", "train", "--model", model, "--dtype", "fp32", "--device", "cpu", *BRIEF, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *command, "--output", output],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "more"), [(LORA, []), (FULL, ["--fsdp"])], ids=["DDP of LoRA", "FSDP of all weights"]
+)
+def test_two_processes_make_the_steps_of_one(tiny_folders, tmp_path, words, more):
+    model = tiny_folders["gpt2"]
+    alone = train(tmp_path, model, "alone", *words)
+    together = train(tmp_path, model, "together", *words, *more, launcher=LAUNCHER)
+    assert alone.count("saved to") == together.count("saved to") == 1
+    assert together.count("step 8/8") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
+    records = [json.loads((tmp_path / name / "xfactor.json").read_text()) for name in ("alone", "together")]
+    assert [record["processes"] for record in records] == [1, 2]
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[1:]]
+        for name in ("alone", "together")
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert records[1]["after"]["rate"] == pytest.approx(records[0]["after"]["rate"], abs=0.02)
+    file = "adapter_model.safetensors" if words is LORA else "model.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("alone", "together"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        if key.endswith("c_attn.bias"):  # softmax cancels a bias of the keys: its gradient is noise, which Adam scales
+            for vector in (tensor, two[key]):
+                vector.chunk(3)[1].zero_()
+        torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
+    """Weights, gradients and moments; and what is gathered at the end is what a plain step gives."""
+    script = tmp_path / "halves.py"
+    script.write_text(HALVES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tiny_folders["llama"]],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shares = json.loads((tmp_path / "shares.json").read_text())
+    assert shares["before"] == shares["after"] == shares["whole"]
+    for kind in ("weights", "gradients", "moments"):
+        assert shares[kind] == pytest.approx(0.5 * shares["whole"], rel=0.02)
+    assert shares["emptied"] == 0
+
+
+HALVES = """
+import json, sys
+from pathlib import Path
+
+import torch
+
+from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.resolve import resolve_model
+from xfactor_peft.training.sharding import ShardedCopy
+
+torch.distributed.init_process_group("gloo")
+model = load_base(resolve_model(sys.argv[1]), LoadOptions("fp32")).model.requires_grad_(True)
+count = lambda tensors: sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in tensors)
+shares = {"whole": sum(p.numel() for p in model.parameters()), "before": count(model.parameters())}
+sharded = ShardedCopy(model)
+sharded.shard(sharded.model, torch.device("cpu"))
+shares["emptied"] = sum(p.untyped_storage().nbytes() // 4 - 1 for p in model.parameters())
+shares["weights"] = count(sharded.model.parameters())
+optimizer = torch.optim.Adam(sharded.model.parameters())
+sharded.model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+shares["gradients"] = count(p.grad for p in sharded.model.parameters())
+optimizer.step()
+shares["moments"] = count(state["exp_avg"] for state in optimizer.state.values())
+sharded.gather()
+shares["after"] = count(model.parameters())
+if torch.distributed.get_rank() == 0:
+    (Path(sys.argv[0]).parent / "shares.json").write_text(json.dumps(shares))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"method": "lora"}, "needs --method full"),
+        ({"optimizer": "adam8bit"}, "--optimizer adam or adamw; got 'adam8bit'"),
+        ({}, "needs several processes: accelerate launch"),
+    ],
+)
+def test_sharding_says_what_it_needs(monkeypatch, more, message):
+    with pytest.raises(XFactorError, match=message):
+        TrainOptions(**{"method": "full", "fsdp": True, **more})
+    if not more:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert TrainOptions(method="full", fsdp=True).fsdp
+
+
+def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
+    ids = torch.arange(12).view(6, 2)
+    assert torch.equal(own_rows(ids), ids)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append(own_rows(ids))
+        with quiet_unless_first():
+            print("from", rank)
+        with own_output(tmp_path / "out") as output:
+            assert (output == tmp_path / "out") is (rank == "0")
+            output.mkdir()
+        assert output.exists() is (rank == "0")
+    assert torch.equal(torch.cat(parts).sort(0).values, ids)
+    assert capsys.readouterr().out == "from 0\n"
+    check_rows(4)
+    with pytest.raises(XFactorError, match="--batch-size 3 must be a multiple of the 2 processes"):
+        check_rows(3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    names = {"deepspeed-zero2": "DEEPSPEED"}
+    assert config.distributed_type.value == names.get(path.stem, "MULTI_GPU")
+    assert config.num_processes % config.num_machines == 0
+
+
+def test_all_configurations_are_in_the_docs():
+    page = (ROOT / "docs/parallel.md").read_text()
+    assert len(CONFIGS) == 4
+    for path in CONFIGS:
+        assert f"docs/configs/{path.name}" in page

@@ -1,0 +1,1 @@
+"""Adapter folders on disk: read, checked, listed, mixed, pushed and pulled."""

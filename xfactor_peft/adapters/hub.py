@@ -1,0 +1,115 @@
+"""Adapters on the Hub: push a folder with its card and curve, pull one that is checked before it takes its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import errors as hub
+
+from ..errors import XFactorError
+from .adapter import read_adapter
+from .files import CONFIG, RECORD, WEIGHTS
+from .output import prepare_output, publish
+
+FILES = (CONFIG, WEIGHTS, RECORD, "README.md", "metrics.jsonl", "training.png")
+
+
+def check_push(repo: str) -> None:
+    """Raises XFactorError for a name that is no repository, or without a token: before any work is done."""
+    owner, slash, name = repo.partition("/")
+    if not (slash and owner and name) or "/" in name:
+        raise XFactorError(f"--push-to-hub {repo!r}: a repository is OWNER/NAME")
+    if get_token() is None:
+        raise XFactorError("pushing to the Hub needs a token; log in with `hf auth login`")
+
+
+def push(folder: Path, repo: str, *, private: bool | None = None) -> str:
+    """Upload an adapter's folder as the repository `repo` (made if need be); returns its address.
+
+    The card gets a curve of the training where matplotlib is installed. Nothing in `folder` changes.
+
+    Raises:
+        XFactorError: no adapter there, no token, or the Hub refuses.
+    """
+    check_push(repo)
+    read_adapter(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, copy)
+        _add_curve(Path(copy))
+        api = HfApi()
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=copy, commit_message=f"Adapter {folder.name}")
+        except (hub.HfHubHTTPError, OSError) as error:
+            raise XFactorError(
+                f"{repo} cannot be pushed: {_short(error)}; check the name and `hf auth whoami`"
+            ) from error
+    return f"{api.endpoint}/{repo}"
+
+
+def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None = None, force: bool = False) -> Path:
+    """Download an adapter into `root`/NAME; it takes its place only when it is whole. Never runs code or pickles.
+
+    Raises:
+        XFactorError: no such repository or no adapter in it, no network, or the name is taken and `force` is off.
+    """
+    if repo.count("/") != 1:
+        raise XFactorError(f"{repo!r} is no repository on the Hub; one is OWNER/NAME")
+    folder = root / (name or repo.split("/")[1])
+    staging = prepare_output(folder, force=force)
+    try:
+        found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), etag_timeout=5))
+        for name_of_file in FILES:
+            if (found / name_of_file).is_file():
+                shutil.copy((found / name_of_file).resolve(), staging / name_of_file)
+        if not (staging / CONFIG).is_file():
+            raise XFactorError(f"{repo} holds no {CONFIG}, so it is not an adapter")
+        read_adapter(staging)
+    except XFactorError:
+        shutil.rmtree(staging)
+        raise
+    except Exception as error:  # the client's network errors have no common base of their own
+        shutil.rmtree(staging)
+        if isinstance(error, hub.RepositoryNotFoundError):
+            raise XFactorError(f"{repo}: no such repository on the Hub, or it is private (`hf auth login`)") from error
+        if not isinstance(error, OSError | ValueError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
+            raise
+        raise XFactorError(f"{repo} cannot be pulled: {_short(error)}; check the connection and try again") from error
+    publish(staging, folder)
+    return folder
+
+
+def _add_curve(folder: Path) -> None:
+    """training.png from metrics.jsonl, and a line in the card that shows it; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    metrics, card = folder / "metrics.jsonl", folder / "README.md"
+    if not (metrics.is_file() and card.is_file()):
+        return
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line and "step" in line]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    loss = figure.subplots()
+    loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color="tab:blue")
+    loss.set(xlabel="step", ylabel="KL loss, nats", ylim=(0, None))
+    mass = loss.twinx()
+    mass.plot([s["step"] for s in steps], [s["set_mass"] for s in steps], color="tab:orange")
+    mass.set(ylabel="mass on the set", ylim=(0, 1))
+    figure.savefig(folder / "training.png", dpi=120)
+    picture = "\n![KL loss (blue) and mass on the set (orange) while training](training.png)\n"
+    card.write_text(card.read_text(encoding="utf-8") + picture, encoding="utf-8")
+
+
+def _short(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return (str(error) or type(error).__name__).strip().split("\n")[0][:160]

@@ -1,0 +1,1 @@
+"""Adapters in memory: swapped, mixed, merged, verified."""

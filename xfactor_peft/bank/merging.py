@@ -1,0 +1,84 @@
+"""Merge adapters into the base's weights: an ordinary transformers model without PEFT."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..adapters.mix import Mix
+from ..errors import XFactorError
+from ..lowmem.peft_parts import side_b, tuner
+from .bank import AdapterBank
+from .norm_fold import fold_logit_bias
+
+
+@torch.no_grad()
+def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedModel:
+    """W + sum_i w_i s_i B_i A_i, in place; the bank's base is used up, and the plain model is returned.
+
+    Tied embeddings stay tied unless an adapter has a set head: the output embedding then becomes a tensor of its own
+    (`tie_word_embeddings=False`), and the head's constant offset goes into its bias or, without one, into the final
+    LayerNorm (see `norm_fold`). So an adapter of a quantised run merges into the base loaded without quantisation.
+
+    Raises:
+        XFactorError: the base is quantised, an adapter is not loaded, or a set head has no place in this architecture.
+    """
+    if bank.base.quantized:
+        raise XFactorError("merging into quantised weights would round the adapter away; load the base unquantised")
+    bank.use(what, scale)
+    mix, model = bank.active, bank.base.model
+    keys = [bank.keys[name] for name, weight in mix.parts if weight != 0]
+    layer = model.get_output_embeddings()
+    bias = None
+    if isinstance(layer, PeftLinear) and any(key in layer.lora_A for key in keys):
+        bias = _merge_head(model, layer, keys)
+    if bank.wrapped is not None:
+        _drop_zero_biases(model, keys)
+        lora = tuner(bank.wrapped)
+        try:
+            merged = lora.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else lora.unload()
+            model = cast(PreTrainedModel, merged)
+        except (ValueError, RuntimeError) as error:
+            raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error
+    if bias is not None:
+        fold_logit_bias(model, bias)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def _merge_head(model: PreTrainedModel, layer: PeftLinear, keys: list[str]) -> torch.Tensor | None:
+    """Merge the set heads into an output embedding of its own; returns the offset (V,) that found no place in it."""
+    base, offset = cast(nn.Linear, layer.base_layer), None
+    weight, dtype = base.weight.float().clone(), base.weight.dtype
+    for key in keys:
+        if key not in layer.lora_A:
+            continue
+        weight += layer.get_delta_weight(key).float()
+        bias = side_b(layer, key).bias
+        if bias is not None and bias.any():
+            offset = bias * layer.scaling[key] + (0 if offset is None else offset)
+    base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    model.set_output_embeddings(base)
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    if offset is not None and base.bias is not None:
+        base.bias.add_(offset.to(base.bias))
+        return None
+    return offset
+
+
+def _drop_zero_biases(model: PreTrainedModel, keys: list[str]) -> None:
+    """Biases of lora_B that are 0 need no bias in the base (`lora_bias` is one switch for all layers of an adapter)."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for key in keys:
+            if key in layer.lora_B and layer.lora_bias[key] and not side_b(layer, key).bias.any():
+                layer.lora_bias[key] = False

@@ -1,0 +1,190 @@
+"""Which model to use: the Hub, a local folder, or the bundled demo model; never one in place of another unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+
+from ..errors import XFactorError
+
+DEFAULT_MODEL = "openai-community/gpt2-medium"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model's files on this machine: its name, where they are, which revision, and why it was chosen."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    reason: str
+
+
+def resolve_model(model: str = "auto", *, offline: bool = False, revision: str | None = None) -> ModelChoice:
+    """Find a model's files, downloading them when that is allowed and needed.
+
+    Args:
+        model: "auto" (GPT-2 Medium when it can be had, else the demo model), "demo", a folder, or a Hub id.
+        offline: never touch the network; only the local cache and folders count.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        XFactorError: the model is missing, unreachable, gated, or has no safetensors; says what to do next.
+    """
+    if model == "demo":
+        return _demo("asked for with --model demo")
+    if model == "auto":
+        return _auto(offline)
+    if not model.strip():
+        raise XFactorError("--model is empty; give a Hub id such as gpt2, a folder, or demo")
+    if Path(model).is_dir():
+        return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
+        raise XFactorError(f"--model {model}: no such folder; give a folder with config.json and *.safetensors")
+    return _from_hub(model, revision, offline)
+
+
+def _demo(reason: str) -> ModelChoice:
+    return ModelChoice("demo", _checked(DEMO_FOLDER, "the bundled demo model"), None, reason)
+
+
+def _auto(offline: bool) -> ModelChoice:
+    try:
+        return _from_hub(DEFAULT_MODEL, None, offline)
+    except XFactorError as error:
+        why = "is not in the local cache, and --offline" if offline else f"cannot be had: {error.__cause__ or error}"
+        return _demo(f"{DEFAULT_MODEL} {why}".split("\n")[0][:160])
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
+    cached = _cached(name, revision)
+    if cached is not None:
+        return ModelChoice(name, cached, cached.name, "in the local cache")
+    if offline:
+        raise XFactorError(
+            f"--model {name} is not in the local cache and --offline forbids the network; "
+            "run once without --offline, or use --model demo or a folder"
+        )
+    folder = _checked(_download(name, revision), name)
+    _check_hashes(folder, name)
+    return ModelChoice(name, folder, folder.name, "downloaded from the Hub")
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The whole cached snapshot, or None when a file of it is missing."""
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_PATTERNS,
+                ignore_patterns="*/*",
+                local_files_only=True,
+            )
+        )
+        return _checked(folder, name)
+    except (OSError, hub.HFValidationError, XFactorError):
+        return None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", etag_timeout=5)
+        )
+    except hub.HFValidationError as error:
+        raise XFactorError(f"--model {name!r} is neither a folder nor a Hub id (owner/name)") from error
+    except hub.GatedRepoError as error:
+        raise XFactorError(
+            f"--model {name} is gated: accept its terms on its page, then log in with `hf auth login`"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise XFactorError(
+            f"--model {name}: no such repository on the Hub, or it is private (log in with `hf auth login`)"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise XFactorError(f"--model {name} has no revision {revision!r}") from error
+    except Exception as error:  # the client's network errors have no common base of their own
+        if not isinstance(error, OSError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
+            raise
+        raise XFactorError(
+            f"--model {name} cannot be downloaded ({_in_words(error)}); {_advice(error)}, "
+            "or use --model demo or a local folder"
+        ) from error
+
+
+def _in_words(error: BaseException) -> str:
+    """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    text = (str(error) or type(error).__name__).strip().split("\n")[0]
+    return without_secrets(text)[:120]
+
+
+def without_secrets(text: str) -> str:
+    """Text without access tokens and without the queries of addresses, which may be signed."""
+    return re.sub(r"(https?://[^\s?]+)\?[^\s'\")]*", r"\1", re.sub(r"hf_\w+", "hf_...", text))
+
+
+def _advice(error: BaseException) -> str:
+    """What to do next, by the status that the Hub answered with."""
+    status = _status(error)
+    if status in (401, 403):
+        return "the Hub refuses the token in use: log in again with `hf auth login`"
+    if status == 429:
+        return "the Hub asks to slow down: try again in a few minutes"
+    if status is not None and status >= 500:
+        return "the Hub is in trouble: try again later"
+    return "check the connection and try again"
+
+
+def _status(error: BaseException | None) -> int | None:
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _check_hashes(folder: Path, name: str) -> None:
+    """Compare downloaded weights with the SHA-256 that the Hub gave, which is their name in its cache.
+
+    Raises:
+        XFactorError: a file is another; it is removed, so that the next try downloads it again.
+    """
+    for path in folder.glob("*.safetensors"):
+        blob = path.resolve()
+        if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
+            continue
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            path.unlink()
+            blob.unlink()
+            raise XFactorError(
+                f"--model {name}: {path.name} arrived damaged (wrong SHA-256) and was removed; try again"
+            )
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """The folder, when it holds a config and every weight file that its index names."""
+    if not (folder / "config.json").is_file():
+        raise XFactorError(f"{name}: {folder} has no config.json, so it is not a transformers model")
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        shards = [folder / shard for shard in set(json.loads(index.read_text())["weight_map"].values())]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        what = f"{missing[0]} is missing" if missing else "no *.safetensors file"
+        raise XFactorError(f"{name}: {what} in {folder}; pickled weights (*.bin) are not loaded, convert them first")
+    return folder

@@ -1,0 +1,73 @@
+"""Split a causal language model into a trunk (ids -> hidden states) and its output embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..errors import XFactorError
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """logits = F.linear(trunk(ids), weight, bias), so that a loss can make the logits in chunks.
+
+    `tilt` (V,) is added to the logits when it is given: the exact logit bias, for the teacher and the frontier.
+    """
+
+    model: PreTrainedModel
+    tilt: torch.Tensor | None = None
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states, after the final norm; (B, T) ids -> (B, T, D)."""
+        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W, the output embedding, (V, D)."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """b, (V,), or None."""
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits, an active set head's term and the tilt included; (..., D) -> (..., V)."""
+        head: nn.Module = self.model.get_output_embeddings()
+        # PEFT's wrapper adds the set head; the plain product is the same for every other head, quantised or not.
+        z = head(hidden) if isinstance(head, LoraLayer) else F.linear(hidden, self.weight, self.bias)
+        return z if self.tilt is None else z.float() + self.tilt
+
+
+def split(model: PreTrainedModel) -> SplitModel:
+    """Split `model`, after checking on eight tokens that the two halves give its logits.
+
+    Raises:
+        XFactorError: the model has no output embedding, or does something after it (soft-capping,
+            scaling), so that logits made from hidden states alone would be wrong.
+    """
+    if model.get_output_embeddings() is None:
+        raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+    halves = SplitModel(model)
+    device = halves.weight.device
+    ids = torch.arange(8, device=device).remainder(halves.weight.shape[0])[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        actual = halves.logits(halves.hidden(ids)).float()
+    model.train(was_training)
+    tolerance = 0.02 if halves.weight.dtype == torch.bfloat16 else 1e-3
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # unseen where logits are small
+    if capped or (actual - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1):
+        raise XFactorError(
+            f"{type(model).__name__} changes its logits after the output embedding (soft-capping or scaling), "
+            "which the chunked loss does not do; this architecture is not supported"
+        )
+    return halves

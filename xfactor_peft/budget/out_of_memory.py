@@ -1,0 +1,46 @@
+"""When memory runs out in training: what counts as that, and which flags would have fitted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import XFactorError
+from .memory_model import free_memory
+from .options import MemoryOptions, mib
+from .plan import make_plan
+
+if TYPE_CHECKING:
+    from ..base.loading import Base
+    from .dry_run import Shape
+
+OUT_OF_MEMORY = (MemoryError, RuntimeError)
+_WORDS = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, CUDA's, or the CPU allocator's, which is a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def explain(base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: BaseException, way_on: str = "") -> str:
+    """One line: where memory ran out, and the mildest change of flags that is predicted to need less.
+
+    Args:
+        shape: the run that did not fit; what is advised needs less than 90 % of what is predicted for it.
+    """
+    start = f"out of memory at {error or 'training'}"
+    budget = free_memory(base.device)
+    try:
+        plan = make_plan(base.choice.folder, shape, grad_accum=grad_accum, teacher=teacher, time=False)
+        smaller = MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))
+        advice = make_plan(
+            base.choice.folder, shape, smaller, grad_accum=grad_accum, teacher=teacher, time=False
+        ).advice or ((f"--checkpointing on --batch-size {max(1, shape.batch // 2)} --grad-accum {2 * grad_accum}", 0),)
+    except XFactorError:
+        return f"{start}, {mib(budget)} free now; halve --batch-size, double --grad-accum, or pass --auto-batch{way_on}"
+    flags = " or ".join(f"`{flags}`" + (f" (about {mib(total)})" if total else "") for flags, total in advice)
+    return f"{start}, {mib(budget)} free now; try {flags}, or --auto-batch{way_on}"

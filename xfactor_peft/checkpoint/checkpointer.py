@@ -1,0 +1,103 @@
+"""When a run is saved, and how it goes on from there."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import XFactorError
+from .checkpoints import Checkpoint, Checkpoints
+from .interruption import Interrupted, Interruption
+
+SAVE_EVERY = 50
+"""Steps between checkpoints unless `--save-every` says otherwise."""
+
+
+def resume_command(output: Path) -> str:
+    return f"xfactor train --resume {shlex.quote(str(output))}"
+
+
+class State(Protocol):
+    """What a phase of a run can be made of again: `TrainingState`, `PlanningState`."""
+
+    @property
+    def history(self) -> list[Any]: ...
+
+    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None: ...
+
+
+class Keeper:
+    """Saves the state of a run every `every` steps (0: only at its end and when it is stopped), and restores it.
+
+    Args:
+        output: where the finished run will be, for the command that goes on with it.
+        start: the checkpoint to begin with, if any.
+
+    Attributes:
+        facts: what else is stored with every checkpoint.
+        phase: of the run; a checkpoint is restored in the phase that it was made in.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        every: int,
+        output: Path,
+        interruption: Interruption,
+        start: Checkpoint | None = None,
+    ) -> None:
+        if every < 0:
+            raise XFactorError(f"--save-every must be at least 0; got {every}")
+        self.checkpoints, self.start = checkpoints, start
+        self.facts: dict[str, Any] = {}
+        self.phase = "train"
+        self._every, self._output, self._interruption = every, output, interruption
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return self._interruption.deferred()
+
+    @property
+    def start_phase(self) -> str | None:
+        """The phase of the checkpoint that the run goes on from; None for a run from its first step."""
+        return self.start.facts["phase"] if self.start else None
+
+    def restore(self, state: State) -> None:
+        """Bring a fresh run to where the checkpoint was made, if that is in this phase."""
+        if self.start is not None and self.start_phase == self.phase:
+            state.restore(self.start.tensors(), self.start.facts)
+
+    def save(self, made: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Save after `made` steps; raises XFactorError when it cannot be written."""
+        self.checkpoints.save(made, tensors, {**self.facts, **facts, "phase": self.phase})
+
+    def recorded(self, name: str, default: Any) -> Any:
+        """A fact of the checkpoint that the run goes on from, else `default`; stored again either way."""
+        self.facts[name] = self.start.facts.get(name, default) if self.start else default
+        return self.facts[name]
+
+    def after_step(self, state: State, *, last: bool, every: int | None = None) -> None:
+        """Save when it is time to; a phase with longer steps has its own `every`.
+
+        Raises:
+            Interrupted: a signal has come; the state is saved and the message says how to go on.
+            XFactorError: the checkpoint cannot be written, or holds weights that are not finite.
+        """
+        made, signal = len(state.history), self._interruption.requested
+        if last or signal is not None or (self._every and made % (every or self._every) == 0):
+            self.save(made, *state.capture())
+        if signal is not None:
+            raise Interrupted(
+                f"stopped and saved after step {made}; go on with: {resume_command(self._output)}", signal
+            )
+
+    def way_on(self) -> str:
+        """What an error message can add about what was kept; empty when nothing was."""
+        if self.checkpoints.saved is None:
+            return ""
+        return f"; the last good checkpoint is of step {self.checkpoints.saved}, in {self.checkpoints.folder}"

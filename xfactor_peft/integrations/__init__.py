@@ -1,1 +1,0 @@
-"""This package's objectives inside other people's tools."""

@@ -1,0 +1,1 @@
+"""Where LoRA goes, its variants, and the set head on the output embedding."""

@@ -1,0 +1,177 @@
+"""Where LoRA goes: attention and MLP projections of any transformer, found by name and type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import XFactorError
+from ..lowmem import custom_modules, quantized_layers
+from .set_head import freeze_block_biases, head_name, with_set_head
+from .variants import start_variant
+
+BLOCK_TARGETS = ("attention", "mlp", "all")
+VARIANTS = ("lora", "dora", "rslora", "pissa", "lora+")
+TARGETS = (*BLOCK_TARGETS, "head", *(f"{name},head" for name in BLOCK_TARGETS))
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
+_MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA (Hu et al. 2021): W + (alpha/r) B A, with B = 0 at the start; or a variant of it (see `variants`).
+
+    Raises:
+        XFactorError: r < 1, alpha <= 0, dropout outside [0, 1), an unknown target or variant, or a variant with the
+            set head.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target: str = "all"
+    variant: str = "lora"
+
+    @property
+    def blocks(self) -> str | None:
+        """The part of `target` inside the blocks: "attention", "mlp", "all", or None for the set head alone."""
+        name = self.target.removesuffix("head").removesuffix(",")
+        return name or None
+
+    @property
+    def head(self) -> bool:
+        """Whether the output embedding carries a set head (see `set_head`)."""
+        return self.target.endswith("head")
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise XFactorError(f"--lora-r must be at least 1; got {self.r}")
+        if not self.alpha > 0:
+            raise XFactorError(f"--lora-alpha must be greater than 0; got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise XFactorError(f"--lora-dropout must be at least 0 and below 1; got {self.dropout:g}")
+        if self.target not in TARGETS:
+            raise XFactorError(f"--target must be one of {', '.join(TARGETS)}; got {self.target!r}")
+        if self.variant not in VARIANTS:
+            raise XFactorError(f"--lora-variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if self.variant != "lora" and self.head:
+            raise XFactorError(f"--lora-variant {self.variant} is for attention and MLP; the set head is plain LoRA")
+
+
+def projections(model: PreTrainedModel, target: str) -> list[str]:
+    """Full names of the linear layers in the blocks that `target` means.
+
+    A layer belongs to attention or to the MLP by the names on its path below the block's number, e.g.
+    `attn.c_proj` and `mlp.c_proj` of GPT-2, `self_attn.q_proj` of Llama, `fc1` of OPT. Input and output
+    embeddings are never included.
+
+    Raises:
+        XFactorError: nothing matches.
+    """
+    head = model.get_output_embeddings()
+    names = []
+    for name, module in model.named_modules():
+        if module is head or not _is_linear(module) or not re.search(r"\.\d+\.", name):
+            continue
+        inside = _below_block(name)
+        is_attention, is_mlp = bool(_ATTENTION.search(inside)), bool(_MLP.search(inside))
+        if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
+            names.append(name)
+    if not names:
+        raise XFactorError(f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained")
+    return names
+
+
+def matched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
+    """How many layers each target name matched, e.g. {"attn.c_attn": 24, "attn.c_proj": 24}."""
+    options = LoraOptions(target=target)
+    counts: dict[str, int] = {}
+    for name in projections(model, options.blocks) if options.blocks else []:
+        counts[_below_block(name)] = counts.get(_below_block(name), 0) + 1
+    return {**counts, head_name(model): 1} if options.head else counts
+
+
+def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> LoraConfig:
+    """PEFT's configuration for these options, with the target modules as path suffixes.
+
+    `sets` is the rank of the set head, needed when `options.head`.
+    """
+    targets = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
+    if options.head:
+        if sets < 1:
+            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
+        targets.append(head_name(model))
+    conv1d = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        fan_in_fan_out=conv1d,
+        bias="none",
+        use_dora=options.variant == "dora",
+        use_rslora=options.variant == "rslora",
+        init_lora_weights="pissa" if options.variant == "pissa" else True,
+    )
+    return with_set_head(config, head_name(model), sets) if options.head else config
+
+
+def register_layers(config: LoraConfig) -> LoraConfig:
+    """Let `config` make this package's LoRA layers, which run as one autograd function (see `lowmem.peft_layers`).
+
+    Adapter files and every call of PEFT stay the same; call it before the configuration meets a model.
+    """
+    config._register_custom_module(custom_modules())  # type: ignore[arg-type]  # PEFT calls them, classes or not
+    return config
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
+    """Wrap `model` in place with a new trainable adapter; everything else is frozen.
+
+    Raises:
+        XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose.
+    """
+    if options.variant in ("dora", "pissa") and quantized_layers(model):
+        raise XFactorError(f"--lora-variant {options.variant} needs the base unquantised; drop --load-in-8bit / -4bit")
+    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
+    freeze_block_biases(wrapped)
+    start_variant(wrapped, options.variant)
+    return wrapped
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """`disable_adapter`, which on leaving makes every adapter weight trainable again; here frozen ones stay frozen."""
+    frozen = [p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad]
+    with model.disable_adapter():
+        yield
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora_b_norm(model: nn.Module) -> float:
+    """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
+    values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
+    return float(torch.stack(values).max()) if values else 0.0
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or type(module).__name__ in ("Int8Linear", "NF4Linear")
+
+
+def _below_block(name: str) -> str:
+    """The path below the block's number: "transformer.h.3.attn.c_proj" -> "attn.c_proj"."""
+    return re.split(r"\.\d+\.", name)[-1]

@@ -1,0 +1,56 @@
+"""Goals as the command line writes them: "contains:X=0.10", "regex:^ ?[Zz]=0.05", "words:FILE=0.02"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import XFactorError
+from ..tokens.token_set import TokenSet, read_token_ids, read_words
+from .targets import Goal, TiltedTarget
+
+KINDS = ("contains", "regex", "words", "token-ids")
+
+
+def parse_goal(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None, ignore_case: bool = False
+) -> Goal:
+    """KIND:VALUE=RATE, where the value may itself hold ":" and "="; words and token-ids name a file.
+
+    Raises:
+        XFactorError: the text has another form, the rate is not a number in [0, 1), or the set is not possible.
+    """
+    kind, colon, rest = text.partition(":")
+    value, equals, number = rest.rpartition("=")
+    if not (colon and equals and value) or kind not in KINDS:
+        raise XFactorError(f"--goal {text!r}: expected KIND:VALUE=RATE with KIND one of {', '.join(KINDS)}")
+    try:
+        rate = float(number)
+    except ValueError as error:
+        raise XFactorError(f"--goal {text!r}: {number!r} is not a rate between 0 and 1") from error
+    if not 0 <= rate < 1:
+        raise XFactorError(f"--goal {text!r}: the rate must be at least 0 and below 1; got {number}")
+    if kind == "contains":
+        tokens = TokenSet.contains(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
+    elif kind == "regex":
+        tokens = TokenSet.regex(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
+    elif kind == "words":
+        tokens = TokenSet.words(tokenizer, read_words(Path(value)), vocab_size=vocab_size, ignore_case=ignore_case)
+    else:
+        tokens = TokenSet.token_ids(tokenizer, read_token_ids(Path(value)), vocab_size=vocab_size)
+    return Goal(tokens, rate)
+
+
+def parse_goals(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int | None = None,
+    ignore_case: bool = False,
+) -> TiltedTarget:
+    """The target with all goals; the first one's set is the one that tables report."""
+    return TiltedTarget(
+        tuple(parse_goal(text, tokenizer, vocab_size=vocab_size, ignore_case=ignore_case) for text in texts)
+    )

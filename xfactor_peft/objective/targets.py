@@ -1,0 +1,126 @@
+"""What the model should say: target distributions over the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import XFactorError
+from ..tokens.token_set import TokenSet
+from .tilt import MAX_STRENGTH
+
+
+@dataclass(frozen=True)
+class UniformTarget:
+    """The two-level target: P(i) = alpha/Z for i in S, beta/Z for the others, Z = alpha |S| + beta (V - |S|).
+
+    With beta = 0 it is uniform over S and zero elsewhere, whose optimum repeats S and nothing else.
+
+    Raises:
+        XFactorError: unless alpha > beta >= 0 and both are finite.
+    """
+
+    tokens: TokenSet
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.alpha) and math.isfinite(self.beta)
+        if not (finite and self.alpha > self.beta >= 0):
+            raise XFactorError(
+                f"--alpha must be greater than --beta, and --beta at least 0; got {self.alpha:g} and {self.beta:g}"
+            )
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """(P(i) for i in S, P(i) for i not in S)."""
+        size, others = len(self.tokens), self.tokens.vocab_size - len(self.tokens)
+        total = self.alpha * size + self.beta * others
+        return self.alpha / total, self.beta / total
+
+    @property
+    def set_mass(self) -> float:
+        """P(S), the mass the target wants on the set."""
+        return self.levels[0] * len(self.tokens)
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "uniform", "alpha": self.alpha, "beta": self.beta}
+
+    def probabilities(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """P as a float32 tensor of shape (V,), summing to 1."""
+        inside, outside = self.levels
+        mask = self.tokens.mask(device)
+        return torch.full(mask.shape, outside, dtype=torch.float32, device=mask.device).masked_fill_(mask, inside)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One token set and how much of it is wanted: a rate in [0, 1), or the tilt's strength itself.
+
+    Raises:
+        XFactorError: not exactly one of the two is given, or it is out of range.
+    """
+
+    tokens: TokenSet
+    rate: float | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rate is None) == (self.strength is None):
+            raise XFactorError("give either --target-rate or --lambda, and not both")
+        if self.rate is not None and not 0 <= self.rate < 1:
+            raise XFactorError(f"--target-rate must be at least 0 and below 1; got {self.rate:g}")
+        if self.strength is not None and not abs(self.strength) <= MAX_STRENGTH:
+            raise XFactorError(f"--lambda must be between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}; got {self.strength}")
+
+    def record(self) -> dict[str, Any]:
+        return {"tokens": self.tokens.record(), "rate": self.rate, "strength": self.strength}
+
+
+@dataclass(frozen=True)
+class TiltedTarget:
+    """The base model itself, tilted: q(i|c) proportional to p(i|c) exp(sum_k lambda_k 1[i in S_k]); see `tilt`.
+
+    The strengths lambda of goals with a rate are solved when training starts, from the base's own probabilities,
+    and corrected on samples of the adapted model.
+
+    Raises:
+        XFactorError: no goal, goals over different vocabularies, the same set twice, or rates and strengths mixed.
+    """
+
+    goals: tuple[Goal, ...]
+
+    def __post_init__(self) -> None:
+        if not self.goals:
+            raise XFactorError("a tilted target needs at least one goal")
+        if len({goal.tokens.vocab_size for goal in self.goals}) > 1:
+            raise XFactorError("all goals must be sets of one vocabulary")
+        if len({goal.tokens.ids for goal in self.goals}) < len(self.goals):
+            raise XFactorError("two --goal options mean the same tokens; drop one")
+        if len({goal.rate is None for goal in self.goals}) > 1:
+            raise XFactorError("give every goal a rate, or every goal a strength")
+
+    @classmethod
+    def of(cls, tokens: TokenSet, rate: float | None = None, *, strength: float | None = None) -> TiltedTarget:
+        """The target with one set."""
+        return cls((Goal(tokens, rate, strength),))
+
+    @property
+    def tokens(self) -> TokenSet:
+        """The first goal's set."""
+        return self.goals[0].tokens
+
+    @property
+    def rates(self) -> list[float] | None:
+        """The wanted rates, or None when strengths are given instead."""
+        return [goal.rate for goal in self.goals if goal.rate is not None] or None
+
+    def members(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """F, membership in every set, float32 (K, V)."""
+        return torch.stack([goal.tokens.mask(device) for goal in self.goals]).float()
+
+    def record(self) -> dict[str, Any]:
+        return {"kind": "tilted", "goals": [goal.record() for goal in self.goals]}

@@ -1,0 +1,170 @@
+"""The hidden folder of a run under way: `.NAME.partial` beside its output, which takes its name when all is done.
+
+settings.json      what the caller wants to find again
+metrics.jsonl      a line with the model, the token set and the settings, then a line a step
+checkpoints/       see `checkpoints`; gone when the run is published
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.files import RECORD
+from ..adapters.output import prepare_output, publish, save_result, staging_of
+from ..checkpoint.checkpointer import resume_command
+from ..checkpoint.checkpoints import Checkpoint, Checkpoints
+from ..checkpoint.durable import write_atomically
+from ..checkpoint.interruption import Interrupted
+from ..errors import XFactorError
+
+if TYPE_CHECKING:
+    from ..training.loop import Step
+    from ..training.train import TrainResult
+
+METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
+_VOLATILE = ("why", "name")
+"""What of a base's record may change between two parts of a run: where its files were found."""
+
+
+@dataclass
+class RunFolder:
+    """A run's staging folder, new or found again.
+
+    Attributes:
+        start: the checkpoint to go on from, None for a run from its first step.
+    """
+
+    output: Path
+    path: Path
+    header: dict[str, Any]
+    checkpoints: Checkpoints
+    start: Checkpoint | None = None
+
+    @classmethod
+    def open(
+        cls, output: Path, header: dict[str, Any], *, force: bool, resume: bool, settings: dict[str, Any] | None
+    ) -> RunFolder:
+        """A new folder, or with `resume` the one that is there; raises XFactorError where that cannot be."""
+        path = staging_of(output)
+        checkpoints = Checkpoints(path / CHECKPOINTS)
+        found = checkpoints.latest()
+        if resume:
+            return cls(output, path, _checked_header(output, path, header), checkpoints, found)
+        if found and not force:
+            raise XFactorError(
+                f"an interrupted run is in {path}, at step {found.step}; go on with `{resume_command(output)}`, "
+                "or pass --force to start again"
+            )
+        path = prepare_output(output, force=force)
+        run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
+        try:
+            write_atomically(path / SETTINGS, json.dumps(settings or {}, indent=2).encode())
+            write_atomically(path / METRICS, _line(header))
+        except OSError as error:
+            raise XFactorError(
+                f"{path} cannot be written ({error.strerror}); free space, or choose --output"
+            ) from error
+        return run
+
+    @contextmanager
+    def log(self) -> Iterator[Callable[[Step], None]]:
+        """A function that adds a step to `metrics.jsonl`, which first loses what came after the checkpoint."""
+        from ..checkpoint.state import steps_of
+
+        steps = steps_of(self.start.tensors()) if self.start else []
+        write_atomically(self.path / METRICS, b"".join([_line(self.header), *(_line(asdict(step)) for step in steps)]))
+        with (self.path / METRICS).open("ab") as file:
+
+            def write(step: Step) -> None:
+                try:
+                    file.write(_line(asdict(step)))
+                    file.flush()
+                except OSError as error:
+                    raise XFactorError(f"{self.path / METRICS} cannot be written ({error.strerror})") from error
+
+            yield write
+
+    def finish(self, result: TrainResult) -> dict[str, Any]:
+        """Save the result and give the folder its name; returns the record."""
+        try:
+            record = save_result(result, self.path, self.output.name)
+            publish(self.path, self.output)
+        except OSError as error:
+            raise XFactorError(
+                f"{self.output} cannot be written ({error.strerror}); what there is stays in {self.path}"
+            ) from error
+        _tidy(self.output)
+        return record
+
+    def explained(self, stopped: Interrupted) -> Interrupted:
+        """The signal, with what was kept and how to go on; the folder of a run that kept nothing is removed."""
+        saved = self.checkpoints.saved
+        if saved is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return Interrupted("stopped; nothing was saved, start again with the same command", stopped.status - 128)
+        if "go on with" in str(stopped):
+            return stopped
+        return Interrupted(
+            f"stopped; step {saved} is saved; go on with: {resume_command(self.output)}", stopped.status - 128
+        )
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that failed before its first step."""
+        with suppress(OSError):
+            if self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
+                shutil.rmtree(self.path)
+
+
+def interrupted_settings(output: Path) -> dict[str, Any]:
+    """The `settings.json` of an interrupted run.
+
+    Raises:
+        XFactorError: there is no interrupted run at `output`.
+    """
+    path = staging_of(output)
+    if not (path / SETTINGS).is_file():
+        if not (output / RECORD).is_file():
+            raise XFactorError(f"--resume {output}: there is no interrupted run")
+        _tidy(output)  # the run may have been killed just before it did so itself
+        raise XFactorError(f"--resume {output}: the run is finished, there is nothing to resume")
+    try:
+        value = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise XFactorError(f"--resume {output}: {path / SETTINGS} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise XFactorError(f"--resume {output}: {path / SETTINGS} must hold a JSON object")
+    return value
+
+
+def _tidy(output: Path) -> None:
+    """Remove what a finished run no longer needs."""
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    (output / SETTINGS).unlink(missing_ok=True)
+
+
+def _checked_header(output: Path, path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The header that the run began with, when it says the same as this one."""
+    try:
+        with (path / METRICS).open("rb") as file:
+            kept = json.loads(file.readline())
+    except FileNotFoundError as error:
+        raise XFactorError(f"--resume {output}: there is no interrupted run") from error
+    except ValueError as error:
+        raise XFactorError(f"--resume {output}: {path / METRICS} is damaged: {error}") from error
+    now = json.loads(_line(header))
+    for part in now:
+        old, new = kept.get(part) or {}, now[part] or {}
+        changed = [k for k in {**old, **new} if k not in _VOLATILE and old.get(k) != new.get(k)]
+        if changed:
+            raise XFactorError(f"--resume {output}: the run has another {part} ({', '.join(sorted(changed))})")
+    return kept
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()

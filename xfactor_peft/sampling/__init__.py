@@ -1,0 +1,1 @@
+"""Text from the model: generation, contexts, scores such as R, calibration, the dial."""

@@ -1,0 +1,221 @@
+"""Sampling text, and sampling many sequences of one length for a fair estimate of R."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import XFactorError
+from ..sampling_options import SamplingOptions
+from ..tokens.token_bytes import special_ids
+
+DEFAULT_PROMPTS = (
+    "Why did the chicken cross the road?",
+    "It was a dark and stormy night;",
+    "The old man looked at her and said",
+    "In the middle of the garden there was",
+    "When the war was over, the people",
+    "She opened the letter and read",
+    "The captain stood on the deck and",
+    "Once upon a time",
+    "There are three things that a good king",
+    "On the following morning we",
+    "He had never in his life",
+    "The first principle of the art is",
+    "At the end of the street",
+    "My dear friend,",
+    "They walked for many hours until",
+    "The doctor shook his head and",
+)
+
+
+CACHE_BYTES = 128 * 2**20
+"""Most that the key-value cache of one batch of samples may take: training is what memory is for."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sampled sequences of one shape: ids (N, P + L), of which the first `prompt_length` = P are the prompt."""
+
+    ids: torch.Tensor
+    prompt_length: int
+
+    @property
+    def continuations(self) -> torch.Tensor:
+        """The generated ids, (N, L)."""
+        return self.ids[:, self.prompt_length :]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int) -> list[int]:
+    """Ids of a prompt; an empty one becomes BOS.
+
+    Raises:
+        XFactorError: prompt and continuation exceed the model's context, or an empty prompt has no BOS.
+    """
+    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise XFactorError("an empty prompt needs a tokenizer with a BOS token; give a prompt")
+        ids = [tokenizer.bos_token_id]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and len(ids) + new > context:
+        raise XFactorError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {new} exceed the model's context of "
+            f"{context}; shorten one of them"
+        )
+    return ids
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions
+) -> list[int]:
+    """Continue one prompt; returns the generated ids (EOS, if reached, is left out)."""
+    ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+    output = _sample(model, torch.tensor([ids]), options, pad_token_id=tokenizer.pad_token_id)
+    new = output[0, len(ids) :].tolist()
+    return [i for i in new if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+
+
+def generate_in_pieces(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions, piece: int = 8
+) -> Iterator[list[int]]:
+    """Continue one prompt and yield the generated ids so far, `piece` more each time, until EOS or the full length.
+
+    Every piece reads the text again and has a seed of its own, so the text differs from that of `generate`.
+    """
+    start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+    new: list[int] = []
+    while len(new) < options.max_new_tokens:
+        part = replace(options, max_new_tokens=min(piece, options.max_new_tokens - len(new)))
+        seed = options.seed * 1_000_003 + len(new)
+        ids = torch.tensor([start + new])
+        more = _sample(model, ids, part, seed=seed, pad_token_id=tokenizer.pad_token_id)[0, ids.shape[1] :].tolist()
+        if tokenizer.eos_token_id in more:
+            yield new + more[: more.index(tokenizer.eos_token_id)]
+            return
+        new = new + more
+        yield new
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    **extra: Any,
+) -> list[list[int]]:
+    """Continue several prompts in one batch, shorter ones padded on the left; ids as in `generate`, a row each.
+
+    `extra` goes to the model's `generate`, e.g. PEFT's `adapter_names`, one a prompt.
+    """
+    rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens) for prompt in prompts]
+    if not rows:
+        return []
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    output = _sample(model, ids, options, pad_token_id=pad, attention_mask=mask.to(model.device), **extra)
+    stops = (tokenizer.eos_token_id, pad)
+    return [[i for i in new if i not in stops] for new in output[:, width:].tolist()]
+
+
+def sampling_batch(model: PreTrainedModel, length: int, most: int) -> int:
+    """How many sequences of `length` tokens have a key-value cache of at most `CACHE_BYTES`; between 1 and `most`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, min(most, CACHE_BYTES // (token * length)))
+
+
+def sample_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    *,
+    repeats: int = 4,
+    tilt: torch.Tensor | None = None,
+) -> Iterator[Sequences]:
+    """Sample `repeats` continuations of each prompt, all of exactly `max_new_tokens` tokens.
+
+    `tilt` (V,) is added to the logits: an exact logit bias.
+
+    Special tokens are banned, so that no sequence ends early and R is over a fixed number of tokens.
+    Prompts of equal length share a batch, so nothing is ever padded.
+    """
+    if repeats < 1:
+        raise XFactorError(f"--repeats must be at least 1; got {repeats}")
+    by_length: dict[int, list[list[int]]] = defaultdict(list)
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+        by_length[len(ids)].extend([ids] * repeats)
+    banned = sorted(special_ids(tokenizer))
+    for length in sorted(by_length):
+        rows = torch.tensor(by_length[length])
+        batch_size = sampling_batch(model, length + options.max_new_tokens, 64)
+        for index, part in enumerate(rows.split(batch_size)):
+            seed = options.seed * 1_000_003 + length * 1009 + index
+            sampled = _sample(
+                model, part, options, seed=seed, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=None, suppress_tokens=banned, tilt=tilt,
+            )  # fmt: skip
+            yield Sequences(sampled.cpu(), length)
+
+
+def sample_after(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    new: int,
+    *,
+    seed: int,
+    banned: Sequence[int] = (),
+    tilt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Continue (N, P) ids by `new` tokens from the model's own distribution -> (N, P + new), on the CPU."""
+    options, parts = SamplingOptions(max_new_tokens=new), []
+    extra = {"suppress_tokens": list(banned)} if banned else {}
+    for index, part in enumerate(ids.split(sampling_batch(model, ids.shape[1] + new, 128))):
+        out = _sample(model, part, options, seed * 1_000_003 + index, tilt=tilt, eos_token_id=None,
+                      pad_token_id=0, **extra)  # fmt: skip
+        parts.append(out.cpu())
+    return torch.cat(parts)
+
+
+class _AddTilt(LogitsProcessor):
+    def __init__(self, tilt: torch.Tensor) -> None:
+        self._tilt = tilt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + self._tilt
+
+
+@torch.no_grad()
+def _sample(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    options: SamplingOptions,
+    seed: int | None = None,
+    tilt: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`generate` under its own random state, in eval mode; both are put back afterwards."""
+    if tilt is not None:
+        kwargs["logits_processor"] = LogitsProcessorList([_AddTilt(tilt.to(model.device))])
+    was_training = model.training
+    model.eval()
+    device = model.device
+    continued = cast(Callable[..., torch.Tensor], model.generate)  # from GenerationMixin, which every causal model has
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(options.seed if seed is None else seed)
+        ids = ids.to(device)
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        output = continued(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
+    model.train(was_training)
+    return output

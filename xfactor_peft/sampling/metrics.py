@@ -1,0 +1,191 @@
+"""Scores of an adapted model on its own samples: R, set mass, KL from the base, perplexity, variety."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..base.split_model import SplitModel
+from ..sampling_options import SamplingOptions
+from ..tokens.token_set import TokenSet
+from .generation import DEFAULT_PROMPTS, Sequences, sample_sequences
+from .position_scores import PositionScores, score_positions
+
+COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Which prompts, how often, and how to sample."""
+
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    repeats: int = 4
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores over N sampled sequences of L tokens each.
+
+    Attributes:
+        rate: R, the share of generated tokens that are in the set.
+        interval: 95 % interval of R, by bootstrap over sequences.
+        set_mass: mean probability that the model gives to the set at the generated positions.
+        kl_from_base: mean KL(model || base) per generated token, nats, over the full vocabulary.
+        kl_interval: 95 % interval of it, by bootstrap over sequences.
+        kl_parts: its mass, inside-set and outside-set parts, which add up to it (see `PositionScores`), and
+            "outside_conditional", the mean KL of the distributions without the set.
+        spread: standard deviation of R between texts.
+        goals: for every set of several goals, its rule, R and interval.
+        perplexity: exp of the mean negative log-likelihood of the samples under the base.
+        distinct_2: distinct bigrams / bigrams over all samples (Li et al. 2016).
+        distinct_set_tokens: how many different members of the set were generated.
+        tokens: generated tokens in all.
+        decoding: the sampling settings.
+    """
+
+    rate: float
+    interval: tuple[float, float]
+    set_mass: float
+    kl_from_base: float
+    perplexity: float
+    distinct_2: float
+    distinct_set_tokens: int
+    tokens: int
+    decoding: dict[str, Any]
+    samples: tuple[str, ...] = ()
+    kl_interval: tuple[float, float] = (0.0, 0.0)
+    kl_parts: dict[str, float] = field(default_factory=dict)
+    spread: float = 0.0
+    goals: tuple[dict[str, Any], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rate_per_sequence(continuations: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of set tokens in each row; (N, L) ids and (V,) bool -> (N,) float64."""
+    return mask[continuations].double().mean(dim=1)
+
+
+def bootstrap_interval(values: torch.Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` (N,), resampling whole sequences (Efron 1979)."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[picks].mean(dim=1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def distinct_n(continuations: Sequence[Sequence[int]], n: int = 2) -> float:
+    """Distinct n-grams / n-grams over all rows; 0 when no row has n tokens."""
+    grams = [tuple(row[i : i + n]) for row in continuations for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    policy: SplitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: TokenSet,
+    options: EvalOptions = EvalOptions(),
+    *,
+    base: SplitModel | None = None,
+    adapter_off: Callable[[], AbstractContextManager] | None = None,
+    goals: Sequence[TokenSet] = (),
+) -> Evaluation:
+    """Sample from `policy` and score the samples; the rates of `goals` are reported besides.
+
+    The base is either another model (`base`), or the policy's own weights inside `adapter_off()`
+    (peft's `disable_adapter`), so that one model in memory is enough. With neither, the policy is the base.
+    """
+    policy_and_base = _Pair(policy, base, adapter_off)
+    parts, batches, samples = [], [], []
+    sequences = sample_sequences(
+        policy.model, tokenizer, options.prompts, options.sampling, repeats=options.repeats, tilt=policy.tilt
+    )
+    for batch in sequences:
+        batches.append(batch.continuations)
+        samples.append(cast(str, tokenizer.decode(batch.ids[0])))
+        parts.append(policy_and_base.score(batch, tokens.mask()))
+    rows, scores = torch.cat(batches), PositionScores.join(parts)
+    rate = rate_per_sequence(rows, tokens.mask())
+    kl = scores.kl.view(rows.shape).double().mean(1)
+    means = {name: float(getattr(scores, name).double().mean()) for name in ("kl_mass", "kl_inside", "kl_outside")}
+    return Evaluation(
+        rate=float(rate.mean()),
+        interval=bootstrap_interval(rate),
+        set_mass=float(scores.mass.double().mean()),
+        kl_from_base=float(kl.mean()),
+        perplexity=math.exp(min(700.0, float(scores.base_nll.double().mean()))),
+        distinct_2=distinct_n(rows.tolist()),
+        distinct_set_tokens=len(set(rows.flatten().tolist()) & set(tokens.ids)),
+        tokens=rows.numel(),
+        decoding={
+            **options.sampling.record(),
+            "prompts": len(options.prompts),
+            "prompt_texts": options.prompts,
+            "repeats": options.repeats,
+        },
+        samples=tuple(samples),
+        kl_interval=bootstrap_interval(kl),
+        kl_parts={
+            **{name.removeprefix("kl_"): value for name, value in means.items()},
+            "outside_conditional": float(scores.outside.double().mean()),
+        },
+        spread=float(rate.std()) if len(rate) > 1 else 0.0,
+        goals=tuple(_goal(rows, goal) for goal in goals),
+    )
+
+
+def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+    rate = rate_per_sequence(rows, tokens.mask())
+    return {"rule": tokens.rule, "rate": float(rate.mean()), "interval": bootstrap_interval(rate)}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A policy and its base, which is another model, the policy without its adapter, or the policy itself."""
+
+    policy: SplitModel
+    base: SplitModel | None
+    adapter_off: Callable[[], AbstractContextManager] | None
+
+    def score(self, batch: Sequences, mask: torch.Tensor) -> PositionScores:
+        device = self.policy.weight.device
+        hidden = _generated_hidden(self.policy, batch)
+        plain = self.base or replace(self.policy, tilt=None)
+        off = self.adapter_off or nullcontext
+        with off():
+            base_hidden = _generated_hidden(plain, batch)
+
+        def base_logits(part: torch.Tensor) -> torch.Tensor:
+            with off():
+                return plain.logits(part)
+
+        ids = batch.continuations.flatten().to(device)
+        return score_positions(self.policy, hidden, base_hidden, ids, mask.to(device), base_logits)
+
+
+def _generated_hidden(model: SplitModel, batch: Sequences) -> torch.Tensor:
+    """Hidden states that predict the generated tokens, (N * L, D)."""
+    hidden = model.hidden(batch.ids.to(model.weight.device))
+    return hidden[:, batch.prompt_length - 1 : -1].flatten(0, 1)
+
+
+def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:
+    """Says so when samples fell apart: distinct-2 below half, or perplexity above ten times, of what it was."""
+    found = []
+    if after.distinct_2 < COLLAPSE_DISTINCT * before.distinct_2:
+        found.append(f"distinct-2 fell from {before.distinct_2:.3f} to {after.distinct_2:.3f}, below half")
+    if after.perplexity > COLLAPSE_PERPLEXITY * before.perplexity:
+        found.append(
+            f"perplexity under the base rose from {before.perplexity:.0f} to {after.perplexity:.0f}, above tenfold"
+        )
+    return found

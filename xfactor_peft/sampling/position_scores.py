@@ -1,0 +1,89 @@
+"""KL from the base at every generated position, whole and in its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..base.split_model import SplitModel
+from ..objective.kl import chunk_positions
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """One float32 value a position, (n,); policy pi, base p, set S, m = pi(S).
+
+    The chain rule splits KL(pi||p) exactly into three parts that add up to it:
+
+        kl_mass    = KL((m, 1-m) || (p(S), 1-p(S)))         how much of the set
+        kl_inside  = m     KL(pi(.|S) || p(.|S))            which members ("it only says Xbox")
+        kl_outside = (1-m) KL(pi(.|not S) || p(.|not S))    damage to everything else
+
+    Attributes:
+        outside: the last factor alone, KL(pi(.|not S) || p(.|not S)).
+        base_nll: -log p(x) of the token that was sampled.
+    """
+
+    mass: torch.Tensor
+    kl: torch.Tensor
+    kl_mass: torch.Tensor
+    kl_inside: torch.Tensor
+    kl_outside: torch.Tensor
+    outside: torch.Tensor
+    base_nll: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: list[PositionScores]) -> PositionScores:
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+@torch.no_grad()
+def score_positions(
+    policy: SplitModel,
+    hidden: torch.Tensor,
+    base_hidden: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    base_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> PositionScores:
+    """Score n positions in chunks; (n, D) states of both, (n,) sampled ids, (V,) bool set.
+
+    `base_logits` makes the base's logits from its states (with the adapter off where both share weights).
+    """
+    step = chunk_positions(policy.weight.shape[0])
+    members = mask.nonzero().squeeze(1)
+    parts = []
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        log_pi = policy.logits(hidden[part]).float().log_softmax(-1)
+        log_p = base_logits(base_hidden[part]).float().log_softmax(-1)
+        parts.append(_split(log_pi, log_p, ids[part], members))
+    return PositionScores.join(parts)
+
+
+def _split(log_pi: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> PositionScores:
+    pi = log_pi.exp()
+    terms = torch.where(pi > 0, pi * (log_pi - log_p), 0.0)
+    kl, inside = terms.sum(1), terms[:, members].sum(1)
+    m, others = pi[:, members].sum(1), _without(pi, members)
+    base = log_p.exp()
+    base_m, base_others = base[:, members].sum(1), _without(base, members)
+    in_mass = torch.special.xlogy(m, m / base_m.clamp(min=1e-30))
+    out_mass = torch.special.xlogy(others, others / base_others.clamp(min=1e-30))
+    outside = kl - inside - out_mass
+    return PositionScores(
+        mass=m,
+        kl=kl,
+        kl_mass=in_mass + out_mass,
+        kl_inside=inside - in_mass,
+        kl_outside=outside,
+        outside=outside / others.clamp(min=1e-6),
+        base_nll=-log_p.gather(1, ids[:, None]).squeeze(1),
+    )
+
+
+def _without(p: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Mass off the set, summed over it rather than as 1 - m, which loses digits when m is near 1."""
+    return p.index_fill(1, members, 0.0).sum(1)

@@ -1,0 +1,1 @@
+"""Which vocabulary entries are meant: rules, the bytes behind a token, token sets."""

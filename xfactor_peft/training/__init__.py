@@ -1,0 +1,1 @@
+"""A training run: its phases, the loop, the optimisers, several processes."""

@@ -1,0 +1,67 @@
+"""Several processes, as `accelerate launch` or torchrun start them: every one trains, one prints and writes.
+
+All processes hold the whole model and draw the same batches; each keeps its rows, and DistributedDataParallel averages
+the gradients. So N processes make the steps of one process with the same --batch-size, which counts all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import XFactorError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+
+def process() -> tuple[int, int]:
+    """(this process's number, how many there are); (0, 1) when nobody launched several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_rows(batch_size: int) -> None:
+    """Raises XFactorError when the batch cannot be divided evenly among the processes."""
+    count = process()[1]
+    if batch_size % count:
+        raise XFactorError(f"--batch-size {batch_size} must be a multiple of the {count} processes, which share it")
+
+
+def own_rows(ids: torch.Tensor) -> torch.Tensor:
+    """Every N-th row of a batch (B, T), beginning with this process's number."""
+    rank, count = process()
+    return ids[rank::count]
+
+
+def mean_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
+    """Each value's mean over all processes."""
+    if process()[1] == 1:
+        return list(values)
+    import torch
+
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "mean").tolist()
+
+
+@contextlib.contextmanager
+def own_output(output: Path) -> Iterator[Path]:
+    """Where this process writes: `output` for the first one, a folder that is thrown away for the others."""
+    if process()[0] == 0:
+        yield output
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / output.name
+
+
+@contextlib.contextmanager
+def quiet_unless_first() -> Iterator[None]:
+    """Nothing is printed inside, except by the first process."""
+    if process()[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

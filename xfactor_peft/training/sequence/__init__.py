@@ -1,0 +1,1 @@
+"""The sequence-level phase: policies that plan whole texts."""

@@ -1,0 +1,67 @@
+"""Full fine-tuning whose weights, gradients and moments are shared out among the processes: FSDP2 of torch.
+
+`fully_shard` (Zhao et al. 2023, arXiv:2304.11277, in its per-parameter form) keeps 1/N of every tensor in each of N
+processes and gathers a block's weights just before they are needed. It cannot be undone in place, so a copy of the
+model's modules is sharded, which shares the parameters until then; when training is done the model gets them back.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import XFactorError
+from ..lowmem.activations import checkpointed_blocks
+from .parallel import process
+
+OPTIMIZERS = ("adam", "adamw")
+"""Those whose state is element by element, so that a shard's is a shard of the whole one's."""
+
+
+def check_sharding(method: str, optimizer: str) -> None:
+    """Raises XFactorError where --fsdp has nothing to share out, or cannot."""
+    if method != "full":
+        raise XFactorError("--fsdp shards all weights, so it needs --method full; LoRA's own are few")
+    if optimizer not in OPTIMIZERS:
+        raise XFactorError(f"--fsdp works with --optimizer {' or '.join(OPTIMIZERS)}; got {optimizer!r}")
+    if process()[1] == 1:
+        raise XFactorError("--fsdp needs several processes: accelerate launch --num_processes N cli.py train ...")
+
+
+class ShardedCopy:
+    """A model's modules once more, over the same parameters, for `shard`.
+
+    Attributes:
+        model: the copy, which is trained.
+    """
+
+    def __init__(self, whole: PreTrainedModel) -> None:
+        self._whole = whole
+        self.model: PreTrainedModel = copy.deepcopy(whole, {id(p): p for p in whole.parameters()})
+
+    def shard(self, objective: nn.Module, device: torch.device) -> None:
+        """Shard every block, then what is left of `objective`, which holds the copy; the model's own are emptied."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # 30 MB that no other run needs
+
+        mesh = init_device_mesh(device.type, (process()[1],))
+        for block in checkpointed_blocks(self.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        for parameter in self._whole.parameters():
+            parameter.data = parameter.data.new_empty(1).expand(parameter.shape)  # the shape without the memory
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Give the trained weights back to the model, whole, in every process."""
+        trained = dict(self.model.named_parameters())
+        for name, parameter in self._whole.named_parameters():
+            parameter.data = whole_tensor(trained[name].detach())
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all processes; any other as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
