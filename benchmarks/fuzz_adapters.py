@@ -35,16 +35,13 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters.catalogue import catalogue, facts
 from xfactor_peft.bank.bank import AdapterBank
-from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
 from xfactor_peft.objective.targets import UniformTarget
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "xfactor.json")
 HOSTILE = (

@@ -29,17 +29,14 @@ import torch
 
 from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters.output import staging_of
-from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
-from xfactor_peft.lora.wrap import LoraOptions
 from xfactor_peft.objective.targets import UniformTarget
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.folder import METRICS, SETTINGS
 from xfactor_peft.runs.run import train_to_folder
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 EVALUATION = EvalOptions(("The fox",), 2, SamplingOptions(max_new_tokens=16))
 

@@ -12,16 +12,12 @@ import pytest
 import torch
 
 from tests.tiny import KINDS, tiny_model_folder
-from xfactor_peft.base.loading import Base, LoadOptions, load_base
+from xfactor_peft.base.loading import Base, load_base
 from xfactor_peft.base.resolve import resolve_model
-from xfactor_peft.lora.wrap import LoraOptions
-from xfactor_peft.objective.objectives import ObjectiveOptions
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
 

@@ -16,39 +16,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters.mix import Mix as Mix
     from .bank.bank import AdapterBank as AdapterBank
-    from .base.loading import LoadOptions as LoadOptions
     from .base.loading import load as load
-    from .budget.options import MemoryOptions as MemoryOptions
     from .errors import XFactorError as XFactorError
-    from .lora.wrap import LoraOptions as LoraOptions
     from .objective.kl import kl_loss as kl_loss
-    from .objective.objectives import ObjectiveOptions as ObjectiveOptions
     from .objective.targets import Goal as Goal
     from .objective.targets import TiltedTarget as TiltedTarget
     from .objective.targets import UniformTarget as UniformTarget
+    from .options import EvalOptions as EvalOptions
+    from .options import LoadOptions as LoadOptions
+    from .options import LoraOptions as LoraOptions
+    from .options import MemoryOptions as MemoryOptions
+    from .options import ObjectiveOptions as ObjectiveOptions
+    from .options import Recipe as Recipe
+    from .options import SamplingOptions as SamplingOptions
+    from .options import TrainOptions as TrainOptions
     from .runs.run import train_to_folder as train_to_folder
-    from .sampling.metrics import EvalOptions as EvalOptions
     from .sampling.metrics import evaluate as evaluate
-    from .sampling_options import SamplingOptions as SamplingOptions
     from .tokens.token_set import TokenSet as TokenSet
-    from .train_options import TrainOptions as TrainOptions
     from .training.train import train as train
+    from .training.trainer import TokenSetTrainer as TokenSetTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AdapterBank": "bank.bank",
-    "EvalOptions": "sampling.metrics",
+    "EvalOptions": "options",
     "Goal": "objective.targets",
-    "LoadOptions": "base.loading",
-    "LoraOptions": "lora.wrap",
+    "LoadOptions": "options",
+    "LoraOptions": "options",
     "Mix": "adapters.mix",
-    "MemoryOptions": "budget.options",
-    "ObjectiveOptions": "objective.objectives",
-    "SamplingOptions": "sampling_options",
+    "MemoryOptions": "options",
+    "ObjectiveOptions": "options",
+    "Recipe": "options",
+    "SamplingOptions": "options",
     "TiltedTarget": "objective.targets",
     "TokenSet": "tokens.token_set",
-    "TrainOptions": "train_options",
+    "TokenSetTrainer": "training.trainer",
+    "TrainOptions": "options",
     "UniformTarget": "objective.targets",
     "XFactorError": "errors",
     "evaluate": "sampling.metrics",

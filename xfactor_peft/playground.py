@@ -13,9 +13,9 @@ from .adapters.adapter import list_adapters
 from .adapters.mix import Mix
 from .bank.bank import AdapterBank
 from .errors import XFactorError
+from .options import SamplingOptions
 from .sampling.generation import generate_in_pieces
 from .sampling.metrics import rate_per_sequence
-from .sampling_options import SamplingOptions
 from .tokens.highlight import marked_parts
 from .tokens.token_set import TokenSet
 

@@ -15,7 +15,8 @@ from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.cli.train import SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K
 from xfactor_peft.lowmem.memory import peaks, reset_peak
-from xfactor_peft.sampling.generation import DEFAULT_PROMPTS, sample_sequences
+from xfactor_peft.options import DEFAULT_PROMPTS
+from xfactor_peft.sampling.generation import sample_sequences
 from xfactor_peft.sampling.metrics import Evaluation, rate_per_sequence
 from xfactor_peft.training.train import Step, TrainResult
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import SplitModel
+from xfactor_peft.options import SamplingOptions
 from xfactor_peft.sampling.generation import generate
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")

@@ -14,14 +14,12 @@ from tests.training.test_training import QUICK, x_target
 from xfactor_peft.adapters.adapter import check_fits, find_adapter, list_adapters, read_adapter
 from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
-from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
+from xfactor_peft.options import LoadOptions, LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import default_name, train_to_folder
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 IDS = torch.arange(12)[None]
 SHORT = TrainOptions(steps=30, seq_len=16, lr=1e-2)

@@ -11,8 +11,8 @@ from tests.adapters.test_adapters import logits
 from xfactor_peft.adapters.mix import Mix, parse_mix, parse_mixes
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions, add_lora
-from xfactor_peft.sampling_options import SamplingOptions
+from xfactor_peft.lora.wrap import add_lora
+from xfactor_peft.options import LoraOptions, SamplingOptions
 
 GREEDY = SamplingOptions(max_new_tokens=8, temperature=0)
 

@@ -10,18 +10,14 @@ from tests.adapters.test_adapters import logits
 from tests.families import FAMILIES, family_folder
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge
-from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
-from xfactor_peft.objective.objectives import ObjectiveOptions
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 BRIEF = EvalOptions(("The fox",), 1, SamplingOptions(max_new_tokens=4))
 OPTIONS = TrainOptions(steps=8, batch_size=2, seq_len=16, lr=1e-2)

@@ -15,7 +15,8 @@ from benchmarks.bench.presets import Settings
 from xfactor_peft.base.split_model import split
 from xfactor_peft.lowmem import Int8Linear
 from xfactor_peft.objective import kl as losses
-from xfactor_peft.training.optimizers import OPTIMIZERS, build_optimizer
+from xfactor_peft.options import OPTIMIZERS
+from xfactor_peft.training.optimizers import build_optimizer
 
 SETTINGS = Settings(steps=12, seq_len=16, prompts=2, repeats=1, new_tokens=8, probe_every=5, windows=2)
 

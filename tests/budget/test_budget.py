@@ -16,14 +16,13 @@ from tests.tiny import KINDS, tiny_tokenizer
 from xfactor_peft import LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, XFactorError, train
 from xfactor_peft.budget.dry_run import Shape, measure_step
 from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
-from xfactor_peft.budget.options import parse_size
 from xfactor_peft.budget.plan import make_plan, require_fit
+from xfactor_peft.cli.run_options import parse_size
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.lowmem import prepare_for_training
 from xfactor_peft.lowmem.activations import checkpointed_blocks
+from xfactor_peft.options import EvalOptions, SamplingOptions
 from xfactor_peft.sampling.generation import sampling_batch
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
 
 SHAPE = Shape("fp32", None, 4, 32, "lora", LoraOptions())
 QUICK = EvalOptions(prompts=("Once upon a time",), repeats=1, sampling=SamplingOptions(max_new_tokens=4))

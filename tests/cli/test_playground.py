@@ -8,9 +8,9 @@ import pytest
 from tests.cli.test_cli import run  # noqa: F401 (a fixture)
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
+from xfactor_peft.options import SamplingOptions
 from xfactor_peft.playground import MARK, continuations, launch
 from xfactor_peft.sampling.generation import generate_in_pieces
-from xfactor_peft.sampling_options import SamplingOptions
 
 OPTIONS = SamplingOptions(max_new_tokens=24)
 

@@ -16,11 +16,10 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.export import FORMATS, export
 from xfactor_peft.export.logit_bias import write_logit_bias
-from xfactor_peft.lora.wrap import LoraOptions
 from xfactor_peft.objective.targets import UniformTarget
+from xfactor_peft.options import LoraOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 
 
 def bank_of(base, root, *names):

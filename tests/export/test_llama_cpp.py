@@ -9,10 +9,11 @@ import torch
 from tests.export.test_export import bank_of
 from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters.mix import Mix
-from xfactor_peft.base.loading import LoadOptions, load_base
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.export import export
-from xfactor_peft.lora.wrap import LoraOptions, add_lora
+from xfactor_peft.lora.wrap import add_lora
+from xfactor_peft.options import LoadOptions, LoraOptions
 
 llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytest.importorskip("gguf", reason="the extra gguf is not installed")

@@ -8,7 +8,8 @@ from tests.tiny import KINDS, tiny_model
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.lora.set_head import SetHead, head_name
-from xfactor_peft.lora.wrap import LoraOptions, adapter_off, add_lora, matched_modules, trainable_parameters
+from xfactor_peft.lora.wrap import adapter_off, add_lora, matched_modules, trainable_parameters
+from xfactor_peft.options import LoraOptions
 
 IDS = torch.arange(12)[None]
 

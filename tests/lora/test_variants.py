@@ -15,17 +15,17 @@ from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import VARIANTS, LoraOptions, add_lora
+from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.objective.targets import UniformTarget
+from xfactor_peft.options import LORA_VARIANTS, LoraOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 from xfactor_peft.training.optimizers import build_optimizer
 
 OPTIONS = TrainOptions(steps=12, seq_len=16, lr=3e-3)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "lora"])
+@pytest.mark.parametrize("variant", [v for v in LORA_VARIANTS if v != "lora"])
 def test_each_variant_trains_saves_and_merges(variant, load_tiny, tmp_path):
     base = load_tiny()
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))

@@ -19,10 +19,8 @@ from xfactor_peft.checkpoint import checkpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted, Interruption
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
-from xfactor_peft.objective.objectives import ObjectiveOptions
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
-from xfactor_peft.train_options import TrainOptions
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=8, lr=1e-2)

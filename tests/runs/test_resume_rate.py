@@ -12,12 +12,10 @@ from tests.training.test_training import QUICK
 from xfactor_peft.checkpoint.checkpointer import Keeper
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
-from xfactor_peft.lora.wrap import LoraOptions
-from xfactor_peft.objective.objectives import ObjectiveOptions
 from xfactor_peft.objective.targets import TiltedTarget
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 from xfactor_peft.training import rate as rate_training
 from xfactor_peft.training.sequence import phase as planning_phase
 from xfactor_peft.training.sequence.state import PlanningState

@@ -7,10 +7,10 @@ import torch
 
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions, add_lora
+from xfactor_peft.lora.wrap import add_lora
+from xfactor_peft.options import EvalOptions, LoraOptions, SamplingOptions
 from xfactor_peft.sampling.generation import encode_prompt, generate, sample_sequences
-from xfactor_peft.sampling.metrics import EvalOptions, bootstrap_interval, distinct_n, evaluate, rate_per_sequence
-from xfactor_peft.sampling_options import SamplingOptions
+from xfactor_peft.sampling.metrics import bootstrap_interval, distinct_n, evaluate, rate_per_sequence
 from xfactor_peft.tokens.token_bytes import special_ids
 from xfactor_peft.tokens.token_set import TokenSet
 

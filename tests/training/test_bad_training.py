@@ -20,11 +20,9 @@ from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.locks import folder_lock
 from xfactor_peft.cli import main
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
 from xfactor_peft.objective.targets import Goal
+from xfactor_peft.options import LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.sampling.generation import generate
-from xfactor_peft.sampling_options import SamplingOptions
-from xfactor_peft.train_options import TrainOptions
 from xfactor_peft.training import loop
 from xfactor_peft.training import train as training
 from xfactor_peft.training.train import train

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.train_options import TrainOptions
+from xfactor_peft.options import TrainOptions
 from xfactor_peft.training.parallel import check_rows, own_output, own_rows, quiet_unless_first
 
 ROOT = Path(__file__).parents[2]

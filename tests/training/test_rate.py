@@ -11,16 +11,13 @@ from tests.tiny import KINDS, tiny_model
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions
-from xfactor_peft.objective.objectives import ObjectiveOptions
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
+from xfactor_peft.options import EvalOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import default_name, train_to_folder
 from xfactor_peft.sampling.contexts import context_pool, openings, self_contexts
 from xfactor_peft.sampling.frontier import measure_frontier
-from xfactor_peft.sampling.metrics import EvalOptions, evaluate
-from xfactor_peft.sampling_options import SamplingOptions
+from xfactor_peft.sampling.metrics import evaluate
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 from xfactor_peft.training.sequence.planner import PlanStep
 from xfactor_peft.training.stopping import plateau, stop_planning
 from xfactor_peft.training.train import train

@@ -9,14 +9,12 @@ from torch.nn import functional as F
 from tests.tiny import KINDS
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.lora.wrap import LoraOptions, add_lora, matched_modules
+from xfactor_peft.lora.wrap import add_lora, matched_modules
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.objective import reference
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.sampling.metrics import EvalOptions
-from xfactor_peft.sampling_options import SamplingOptions
+from xfactor_peft.options import EvalOptions, LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.train_options import TrainOptions
 from xfactor_peft.training.train import train
 
 QUICK = EvalOptions(("Once upon a time", "The fox"), 4, SamplingOptions(max_new_tokens=16))

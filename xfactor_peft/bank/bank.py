@@ -15,9 +15,9 @@ from ..adapters.adapter import AdapterInfo, check_fits, find_adapter, read_adapt
 from ..adapters.mix import Mix
 from ..base.loading import Base
 from ..errors import XFactorError
+from ..options import SamplingOptions
 from ..sampling.dial import scale_for_rate
 from ..sampling.generation import generate, generate_batch
-from ..sampling_options import SamplingOptions
 from ..tokens.token_set import TokenSet
 from .adapter_layers import Residents
 from .cache_guard import CacheGuard
@@ -129,14 +129,14 @@ class AdapterBank:
         finally:
             self.use(before)
 
-    def generate(self, prompt: str, options: SamplingOptions = SamplingOptions()) -> list[int]:  # noqa: B008
+    def generate(self, prompt: str, options: SamplingOptions = SamplingOptions()) -> list[int]:
         """Ids that the active adapters (or the base) generate after the prompt."""
         return generate(self.model, self.base.tokenizer, prompt, options)
 
     def generate_batch(
         self,
         requests: Sequence[tuple[str, str | None]],
-        options: SamplingOptions = SamplingOptions(),  # noqa: B008
+        options: SamplingOptions = SamplingOptions(),
     ) -> list[list[int]]:
         """Continue (prompt, adapter) requests in one batch, each under its own adapter as trained; None is the base.
 

@@ -12,9 +12,8 @@ from ..adapters.output import hashes
 from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
-from ..sampling.generation import DEFAULT_PROMPTS
-from ..sampling.metrics import EvalOptions, evaluate
-from ..sampling_options import SamplingOptions
+from ..options import DEFAULT_PROMPTS, EvalOptions, SamplingOptions
+from ..sampling.metrics import evaluate
 from .bank import AdapterBank
 from .merging import merge
 

@@ -18,37 +18,12 @@ from transformers import (
 from ..errors import XFactorError
 from ..lowmem import UnsupportedCheckpoint, load_streaming, quantize_linears, quantized_layers
 from ..lowmem.memory import peaks
+from ..options import LoadOptions
 from ..training.parallel import process
 from .identity import BaseIdentity, identify
 from .resolve import ModelChoice, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-QUANTIZATIONS = ("int8", "nf4")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load a model.
-
-    `dtype` is "auto", "fp32" or "bf16"; `device` "auto", "cpu" or "cuda[:n]"; `quantization` None, "int8" or "nf4".
-    `backend` chooses who quantises: "bitsandbytes", "native" (this package's CPU layers) or "auto"
-    (native on a CPU, bitsandbytes on CUDA). `master_weights` keeps float32 weights under a bf16 computation,
-    which full fine-tuning needs: its updates are smaller than bf16 can add.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    quantization: str | None = None
-    backend: str = "auto"
-    master_weights: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *DTYPES):
-            raise XFactorError(f"--dtype must be auto, fp32 or bf16; got {self.dtype!r}")
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise XFactorError(f"quantization must be int8 or nf4; got {self.quantization!r}")
-        if self.backend not in ("auto", "native", "bitsandbytes"):
-            raise XFactorError(f"--quant-backend must be auto, native or bitsandbytes; got {self.backend!r}")
 
 
 @dataclass

@@ -19,11 +19,12 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
-from ..lora.wrap import LoraOptions, add_lora
+from ..lora.wrap import add_lora
 from ..lowmem import prepare_for_training
 from ..lowmem.activations import checkpointed_blocks
 from ..lowmem.peft_parts import unwrapped
 from ..lowmem.streaming import QUANTIZED, replace_layers
+from ..options import LoraOptions
 
 
 @dataclass(frozen=True)

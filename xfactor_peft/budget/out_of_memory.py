@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import XFactorError
+from ..lowmem.memory import mib
+from ..options import MemoryOptions
 from .memory_model import free_memory
-from .options import MemoryOptions, mib
 from .plan import make_plan
 
 if TYPE_CHECKING:

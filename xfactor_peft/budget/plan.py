@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 
 from ..base.loading import Base
 from ..errors import XFactorError
+from ..lowmem.memory import mib
+from ..options import MemoryOptions
 from ..sampling.contexts import check_length
 from .dry_run import Shape, StepMemory, measure_step, read_config
 from .memory_model import Prediction, blocks_to_recompute, free_memory, predict, resident
-from .options import MemoryOptions, mib
 from .time_probe import probe
 
 
@@ -49,11 +50,11 @@ class Plan:
 def make_plan(
     folder: Path,
     shape: Shape,
-    options: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
+    options: MemoryOptions = MemoryOptions(),
     *,
     grad_accum: int = 1,
     teacher: bool = False,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
+    device: torch.device = torch.device("cpu"),
     time: bool = True,
 ) -> Plan:
     """Predict a run on the model in `folder`, of which only the configuration is read.

@@ -49,14 +49,18 @@ class _LazyGroup(click.Group):
 
             if not isinstance(error, Interrupted):
                 raise
-            click.echo(f"\n{error}", err=True)
+            from .flags import as_flags
+
+            click.echo(f"\n{as_flags(str(error))}", err=True)
             ctx.exit(error.status)
         except ValueError as error:
             from ..errors import XFactorError
 
             if not isinstance(error, XFactorError):
                 raise
-            raise _UserError(" ".join(str(error).split())) from error
+            from .flags import as_flags
+
+            raise _UserError(as_flags(" ".join(str(error).split()))) from error
 
 
 class _UserError(click.ClickException):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..base.loading import Base, LoadOptions
+    from ..base.loading import Base
     from ..base.resolve import ModelChoice
-    from ..sampling_options import SamplingOptions
+    from ..options import LoadOptions, SamplingOptions
     from ..tokens.token_set import TokenSet
 
 Command = Callable[..., Any]
@@ -78,9 +78,10 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     Raises:
         XFactorError: options that exclude each other.
     """
-    from ..base.loading import LoadOptions, pick_device, quantized_by
+    from ..base.loading import pick_device, quantized_by
     from ..errors import XFactorError
     from ..lowmem.imports import leave_out_bitsandbytes
+    from ..options import LoadOptions
 
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
         raise XFactorError("--load-in-8bit and --load-in-4bit exclude each other; give one")
@@ -147,7 +148,7 @@ def default_set(base: Base) -> TokenSet:
 
 def sampling(flags: dict[str, Any]) -> SamplingOptions:
     """The sampling options as given."""
-    from ..sampling_options import SamplingOptions
+    from ..options import SamplingOptions
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return SamplingOptions(**{name: flags[name] for name in names})

@@ -42,8 +42,9 @@ def command(**flags: Any) -> None:  # fmt: skip
     from ..bank.bank import AdapterBank
     from ..base.split_model import split
     from ..errors import XFactorError
+    from ..options import EvalOptions
     from ..sampling.frontier import measure_frontier
-    from ..sampling.metrics import EvalOptions, evaluate
+    from ..sampling.metrics import evaluate
     from .console import console
     from .summary import print_frontier, print_goals, print_scores
 

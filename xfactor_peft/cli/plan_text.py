@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..budget.options import mib
 from ..budget.plan import Plan
+from ..lowmem.memory import mib
 from ..training.train import TrainResult
 from .console import console
 

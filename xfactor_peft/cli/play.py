@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from ..bank.bank import AdapterBank
-    from ..sampling_options import SamplingOptions
+    from ..options import SamplingOptions
 
 HELP = """\
 /adapter NAME   load (once) and switch to an adapter, or to a mix: x:0.7+z:0.3

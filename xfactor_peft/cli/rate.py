@@ -10,8 +10,8 @@ from .common import Command, apply_options, default_set, token_set
 
 if TYPE_CHECKING:
     from ..base.loading import Base
-    from ..objective.objectives import ObjectiveOptions
     from ..objective.targets import TiltedTarget, UniformTarget
+    from ..options import ObjectiveOptions
 
 
 def rate_options(function: Command) -> Command:
@@ -64,7 +64,7 @@ def check_rate_flags(flags: dict[str, Any]) -> None:
 
 
 def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
-    from ..objective.objectives import ObjectiveOptions
+    from ..options import ObjectiveOptions
 
     return ObjectiveOptions(
         contexts=flags["contexts"],

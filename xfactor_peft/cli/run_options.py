@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import XFactorError
+from ..options import CHECKPOINTING, LORA_TARGETS, LORA_VARIANTS, METHODS, LoraOptions, MemoryOptions
 from .common import Command, apply_options
 
 if TYPE_CHECKING:
-    from ..base.loading import LoadOptions
     from ..base.resolve import ModelChoice
-    from ..budget.options import MemoryOptions
     from ..budget.plan import Plan
-    from ..lora.wrap import LoraOptions
+    from ..options import LoadOptions
 
-VARIANTS = ["lora", "dora", "rslora", "pissa", "lora+"]
-TARGETS = ["attention", "mlp", "all", "head", "attention,head", "mlp,head", "all,head"]
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def run_options(function: Command) -> Command:
     """--method, --lora-*, --target, --batch-size, --grad-accum, --seq-len, --checkpointing, --memory-budget."""
     return apply_options(
         [
-            click.option("--method", type=click.Choice(["lora", "full"]), default="lora", show_default=True),
+            click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
             click.option("--lora-r", default=8, show_default=True, help="Rank."),
             click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r."),
             click.option("--lora-dropout", default=0.0, show_default=True),
-            click.option("--lora-variant", type=click.Choice(VARIANTS), default="lora", show_default=True),
-            click.option("--target", type=click.Choice(TARGETS),
+            click.option("--lora-variant", type=click.Choice(LORA_VARIANTS), default="lora", show_default=True),
+            click.option("--target", type=click.Choice(LORA_TARGETS),
                          help="Which layers carry LoRA; head is the output term of a rate.  "
                          "[default: all; head for a rate; all,head with --sequence-level]"),
             click.option("--batch-size", default=4, show_default=True, help="Sequences in a micro-batch."),
@@ -36,7 +36,7 @@ def run_options(function: Command) -> Command:
             click.option("--auto-batch", is_flag=True,
                          help="Halve micro-batches that do not fit into memory; the step stays the same."),
             click.option("--seq-len", default=64, show_default=True, help="Tokens in a sequence."),
-            click.option("--checkpointing", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+            click.option("--checkpointing", type=click.Choice(CHECKPOINTING), default="auto", show_default=True,
                          help="Recompute activations in backward; auto: in as few blocks as fit the budget."),
             click.option("--memory-budget", metavar="SIZE",
                          help="Most memory the run may take, e.g. 1GiB.  [default: what is free]"),
@@ -47,7 +47,6 @@ def run_options(function: Command) -> Command:
 
 def lora_options(flags: dict[str, Any]) -> LoraOptions:
     """The LoRA options as given; the target still open when it was not."""
-    from ..lora.wrap import LoraOptions
 
     return LoraOptions(
         flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all", flags["lora_variant"]
@@ -55,8 +54,6 @@ def lora_options(flags: dict[str, Any]) -> LoraOptions:
 
 
 def memory_options(flags: dict[str, Any]) -> MemoryOptions:
-    from ..budget.options import MemoryOptions, parse_size
-
     budget = parse_size(flags["memory_budget"]) if flags["memory_budget"] else None
     return MemoryOptions(flags["checkpointing"], budget)
 
@@ -72,7 +69,6 @@ def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> P
     from ..base.loading import pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
     from ..budget.plan import make_plan
-    from ..errors import XFactorError
 
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
@@ -94,3 +90,15 @@ def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> P
         choice.folder, shape, memory_options(flags), grad_accum=flags["grad_accum"],
         teacher=rate or flags["kl_to_base"] > 0, device=device,
     )  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "1GiB", "900MiB", "1.5G" (decimal) or "512mb".
+
+    Raises:
+        XFactorError: it is no number with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise XFactorError(f"--memory-budget {text!r} is not a size; write for example 1GiB or 900MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

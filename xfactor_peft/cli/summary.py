@@ -8,13 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from ..base.loading import Base
-from ..lora.wrap import LoraOptions, matched_modules
-from ..objective.objectives import ObjectiveOptions
+from ..lora.wrap import matched_modules
 from ..objective.targets import TiltedTarget, UniformTarget
+from ..options import LoraOptions, ObjectiveOptions, TrainOptions
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
 from ..tokens.token_set import _describe as describe_rule
-from ..train_options import TrainOptions
 from ..training.rate_run import RateReport
 from ..training.train import TrainResult
 from .console import console
@@ -47,7 +46,7 @@ def print_start(
             layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
             console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
-        objective.contexts_for(target), f"tokens of {objective.contexts}"
+        target.contexts(objective), f"tokens of {objective.contexts}"
     )
     console.print(
         f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "

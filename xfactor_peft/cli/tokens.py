@@ -17,7 +17,8 @@ from .common import default_set, load, model_options, sampling, sampling_options
 def command(**flags: Any) -> None:
     """Show how many tokens a rule matches, examples, and the base model's own mass on them."""
     from ..base.split_model import split
-    from ..sampling.metrics import EvalOptions, evaluate
+    from ..options import EvalOptions
+    from ..sampling.metrics import evaluate
     from .console import console
     from .summary import decoding_text, rate_text
 

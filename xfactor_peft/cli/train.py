@@ -15,9 +15,9 @@ from .run_options import lora_options, memory_options, plan_run, run_options
 from .tracking import tracking, tracking_options
 
 if TYPE_CHECKING:
-    from ..base.loading import LoadOptions
     from ..base.resolve import ModelChoice
     from ..budget.plan import Plan
+    from ..options import LoadOptions
     from ..training.train import Step
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
@@ -91,9 +91,9 @@ def run(flags: dict[str, Any]) -> None:
 
     from ..adapters.hub import check_push, push
     from ..base.resolve import resolve_model
+    from ..options import TrainOptions
     from ..runs.run import default_name, train_to_folder
     from ..runs.tracking import check_trackers
-    from ..train_options import TrainOptions
     from ..training.train import default_lora
     from .plan_text import print_expectation
     from .progress import TrainingProgress
@@ -161,8 +161,7 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan
 
 
 def _evaluation(flags: dict[str, Any]) -> Any:
-    from ..sampling.metrics import EvalOptions
-    from ..sampling_options import SamplingOptions
+    from ..options import EvalOptions, SamplingOptions
 
     new = 64 if flags["eval_tokens"] is None else flags["eval_tokens"]
     return EvalOptions(repeats=flags["eval_repeats"], sampling=SamplingOptions(max_new_tokens=new, seed=flags["seed"]))
@@ -170,8 +169,7 @@ def _evaluation(flags: dict[str, Any]) -> Any:
 
 def _source_evaluation(base: Any, new: int | None) -> Any:
     """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
-    from ..sampling.metrics import EvalOptions
-    from ..sampling_options import SamplingOptions
+    from ..options import EvalOptions, SamplingOptions
 
     if new is None:
         new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])

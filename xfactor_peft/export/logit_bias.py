@@ -13,11 +13,12 @@ from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..base.split_model import split
 from ..errors import XFactorError
+from ..options import EvalOptions
 from ..sampling.frontier import measure_frontier
-from ..sampling.metrics import EvalOptions, evaluate
+from ..sampling.metrics import evaluate
 
 
-def write_logit_bias(bank: AdapterBank, mix: Mix, output: Path, options: EvalOptions = EvalOptions()) -> str:  # noqa: B008
+def write_logit_bias(bank: AdapterBank, mix: Mix, output: Path, options: EvalOptions = EvalOptions()) -> str:
     """Exact where the adapters are nothing but set heads with a constant offset; otherwise fitted.
 
     Fitted means one lambda for the whole set, at which samples of the base hold as much of it as samples of the

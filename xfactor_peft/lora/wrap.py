@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,55 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import XFactorError
 from ..lowmem import custom_modules, quantized_layers
+from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
 from .variants import start_variant
 
-BLOCK_TARGETS = ("attention", "mlp", "all")
-VARIANTS = ("lora", "dora", "rslora", "pissa", "lora+")
-TARGETS = (*BLOCK_TARGETS, "head", *(f"{name},head" for name in BLOCK_TARGETS))
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """LoRA (Hu et al. 2021): W + (alpha/r) B A, with B = 0 at the start; or a variant of it (see `variants`).
-
-    Raises:
-        XFactorError: r < 1, alpha <= 0, dropout outside [0, 1), an unknown target or variant, or a variant with the
-            set head.
-    """
-
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target: str = "all"
-    variant: str = "lora"
-
-    @property
-    def blocks(self) -> str | None:
-        """The part of `target` inside the blocks: "attention", "mlp", "all", or None for the set head alone."""
-        name = self.target.removesuffix("head").removesuffix(",")
-        return name or None
-
-    @property
-    def head(self) -> bool:
-        """Whether the output embedding carries a set head (see `set_head`)."""
-        return self.target.endswith("head")
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise XFactorError(f"--lora-r must be at least 1; got {self.r}")
-        if not self.alpha > 0:
-            raise XFactorError(f"--lora-alpha must be greater than 0; got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise XFactorError(f"--lora-dropout must be at least 0 and below 1; got {self.dropout:g}")
-        if self.target not in TARGETS:
-            raise XFactorError(f"--target must be one of {', '.join(TARGETS)}; got {self.target!r}")
-        if self.variant not in VARIANTS:
-            raise XFactorError(f"--lora-variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
-        if self.variant != "lora" and self.head:
-            raise XFactorError(f"--lora-variant {self.variant} is for attention and MLP; the set head is plain LoRA")
 
 
 def projections(model: PreTrainedModel, target: str) -> list[str]:

@@ -45,3 +45,8 @@ def peaks(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         result["cuda_mib"] = round(torch.cuda.max_memory_allocated(device) / _MIB, 1)
     return result
+
+
+def mib(size: float) -> str:
+    """Bytes as text, in MiB."""
+    return f"{size / 2**20:,.0f} MiB"

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,55 +15,6 @@ from .kl import KLResult, Teacher, kl_loss, tilted_kl_loss
 from .targets import TiltedTarget, UniformTarget
 
 AdapterOff = Callable[[], AbstractContextManager]
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """What training looks at and how it stops.
-
-    Attributes:
-        contexts: "random", "self", or a text file; None means random for the uniform target, self for a rate.
-        kl_to_base: weight W of KL(base || model), which is added to the uniform target's loss.
-        sequence_level: after the tilt, learn to plan (see `sequence_level`).
-        sequence_steps: at most so many batches of samples in that phase.
-        early_stop: stop when the loss no longer falls (the tilted target only).
-        dial: measure R at several scales of the finished adapter (a rate only).
-        frontier: measure the exact logit bias at the same rate (a rate only).
-
-    Raises:
-        XFactorError: a value outside its range, or a file that does not exist.
-    """
-
-    contexts: str | None = None
-    kl_to_base: float = 0.0
-    sequence_level: bool = False
-    sequence_steps: int = 80
-    early_stop: bool = True
-    dial: bool = True
-    frontier: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.kl_to_base < math.inf:
-            raise XFactorError(f"--kl-to-base must be at least 0; got {self.kl_to_base:g}")
-        if self.sequence_steps < 1:
-            raise XFactorError(f"--sequence-steps must be at least 1; got {self.sequence_steps}")
-        if self.contexts not in (None, "random", "self") and not Path(self.contexts).is_file():
-            raise XFactorError(f"--contexts must be random, self or a text file; {self.contexts!r} is none of them")
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def check(self, target: UniformTarget | TiltedTarget) -> None:
-        """Raises XFactorError for options that the target has no use for."""
-        if isinstance(target, TiltedTarget) and self.kl_to_base:
-            raise XFactorError("--kl-to-base belongs to the uniform target; a rate stays nearest the base as it is")
-        if isinstance(target, UniformTarget) and self.sequence_level:
-            raise XFactorError("--sequence-level needs --target-rate")
-        if isinstance(target, TiltedTarget) and self.sequence_level and target.rates is None:
-            raise XFactorError("--sequence-level needs --target-rate, not --lambda")
-
-    def contexts_for(self, target: UniformTarget | TiltedTarget) -> str:
-        return self.contexts or ("self" if isinstance(target, TiltedTarget) else "random")
 
 
 class UniformObjective(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import XFactorError
+from ..options import ObjectiveOptions
 from ..tokens.token_set import TokenSet
 from .tilt import MAX_STRENGTH
 
@@ -31,7 +32,7 @@ class UniformTarget:
         finite = math.isfinite(self.alpha) and math.isfinite(self.beta)
         if not (finite and self.alpha > self.beta >= 0):
             raise XFactorError(
-                f"--alpha must be greater than --beta, and --beta at least 0; got {self.alpha:g} and {self.beta:g}"
+                f"`alpha` must be greater than `beta`, and `beta` at least 0; got {self.alpha:g} and {self.beta:g}"
             )
 
     @property
@@ -45,6 +46,15 @@ class UniformTarget:
     def set_mass(self) -> float:
         """P(S), the mass the target wants on the set."""
         return self.levels[0] * len(self.tokens)
+
+    def contexts(self, objective: ObjectiveOptions) -> str:
+        """The texts to train on: the source experiment's random tokens unless others are asked for."""
+        return objective.contexts or "random"
+
+    def check(self, objective: ObjectiveOptions) -> None:
+        """Raises XFactorError for options that this target has no use for."""
+        if objective.sequence_level:
+            raise XFactorError("`sequence_level=True` needs `goal.rate`")
 
     def record(self) -> dict[str, Any]:
         return {"kind": "uniform", "alpha": self.alpha, "beta": self.beta}
@@ -70,11 +80,13 @@ class Goal:
 
     def __post_init__(self) -> None:
         if (self.rate is None) == (self.strength is None):
-            raise XFactorError("give either --target-rate or --lambda, and not both")
+            raise XFactorError("give either `goal.rate` or `goal.strength`, and not both")
         if self.rate is not None and not 0 <= self.rate < 1:
-            raise XFactorError(f"--target-rate must be at least 0 and below 1; got {self.rate:g}")
+            raise XFactorError(f"`goal.rate` must be at least 0 and below 1; got {self.rate:g}")
         if self.strength is not None and not abs(self.strength) <= MAX_STRENGTH:
-            raise XFactorError(f"--lambda must be between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}; got {self.strength}")
+            raise XFactorError(
+                f"`goal.strength` must be between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}; got {self.strength}"
+            )
 
     def record(self) -> dict[str, Any]:
         return {"tokens": self.tokens.record(), "rate": self.rate, "strength": self.strength}
@@ -99,7 +111,7 @@ class TiltedTarget:
         if len({goal.tokens.vocab_size for goal in self.goals}) > 1:
             raise XFactorError("all goals must be sets of one vocabulary")
         if len({goal.tokens.ids for goal in self.goals}) < len(self.goals):
-            raise XFactorError("two --goal options mean the same tokens; drop one")
+            raise XFactorError("two goals mean the same tokens; drop one")
         if len({goal.rate is None for goal in self.goals}) > 1:
             raise XFactorError("give every goal a rate, or every goal a strength")
 
@@ -121,6 +133,17 @@ class TiltedTarget:
     def members(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """F, membership in every set, float32 (K, V)."""
         return torch.stack([goal.tokens.mask(device) for goal in self.goals]).float()
+
+    def contexts(self, objective: ObjectiveOptions) -> str:
+        """The texts to train on: the base's own samples unless others are asked for."""
+        return objective.contexts or "self"
+
+    def check(self, objective: ObjectiveOptions) -> None:
+        """Raises XFactorError for options that this target has no use for."""
+        if objective.kl_to_base:
+            raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
+        if objective.sequence_level and self.rates is None:
+            raise XFactorError("`sequence_level=True` needs `goal.rate`, not `goal.strength`")
 
     def record(self) -> dict[str, Any]:
         return {"kind": "tilted", "goals": [goal.record() for goal in self.goals]}

@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.loading import Base
-from ..budget.options import MemoryOptions
 from ..budget.plan import Plan
 from ..checkpoint.checkpointer import SAVE_EVERY, Keeper
 from ..checkpoint.interruption import Interrupted, Interruption
 from ..checkpoint.locks import folder_lock
 from ..errors import XFactorError
-from ..lora.wrap import LoraOptions
-from ..objective.objectives import ObjectiveOptions
 from ..objective.targets import TiltedTarget, UniformTarget
-from ..sampling.metrics import EvalOptions
+from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, TrainOptions
 from ..tokens.token_set import TokenSet
-from ..train_options import TrainOptions
 from ..training.parallel import own_output, process
 from ..training.train import Step, TrainResult, default_lora, train
 from .folder import RunFolder
@@ -46,11 +42,11 @@ def train_to_folder(
     base: Base,
     target: UniformTarget | TiltedTarget,
     output: Path,
-    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    options: TrainOptions = TrainOptions(),
     lora: LoraOptions | None = None,
-    evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
-    objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
-    memory: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
+    evaluation: EvalOptions = EvalOptions(),
+    objective: ObjectiveOptions = ObjectiveOptions(),
+    memory: MemoryOptions = MemoryOptions(),
     *,
     plan: Plan | None = None,
     force: bool = False,

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.split_model import SplitModel
+from ..options import EvalOptions
 from ..tokens.token_set import TokenSet
 from .calibration import Controller
-from .metrics import EvalOptions, Evaluation, evaluate
+from .metrics import Evaluation, evaluate
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
-from ..sampling_options import SamplingOptions
+from ..options import SamplingOptions
 from ..tokens.token_bytes import special_ids
-
-DEFAULT_PROMPTS = (
-    "Why did the chicken cross the road?",
-    "It was a dark and stormy night;",
-    "The old man looked at her and said",
-    "In the middle of the garden there was",
-    "When the war was over, the people",
-    "She opened the letter and read",
-    "The captain stood on the deck and",
-    "Once upon a time",
-    "There are three things that a good king",
-    "On the following morning we",
-    "He had never in his life",
-    "The first principle of the art is",
-    "At the end of the street",
-    "My dear friend,",
-    "They walked for many hours until",
-    "The doctor shook his head and",
-)
-
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch of samples may take: training is what memory is for."""

@@ -12,21 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.split_model import SplitModel
-from ..sampling_options import SamplingOptions
+from ..options import EvalOptions
 from ..tokens.token_set import TokenSet
-from .generation import DEFAULT_PROMPTS, Sequences, sample_sequences
+from .generation import Sequences, sample_sequences
 from .position_scores import PositionScores, score_positions
 
 COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Which prompts, how often, and how to sample."""
-
-    prompts: tuple[str, ...] = DEFAULT_PROMPTS
-    repeats: int = 4
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
 
 @dataclass(frozen=True)

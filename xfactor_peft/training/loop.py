@@ -25,7 +25,7 @@ from .sharding import ShardedCopy, whole_tensor
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..checkpoint.checkpointer import Keeper
-    from ..train_options import TrainOptions
+    from ..options import TrainOptions
 
 
 @dataclass(frozen=True)

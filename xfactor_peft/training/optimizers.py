@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import XFactorError
 from ..lowmem.imports import allow_bitsandbytes
+from ..options import OPTIMIZERS
 
-OPTIMIZERS = ("adam", "adamw", "adam8bit", "adafactor")
 LR_RATIO = "lr_ratio"
 """Name of the attribute that gives a parameter a learning rate of its own."""
 

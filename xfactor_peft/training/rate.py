@@ -19,15 +19,15 @@ from ..checkpoint.checkpointer import Keeper
 from ..checkpoint.state import load_random
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
-from ..lora.wrap import LoraOptions, add_lora
+from ..lora.wrap import add_lora
 from ..lowmem.memory import peaks, reset_peak
-from ..objective.objectives import ObjectiveOptions, TiltedObjective
+from ..objective.objectives import TiltedObjective
 from ..objective.targets import TiltedTarget
 from ..objective.tilt import MAX_STRENGTH
+from ..options import LoraOptions, ObjectiveOptions, TrainOptions
 from ..sampling.calibration import atom_masses, calibrate, solve
 from ..sampling.contexts import OPENING, batches, context_pool, openings
 from ..tokens.token_bytes import special_ids
-from ..train_options import TrainOptions
 from .loop import Step, optimise
 from .rate_run import DISTIL, PLAN, SOLVED, RateRun, room
 from .sequence.phase import plan_texts
@@ -87,7 +87,7 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
     target = run.target
     if target.rates is None:
         return torch.tensor([goal.strength for goal in target.goals], dtype=torch.float64)
-    pool = context_pool(run.base, objective.contexts_for(target), options.seq_len, seed=options.seed, count=128)
+    pool = context_pool(run.base, target.contexts(objective), options.seq_len, seed=options.seed, count=128)
     masses = atom_masses(run.halves, pool, 1, run.atoms) if pool.shape[1] > 1 else None
     if masses is None:
         raise XFactorError("--seq-len must be at least 2 for a rate")
@@ -116,9 +116,7 @@ def _distil(
     """
     module = TiltedObjective(run.halves, run.target, run.adapter_off, run.head)
     module.strengths.copy_(run.strengths)
-    inputs = batches(
-        run.base, objective.contexts_for(run.target), options.batch_size, options.seq_len, seed=options.seed
-    )
+    inputs = batches(run.base, run.target.contexts(objective), options.batch_size, options.seq_len, seed=options.seed)
 
     lags = run.head is None and run.target.rates is not None
     checks = {options.steps // 3, options.steps // 2, 3 * options.steps // 4} if lags else set()

@@ -15,13 +15,13 @@ from ..base.split_model import SplitModel
 from ..checkpoint.state import history_tensor, keep_random
 from ..lora.set_head import SetHead
 from ..lora.wrap import adapter_off
-from ..objective.objectives import ObjectiveOptions
 from ..objective.targets import TiltedTarget
 from ..objective.tilt import Atoms
+from ..options import EvalOptions, ObjectiveOptions
 from ..sampling.calibration import atom_masses, calibrate
 from ..sampling.frontier import Frontier, measure_frontier
 from ..sampling.generation import sample_after
-from ..sampling.metrics import EvalOptions, Evaluation
+from ..sampling.metrics import Evaluation
 from .sequence.planner import PlanStep
 
 if TYPE_CHECKING:

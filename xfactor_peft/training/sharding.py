@@ -13,22 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import XFactorError
 from ..lowmem.activations import checkpointed_blocks
 from .parallel import process
-
-OPTIMIZERS = ("adam", "adamw")
-"""Those whose state is element by element, so that a shard's is a shard of the whole one's."""
-
-
-def check_sharding(method: str, optimizer: str) -> None:
-    """Raises XFactorError where --fsdp has nothing to share out, or cannot."""
-    if method != "full":
-        raise XFactorError("--fsdp shards all weights, so it needs --method full; LoRA's own are few")
-    if optimizer not in OPTIMIZERS:
-        raise XFactorError(f"--fsdp works with --optimizer {' or '.join(OPTIMIZERS)}; got {optimizer!r}")
-    if process()[1] == 1:
-        raise XFactorError("--fsdp needs several processes: accelerate launch --num_processes N cli.py train ...")
 
 
 class ShardedCopy:

@@ -14,19 +14,18 @@ from transformers import PreTrainedModel
 from ..base.loading import Base
 from ..base.split_model import SplitModel, split
 from ..budget.dry_run import Shape
-from ..budget.options import MemoryOptions
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
 from ..budget.plan import Plan, recompute_in
 from ..errors import XFactorError
 from ..lora.variants import finish_variant
-from ..lora.wrap import LoraOptions, adapter_off, add_lora, matched_modules, trainable_parameters
+from ..lora.wrap import adapter_off, add_lora, matched_modules, trainable_parameters
 from ..lowmem import prepare_for_training
 from ..lowmem.memory import peaks, reset_peak
-from ..objective.objectives import ObjectiveOptions, UniformObjective
+from ..objective.objectives import UniformObjective
 from ..objective.targets import TiltedTarget, UniformTarget
+from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, TrainOptions
 from ..sampling.contexts import batches, check_length
-from ..sampling.metrics import EvalOptions, Evaluation, collapse_warnings, evaluate
-from ..train_options import TrainOptions
+from ..sampling.metrics import Evaluation, collapse_warnings, evaluate
 from .loop import Step, optimise
 from .sharding import ShardedCopy
 
@@ -86,11 +85,11 @@ class TrainResult:
 def train(
     base: Base,
     target: UniformTarget | TiltedTarget,
-    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    options: TrainOptions = TrainOptions(),
     lora: LoraOptions | None = None,
-    evaluation: EvalOptions = EvalOptions(),  # noqa: B008 (frozen)
-    objective: ObjectiveOptions = ObjectiveOptions(),  # noqa: B008 (frozen)
-    memory: MemoryOptions = MemoryOptions(),  # noqa: B008 (frozen)
+    evaluation: EvalOptions = EvalOptions(),
+    objective: ObjectiveOptions = ObjectiveOptions(),
+    memory: MemoryOptions = MemoryOptions(),
     *,
     on_step: Callable[[Step], None] | None = None,
     keeper: Keeper | None = None,
@@ -186,7 +185,7 @@ def _train_uniform(
     sharded = ShardedCopy(base.model) if options.fsdp else None
     trained = SplitModel(sharded.model) if sharded else halves
     module = UniformObjective(trained, target, objective.kl_to_base, off)
-    inputs = batches(base, objective.contexts_for(target), options.batch_size, options.seq_len, seed=options.seed)
+    inputs = batches(base, target.contexts(objective), options.batch_size, options.seq_len, seed=options.seed)
     reset_peak(base.device)
     history = optimise(base, model, module, inputs, options, on_step, keeper=keeper, sharded=sharded)
     finish_variant(model)
@@ -218,7 +217,7 @@ def _check(
     lora: LoraOptions,
     objective: ObjectiveOptions,
 ) -> None:
-    objective.check(target)
+    target.check(objective)
     if options.method == "full" and base.quantized:
         raise XFactorError("--method full cannot train a quantised model; drop --load-in-8bit / --load-in-4bit")
     if options.method == "full" and (isinstance(target, TiltedTarget) or objective.kl_to_base):

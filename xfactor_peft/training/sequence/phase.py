@@ -8,8 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from ...checkpoint.checkpointer import Keeper
-from ...objective.objectives import ObjectiveOptions
-from ...train_options import TrainOptions
+from ...options import ObjectiveOptions, TrainOptions
 from ..loop import Step
 from ..rate_run import LENGTH, PLAN, RateRun, room
 from ..stopping import stop_planning
