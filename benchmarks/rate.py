@@ -91,10 +91,10 @@ def thin(history: list) -> list[dict]:
 
 def bias_curve(base, tokens, seed: int) -> dict:
     """The frontier itself: the base and ten strengths of an exact logit bias."""
-    halves, mask, points = split(base.model), tokens.mask().float(), []
+    split_model, mask, points = split(base.model), tokens.mask().float(), []
     for strength in (0.0, *STRENGTHS):
         tilted = SplitModel(base.model, strength * mask)
-        scores = xf.evaluate(tilted, base.tokenizer, tokens, evaluation(seed), base=halves)
+        scores = xf.evaluate(tilted, base.tokenizer, tokens, evaluation(seed), base=split_model)
         points.append({"strength": strength, **scores.record()})
     return {"base": base.record(), "tokens": tokens.record(), "points": points}
 

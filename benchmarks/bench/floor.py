@@ -41,8 +41,8 @@ def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | 
     norm = final_norm(model)
     if norm is None:
         return None
-    halves = split(model)
-    weight = halves.weight.detach()
+    split_model = split(model)
+    weight = split_model.weight.detach()
     probabilities, mask = target.probabilities(weight.device), target.tokens.mask(weight.device)
     direction = (probabilities.to(weight.dtype) @ weight - weight.mean(0)).float()
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | 
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / STEPS)
         optimizer.zero_grad(set_to_none=True)
         hidden = norm(states.to(weight.dtype))
-        losses = [kl_loss(row[None], weight, probabilities, mask, bias=halves.bias).loss for row in hidden]
+        losses = [kl_loss(row[None], weight, probabilities, mask, bias=split_model.bias).loss for row in hidden]
         best = min(best, *(loss.item() for loss in losses))
         torch.stack(losses).sum().backward()
         optimizer.step()

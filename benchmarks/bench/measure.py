@@ -104,19 +104,19 @@ def train(run: Run, base: Base, tokens: xf.TokenSet, on_step: Callable[[Step], N
 def base_figures(run: Run, places: Places, report: Report) -> dict[str, Any]:
     """The untrained model: scores, the frozen head's floor, and the exact logit bias at some strengths."""
     base = places.load(run)
-    tokens, halves = token_set(base, run), split(base.model)
-    scores = xf.evaluate(halves, base.tokenizer, tokens, evaluation(run))
+    tokens, split_model = token_set(base, run), split(base.model)
+    scores = xf.evaluate(split_model, base.tokenizer, tokens, evaluation(run))
     mask = tokens.mask(base.device).float()
     biased = [
         {"strength": strength, **_scores(xf.evaluate(
-            SplitModel(base.model, strength * mask), base.tokenizer, tokens, evaluation(run), base=halves
+            SplitModel(base.model, strength * mask), base.tokenizer, tokens, evaluation(run), base=split_model
         ))}
         for strength in run.strengths
     ]  # fmt: skip
     return {
         **_about(base, tokens),
         "scores": _scores(scores),
-        "held_out": held_out(halves, base, halves, run.settings.windows),
+        "held_out": held_out(split_model, base, split_model, run.settings.windows),
         "floor": frozen_head_floor(base.model, xf.UniformTarget(tokens)),
         "bias": biased,
         "samples": samples(base, tokens, run),

@@ -28,11 +28,11 @@ def held_out_windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int
 
 
 @torch.no_grad()
-def perplexity(halves: SplitModel, windows: torch.Tensor) -> float:
+def perplexity(split_model: SplitModel, windows: torch.Tensor) -> float:
     """exp of the mean negative log-likelihood of every token but the first of its window."""
     total = 0.0
-    for window in windows.to(halves.weight.device):
-        logits = halves.logits(halves.hidden(window[None])[0, :-1]).float()
+    for window in windows.to(split_model.weight.device):
+        logits = split_model.logits(split_model.hidden(window[None])[0, :-1]).float()
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
     return math.exp(min(700.0, total / windows[:, 1:].numel()))
 

@@ -26,7 +26,7 @@ def prepare(arm: Arm, checkpoint: Path, target: torch.Tensor) -> Callable[[Itera
     """A function that makes one training step on the next batch and returns its loss."""
     model = load(arm, checkpoint)
     prepare_for_training(model, arm.checkpointing)
-    halves = split(model)
+    split_model = split(model)
     torch.manual_seed(0)
     model = add_lora(model, LoraOptions(r=8, alpha=16))
     model.train()
@@ -34,7 +34,7 @@ def prepare(arm: Arm, checkpoint: Path, target: torch.Tensor) -> Callable[[Itera
     mask = target > 0
 
     def step(inputs: Iterator[torch.Tensor]) -> float:
-        loss = kl_loss(halves.hidden(next(inputs)), halves.weight, target, mask).loss
+        loss = kl_loss(split_model.hidden(next(inputs)), split_model.weight, target, mask).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -64,17 +64,17 @@ def test_a_shipped_adapter_gives_the_rate_on_its_card(demo, name):
     options = xf.EvalOptions(repeats=1, sampling=xf.SamplingOptions(max_new_tokens=32, seed=5))
     from xfactor_peft.base.split_model import split
 
-    halves = split(demo.base.model)
+    split_model = split(demo.base.model)
     demo.use(None)
-    before = xf.evaluate(halves, demo.base.tokenizer, tokens, options).rate
+    before = xf.evaluate(split_model, demo.base.tokenizer, tokens, options).rate
     demo.use(name)
-    after = xf.evaluate(halves, demo.base.tokenizer, tokens, options).rate
+    after = xf.evaluate(split_model, demo.base.tokenizer, tokens, options).rate
     demo.use(None)
     recorded = info.record["after"]
     assert before < 0.02
     assert after == pytest.approx(recorded["rate"], abs=0.1)
     assert f"{recorded['rate']:.4f}" in (info.folder / "README.md").read_text()
-    assert xf.evaluate(halves, demo.base.tokenizer, tokens, options).rate == before
+    assert xf.evaluate(split_model, demo.base.tokenizer, tokens, options).rate == before
 
 
 def test_x_reaches_nine_tenths(demo):

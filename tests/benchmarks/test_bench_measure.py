@@ -58,10 +58,10 @@ def test_no_state_and_no_adapter_gets_below_the_floor(load_tiny):
     base = load_tiny()
     target = target_of(base)
     low = floor.frozen_head_floor(base.model, target)
-    norm, halves = base.model.transformer.ln_f, split(base.model)
+    norm, split_model = base.model.transformer.ln_f, split(base.model)
     states = norm(torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * 3)
     others = [
-        float(losses.kl_loss(state[None], halves.weight, target.probabilities(), target.tokens.mask()).loss)
+        float(losses.kl_loss(state[None], split_model.weight, target.probabilities(), target.tokens.mask()).loss)
         for state in states
     ]
     assert low < min(others)

@@ -130,7 +130,7 @@ def test_gguf_refuses_what_it_does_not_know(load_tiny, tmp_path):
     assert fields["llama.attention.head_count_kv"] == 2
     q = base.model.model.layers[0].self_attn.q_proj.weight
     stored = tensors["blk.0.attn_q.weight"]
-    assert torch.equal(stored[0::2][:8], q[:8])  # rows of a head alternate between its two halves
+    assert torch.equal(stored[0::2][:8], q[:8])  # rows of a head alternate between its two split_model
     assert torch.equal(stored[1::2][:8], q[8:16])
 
 

@@ -277,21 +277,21 @@ def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
     """The options come back from the run, and it ends as a run that was never stopped."""
     from click.testing import CliRunner
 
-    from xfactor_peft.checkpoint.checkpointer import Keeper
+    from xfactor_peft.checkpoint.checkpointer import Checkpointer
     from xfactor_peft.cli import main
 
     monkeypatch.chdir(tmp_path)
     words = ["train", "--model", str(tiny_folders["gpt2"]), "--dtype", "fp32", "--seq-len", "8", "--steps", "9",
              "--save-every", "4", "--eval-tokens", "4", "--eval-repeats", "1", "--lora-r", "2"]  # fmt: skip
     assert CliRunner().invoke(main, [*words, "--output", "whole"]).exit_code == 0
-    after = Keeper.after_step
+    after = Checkpointer.after_step
 
     def stop_at_6(self, state, *, last):
         if len(state.history) == 6 and self.start is None:
             self._interruption.requested = signal.SIGINT
         after(self, state, last=last)
 
-    monkeypatch.setattr(Keeper, "after_step", stop_at_6)
+    monkeypatch.setattr(Checkpointer, "after_step", stop_at_6)
     stopped = CliRunner().invoke(main, [*words, "--output", "a"])
     assert stopped.exit_code == 130
     assert "stopped and saved after step 6; go on with: xfactor train --resume a" in stopped.output

@@ -9,7 +9,7 @@ import torch
 
 from tests.runs.test_resume import Crash, metrics, scores, weights
 from tests.training.test_training import QUICK
-from xfactor_peft.checkpoint.checkpointer import Keeper
+from xfactor_peft.checkpoint.checkpointer import Checkpointer
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.objective.targets import TiltedTarget
@@ -134,14 +134,14 @@ def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
 
 def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
     run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
-    after = Keeper.after_step
+    after = Checkpointer.after_step
 
     def press(self, state, **more):
         if len(state.history) == 3 and self.start is None:
             self._interruption.requested = signal.SIGINT
         after(self, state, **more)
 
-    monkeypatch.setattr(Keeper, "after_step", press)
+    monkeypatch.setattr(Checkpointer, "after_step", press)
     with pytest.raises(Interrupted, match="stopped and saved after step 3; go on with: xfactor train --resume"):
         run(load_tiny(), tmp_path / "a", sequence=True, **PLANNED)
     run(load_tiny(), tmp_path / "a", sequence=True, resume=True, **PLANNED)

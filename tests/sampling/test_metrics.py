@@ -82,14 +82,14 @@ def test_sampling_leaves_the_random_state_alone(tiny):
 
 def test_scores_equal_brute_force(tiny):
     tokens = TokenSet.contains(tiny.tokenizer, "e")
-    halves = split(tiny.model)
+    split_model = split(tiny.model)
     model = add_lora(tiny.model, LoraOptions(r=2))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     options = EvalOptions(PROMPTS, 2, SamplingOptions(max_new_tokens=9))
-    scores = evaluate(halves, tiny.tokenizer, tokens, options, adapter_off=model.disable_adapter)
+    scores = evaluate(split_model, tiny.tokenizer, tokens, options, adapter_off=model.disable_adapter)
     kl = mass = nll = rate = count = 0
     for batch in sample_sequences(tiny.model, tiny.tokenizer, PROMPTS, options.sampling, repeats=2):
         with torch.no_grad():

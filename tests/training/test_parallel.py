@@ -63,7 +63,7 @@ def test_two_processes_make_the_steps_of_one(tiny_folders, tmp_path, words, more
 
 def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
     """Weights, gradients and moments; and what is gathered at the end is what a plain step gives."""
-    script = tmp_path / "halves.py"
+    script = tmp_path / "split_model.py"
     script.write_text(HALVES)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(

@@ -215,13 +215,13 @@ def test_where_planning_gains_nothing_the_tilt_comes_back(tiny, monkeypatch):
 
 def test_frontier_of_a_tilt_is_the_tilt(tiny):
     tokens = x_set(tiny)
-    halves = split(tiny.model)
+    split_model = split(tiny.model)
     tilted = SplitModel(tiny.model, 2.0 * tokens.mask().float())
-    scores = evaluate(tilted, tiny.tokenizer, tokens, SCORES, base=halves)
-    frontier = measure_frontier(halves, tiny.tokenizer, tokens, scores, SCORES, start=0.5)
+    scores = evaluate(tilted, tiny.tokenizer, tokens, SCORES, base=split_model)
+    frontier = measure_frontier(split_model, tiny.tokenizer, tokens, scores, SCORES, start=0.5)
     assert frontier.strength == pytest.approx(2.0, abs=0.1)
     assert frontier.ratio == pytest.approx(1.0, abs=0.05)
-    plain = evaluate(halves, tiny.tokenizer, tokens, SCORES)
+    plain = evaluate(split_model, tiny.tokenizer, tokens, SCORES)
     assert scores.rate > plain.rate
     assert plain.kl_from_base == 0
 

@@ -155,13 +155,13 @@ def test_no_positions_by_vocabulary_tensor_in_a_step(tiny):
                 self.elements = max(self.elements, out.numel())
             return out
 
-    halves, target = split(add_lora(tiny.model, LoraOptions()).get_base_model()), x_target(tiny)
+    split_model, target = split(add_lora(tiny.model, LoraOptions()).get_base_model()), x_target(tiny)
     ids = torch.randint(len(tiny.tokenizer), (8, 64))
     p, mask = target.probabilities(), target.tokens.mask()
     with Largest() as chunked:
-        losses.kl_loss(halves.hidden(ids), halves.weight, p, mask, chunk=32).loss.backward()
+        losses.kl_loss(split_model.hidden(ids), split_model.weight, p, mask, chunk=32).loss.backward()
     with Largest() as eager:
-        reference.kl_loss(halves.hidden(ids), halves.weight, p, mask)[0].backward()
+        reference.kl_loss(split_model.hidden(ids), split_model.weight, p, mask)[0].backward()
     assert chunked.elements < ids.numel() * tiny.vocab_size <= eager.elements
 
 

@@ -16,7 +16,7 @@ from ..lora.wrap import register_layers
 from ..lowmem.peft_parts import tuner
 
 
-class Residents:
+class AdapterLayers:
     """The LoRA layers of one model, under PEFT's names for adapters.
 
     `activate` sets what PEFT's `set_adapter`, `enable_adapter_layers` and `set_scale` would set, on a list of layers

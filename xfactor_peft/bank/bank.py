@@ -19,7 +19,7 @@ from ..options import SamplingOptions
 from ..sampling.dial import scale_for_rate
 from ..sampling.generation import generate, generate_batch
 from ..tokens.token_set import TokenSet
-from .adapter_layers import Residents
+from .adapter_layers import AdapterLayers
 from .cache_guard import CacheGuard
 
 
@@ -55,7 +55,7 @@ class AdapterBank:
         self.adapters: dict[str, AdapterInfo] = {}
         self.active = Mix()
         self._state: Hashable = ()
-        self._residents = Residents(base.model, str(base.device))
+        self._layers = AdapterLayers(base.model, str(base.device))
         self.keys: dict[str, str] = {}
         self._loads = 0
         self._guard = CacheGuard(base.model, lambda: self._state)
@@ -63,7 +63,7 @@ class AdapterBank:
     @property
     def wrapped(self) -> PeftModel | None:
         """PEFT's wrapper round the base; None while no adapter is loaded."""
-        return self._residents.peft
+        return self._layers.peft
 
     @property
     def model(self) -> PreTrainedModel:
@@ -82,7 +82,7 @@ class AdapterBank:
         check_fits(info, self.base)
         key = f"adapter_{self._loads}"
         try:
-            self._residents.add(info, key)
+            self._layers.add(info, key)
         finally:
             self.use(self.active)
         self._loads += 1
@@ -99,7 +99,7 @@ class AdapterBank:
         if name in self.active.names:
             self.use(None)
         del self.adapters[name]
-        self._residents.remove(self.keys.pop(name))
+        self._layers.remove(self.keys.pop(name))
         self.use(self.active)
 
     def use(self, what: str | Mix | None, scale: float = 1.0) -> None:
@@ -111,12 +111,12 @@ class AdapterBank:
         mix = what.scaled(scale) if isinstance(what, Mix) else Mix.of(what, scale)
         self._check_loaded(mix.names)
         weights = {self.keys[name]: weight for name, weight in mix.parts if weight != 0}
-        self._residents.activate(weights)
+        self._layers.activate(weights)
         self.active, self._state = mix, tuple(sorted(weights.items()))
 
     def set_layer_scale(self, name: str, scale: float) -> None:
         """The scale inside the active adapter's layers, also 0, where `use` switches the layers off."""
-        self._residents.activate({self.keys[name]: scale})
+        self._layers.activate({self.keys[name]: scale})
         self._state = ((self.keys[name], scale),)
 
     @contextmanager
@@ -154,7 +154,7 @@ class AdapterBank:
                 return generate_batch(self.model, self.base.tokenizer, prompts, options)
         before = self.active
         rows = ["__base__" if name is None else self.keys[name] for name in names]
-        self._residents.activate({key: 1.0 for key in rows if key != "__base__"})
+        self._layers.activate({key: 1.0 for key in rows if key != "__base__"})
         self._state = ("rows", *rows)
         try:
             return generate_batch(self.model, self.base.tokenizer, prompts, options, adapter_names=rows)

@@ -46,7 +46,7 @@ class SplitModel:
 
 
 def split(model: PreTrainedModel) -> SplitModel:
-    """Split `model`, after checking on eight tokens that the two halves give its logits.
+    """Split `model`, after checking on eight tokens that the two split_model give its logits.
 
     Raises:
         XFactorError: the model has no output embedding, or does something after it (soft-capping,
@@ -54,20 +54,20 @@ def split(model: PreTrainedModel) -> SplitModel:
     """
     if model.get_output_embeddings() is None:
         raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
-    halves = SplitModel(model)
-    device = halves.weight.device
-    ids = torch.arange(8, device=device).remainder(halves.weight.shape[0])[None]
+    split_model = SplitModel(model)
+    device = split_model.weight.device
+    ids = torch.arange(8, device=device).remainder(split_model.weight.shape[0])[None]
     was_training = model.training
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        actual = halves.logits(halves.hidden(ids)).float()
+        actual = split_model.logits(split_model.hidden(ids)).float()
     model.train(was_training)
-    tolerance = 0.02 if halves.weight.dtype == torch.bfloat16 else 1e-3
+    tolerance = 0.02 if split_model.weight.dtype == torch.bfloat16 else 1e-3
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # unseen where logits are small
     if capped or (actual - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1):
         raise XFactorError(
             f"{type(model).__name__} changes its logits after the output embedding (soft-capping or scaling), "
             "which the chunked loss does not do; this architecture is not supported"
         )
-    return halves
+    return split_model

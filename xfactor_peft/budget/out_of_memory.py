@@ -27,7 +27,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
-def explain(base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: BaseException, way_on: str = "") -> str:
+def explain(
+    base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: BaseException, resume_hint: str = ""
+) -> str:
     """One line: where memory ran out, and the mildest change of flags that is predicted to need less.
 
     Args:
@@ -42,6 +44,7 @@ def explain(base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: 
             base.choice.folder, shape, smaller, grad_accum=grad_accum, teacher=teacher, time=False
         ).advice or ((f"--checkpointing on --batch-size {max(1, shape.batch // 2)} --grad-accum {2 * grad_accum}", 0),)
     except XFactorError:
-        return f"{start}, {mib(budget)} free now; halve --batch-size, double --grad-accum, or pass --auto-batch{way_on}"
+        halves = "halve `batch_size`, double `grad_accum`, or pass `auto_batch=True`"
+        return f"{start}, {mib(budget)} free now; {halves}{resume_hint}"
     flags = " or ".join(f"`{flags}`" + (f" (about {mib(total)})" if total else "") for flags, total in advice)
-    return f"{start}, {mib(budget)} free now; try {flags}, or --auto-batch{way_on}"
+    return f"{start}, {mib(budget)} free now; try {flags}, or --auto-batch{resume_hint}"

@@ -64,8 +64,8 @@ def _seconds(config: PretrainedConfig, shape: Shape, layers: int, checkpointing:
     _fill(model)
     prepare_for_training(model, checkpointing)
     reuse_pages()
-    halves = SplitModel(unwrapped(model))
-    vocab_size = len(halves.weight)
+    split_model = SplitModel(unwrapped(model))
+    vocab_size = len(split_model.weight)
     target, mask = torch.full((vocab_size,), 1 / vocab_size), torch.zeros(vocab_size, dtype=torch.bool)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.0, fused=True)
@@ -75,7 +75,7 @@ def _seconds(config: PretrainedConfig, shape: Shape, layers: int, checkpointing:
         ids = torch.randint(vocab_size, (shape.batch, shape.length))
         started = time.perf_counter()
         with autocast:
-            loss = kl_loss(halves.hidden(ids), halves.weight, target, mask, bias=halves.bias).loss
+            loss = kl_loss(split_model.hidden(ids), split_model.weight, target, mask, bias=split_model.bias).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

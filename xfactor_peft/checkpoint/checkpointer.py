@@ -32,7 +32,7 @@ class State(Protocol):
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None: ...
 
 
-class Keeper:
+class Checkpointer:
     """Saves the state of a run every `every` steps (0: only at its end and when it is stopped), and restores it.
 
     Args:
@@ -96,7 +96,7 @@ class Keeper:
                 f"stopped and saved after step {made}; go on with: {resume_command(self._output)}", signal
             )
 
-    def way_on(self) -> str:
+    def resume_hint(self) -> str:
         """What an error message can add about what was kept; empty when nothing was."""
         if self.checkpoints.saved is None:
             return ""

@@ -64,7 +64,7 @@ class TrainingState:
         tensors[_HISTORY] = history_tensor(self.history)
         keep_random(tensors)
         facts["threads"] = torch.get_num_threads()
-        return apart(tensors), facts
+        return distinct_copies(tensors), facts
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Become the captured state; contexts are drawn again first, while the model is still the untrained one.
@@ -156,7 +156,7 @@ def _unflatten(root: str, tensors: dict[str, torch.Tensor], plain: dict[str, Any
     return tree
 
 
-def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def distinct_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous on the CPU, and no two in the same memory, as files of safetensors want them."""
     seen: set[int] = set()
     result = {}

@@ -56,7 +56,7 @@ def command(**flags: Any) -> None:  # fmt: skip
             raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
     base = load(flags)
     bank = AdapterBank(base, flags["adapters_dir"])
-    halves, given = split(base.model), token_set(flags, base)
+    split_model, given = split(base.model), token_set(flags, base)
     mixes = [Mix(), *(mix for mix in load_mixes(bank, flags["adapters"]) if mix.parts)]
     sets = column_sets(bank, mixes, given)
     reference = split(load({**flags, "model": flags["base_model"]}).model) if flags["base_model"] else None
@@ -64,7 +64,7 @@ def command(**flags: Any) -> None:  # fmt: skip
     for mix, (own, *others) in zip(mixes, sets, strict=True):
         bank.use(mix, flags["scale"])
         columns[str(mix) if mix.parts else base.choice.name] = evaluate(
-            halves, base.tokenizer, own, options,
+            split_model, base.tokenizer, own, options,
             goals=[own, *others] if others else [], base=None if mix.parts else reference,
             adapter_off=bank.base_only if mix.parts else None,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def command(**flags: Any) -> None:  # fmt: skip
             console.print(f"{name}: wanted R {wanted[0]:g}, sampled {scores.rate:.4f}", markup=False)
         if flags["frontier"]:
             bank.use(None)
-            print_frontier(name, scores, measure_frontier(halves, base.tokenizer, own, scores, options))
+            print_frontier(name, scores, measure_frontier(split_model, base.tokenizer, own, scores, options))
     if flags["json_file"]:
         records = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": records}

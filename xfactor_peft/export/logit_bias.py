@@ -63,11 +63,11 @@ def _fitted(bank: AdapterBank, mix: Mix, options: EvalOptions) -> tuple[torch.Te
     if len(sets) != 1:
         raise XFactorError(f"{mix} has {len(sets)} token sets; a bias can be fitted to exactly one")
     tokens = next(iter(sets.values()))
-    halves, tokenizer = split(bank.base.model), bank.base.tokenizer
+    split_model, tokenizer = split(bank.base.model), bank.base.tokenizer
     bank.use(mix)
-    scores = evaluate(halves, tokenizer, tokens, options, adapter_off=bank.base_only)
+    scores = evaluate(split_model, tokenizer, tokens, options, adapter_off=bank.base_only)
     bank.use(None)
-    frontier = measure_frontier(halves, tokenizer, tokens, scores, options)
+    frontier = measure_frontier(split_model, tokenizer, tokens, scores, options)
     if frontier is None:
         raise XFactorError(f"{mix} gives the set a mass of {scores.set_mass:.3g}, which no finite bias reaches")
     offsets = frontier.strength * tokens.mask().float()

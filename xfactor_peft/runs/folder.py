@@ -102,7 +102,7 @@ class RunFolder:
         _tidy(self.output)
         return record
 
-    def explained(self, stopped: Interrupted) -> Interrupted:
+    def _with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was kept and how to go on; the folder of a run that kept nothing is removed."""
         saved = self.checkpoints.saved
         if saved is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.loading import Base
 from ..budget.plan import Plan
-from ..checkpoint.checkpointer import SAVE_EVERY, Keeper
+from ..checkpoint.checkpointer import SAVE_EVERY, Checkpointer
 from ..checkpoint.interruption import Interrupted, Interruption
 from ..checkpoint.locks import folder_lock
 from ..errors import XFactorError
@@ -86,7 +86,9 @@ def train_to_folder(
         raise XFactorError("--resume goes on in one process; start it without accelerate launch")
     with own_output(output) as output, folder_lock(output), Interruption() as interruption:
         folder = RunFolder.open(output, header, force=force, resume=resume, settings=settings)
-        keeper = None if options.fsdp else Keeper(folder.checkpoints, save_every, output, interruption, folder.start)
+        checkpointer = (
+            None if options.fsdp else Checkpointer(folder.checkpoints, save_every, output, interruption, folder.start)
+        )
         with folder.log() as log:
 
             def record_step(step: Step) -> None:
@@ -96,12 +98,20 @@ def train_to_folder(
 
             try:
                 result = train(
-                    base, target, options, lora, evaluation, objective, memory, on_step=record_step, keeper=keeper
+                    base,
+                    target,
+                    options,
+                    lora,
+                    evaluation,
+                    objective,
+                    memory,
+                    on_step=record_step,
+                    checkpointer=checkpointer,
                 )
                 result.plan = plan
                 return result, folder.finish(result)
             except Interrupted as stopped:
-                raise folder.explained(stopped) from None
+                raise folder._with_resume_hint(stopped) from None
             except XFactorError:
                 folder.discard_if_empty()
                 raise

@@ -41,7 +41,7 @@ class Frontier:
 
 
 def measure_frontier(
-    halves: SplitModel,
+    split_model: SplitModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: TokenSet,
     scores: Evaluation,
@@ -59,12 +59,12 @@ def measure_frontier(
     wanted = torch.tensor([scores.set_mass], dtype=torch.float64)
     if not 1e-7 < scores.set_mass < 1 - 1e-5:
         return None
-    mask, strength = tokens.mask(halves.weight.device).float(), torch.tensor([start], dtype=torch.float64)
+    mask, strength = tokens.mask(split_model.weight.device).float(), torch.tensor([start], dtype=torch.float64)
     controller, found = Controller(wanted), []
     with (adapter_off or nullcontext)():
         for _ in range(rounds):
-            tilted = SplitModel(halves.model, float(strength) * mask)
-            point = evaluate(tilted, tokenizer, tokens, options, base=SplitModel(halves.model))
+            tilted = SplitModel(split_model.model, float(strength) * mask)
+            point = evaluate(tilted, tokenizer, tokens, options, base=SplitModel(split_model.model))
             found.append((abs(point.set_mass - scores.set_mass), float(strength), point))
             measured = torch.tensor([point.set_mass], dtype=torch.float64)
             if found[-1][0] <= 0.01 * scores.set_mass:

@@ -24,7 +24,7 @@ from .sharding import ShardedCopy, whole_tensor
 
 if TYPE_CHECKING:
     from ..base.loading import Base
-    from ..checkpoint.checkpointer import Keeper
+    from ..checkpoint.checkpointer import Checkpointer
     from ..options import TrainOptions
 
 
@@ -47,13 +47,13 @@ def optimise(
     options: TrainOptions,
     on_step: Callable[[Step], None] | None = None,
     stop: Callable[[list[Step]], bool] | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
     sharded: ShardedCopy | None = None,
 ) -> list[Step]:
     """Adam on `objective` over batches of ids, for at most `options.steps` steps; `stop` looks at every step.
 
     Args:
-        keeper: saves the run and brings it to where it was saved.
+        checkpointer: saves the run and brings it to where it was saved.
         sharded: the model, when its weights are to be shared out among the processes.
 
     Raises:
@@ -73,10 +73,10 @@ def optimise(
         objective, optimizer = accelerator.prepare(objective, optimizer)
     state = TrainingState(trainable, optimizer, Stream(inputs))
     model.train()
-    if keeper:
-        keeper.restore(state)
+    if checkpointer:
+        checkpointer.restore(state)
     history = state.history
-    with keeper.deferred() if keeper else nullcontext():
+    with checkpointer.deferred() if checkpointer else nullcontext():
         for step in range(len(history), options.steps):
             started = time.perf_counter()
             value, mass = _gradients(accelerator, objective, state, options)
@@ -86,7 +86,7 @@ def optimise(
                 if on_step:
                     on_step(history[-1])
                 break
-            _check_step(step, value, norm, keeper.way_on() if keeper else "")
+            _check_step(step, value, norm, checkpointer.resume_hint() if checkpointer else "")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 and options.method == "lora":
@@ -94,8 +94,8 @@ def optimise(
             history[-1] = replace(history[-1], seconds=time.perf_counter() - started)
             if on_step:
                 on_step(history[-1])
-            if keeper:
-                keeper.after_step(state, last=step + 1 == options.steps)
+            if checkpointer:
+                checkpointer.after_step(state, last=step + 1 == options.steps)
     if sharded:
         sharded.gather()
     model.eval()
@@ -105,7 +105,7 @@ def optimise(
 def _gradients(
     accelerator: Accelerator, objective: nn.Module, state: TrainingState, options: TrainOptions
 ) -> tuple[float, float]:
-    """Gradients of a step's mean loss; with `auto_batch`, in halves of halves until they fit into memory."""
+    """Gradients of a step's mean loss; with `auto_batch`, in split_model of split_model until they fit into memory."""
     batches = [own_rows(state.inputs.draw()) for _ in range(options.grad_accum)]
     while True:
         try:
@@ -142,10 +142,10 @@ def _norm(trainable: dict[str, nn.Parameter]) -> float:
     return float(whole_tensor(nn.utils.get_total_norm(gradients)))
 
 
-def _check_step(step: int, loss: float, norm: float, way_on: str) -> None:
+def _check_step(step: int, loss: float, norm: float, resume_hint: str) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise XFactorError(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32{way_on}"
+            f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32{resume_hint}"
         )
     if norm == 0:
         raise XFactorError(f"step {step}: every gradient is 0, so nothing can be learnt; please report this model")

@@ -15,7 +15,7 @@ import torch
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
-from ..checkpoint.checkpointer import Keeper
+from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.state import load_random
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
@@ -29,7 +29,7 @@ from ..sampling.calibration import atom_masses, calibrate, solve
 from ..sampling.contexts import OPENING, batches, context_pool, openings
 from ..tokens.token_bytes import special_ids
 from .loop import Step, optimise
-from .rate_run import DISTIL, PLAN, SOLVED, RateRun, room
+from .rate_run import DISTIL, PLAN, SOLVED, RateRun, tokens_left
 from .sequence.phase import plan_texts
 from .stopping import plateau
 
@@ -39,44 +39,44 @@ EXACT = 2e-4
 
 def train_rate(
     base: Base,
-    halves: SplitModel,
+    split_model: SplitModel,
     target: TiltedTarget,
     options: TrainOptions,
     lora: LoraOptions,
     objective: ObjectiveOptions,
     on_step: Callable[[Step], None] | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> RateRun:
     """Wrap `base` with an adapter whose samples hold the wanted rates; see the module.
 
     Args:
-        keeper: saves the run when lambda is solved, as it learns the tilt, and after every batch of planning.
+        checkpointer: saves the run when lambda is solved, as it learns the tilt, and after every batch of planning.
 
     Raises:
         XFactorError: the rates cannot be met together, or training fails.
-        Interrupted: a signal stopped a run that has a keeper.
+        Interrupted: a signal stopped a run that has a checkpointer.
     """
     reset_peak(base.device)
     started = time.perf_counter()
-    _check_room(base, objective)
-    members = target.members(halves.weight.device)
+    _check_context(base, objective)
+    members = target.members(split_model.weight.device)
     banned = sorted(special_ids(base.tokenizer))
-    run = RateRun(base, halves, target, openings(base, 512, seed=options.seed), options.seed, members, banned)
+    run = RateRun(base, split_model, target, openings(base, 512, seed=options.seed), options.seed, members, banned)
     run.objective = objective
-    if keeper and keeper.start:
-        run.restore(keeper.start.facts["rate"])
-        load_random(keeper.start.tensors())
+    if checkpointer and checkpointer.start:
+        run.restore(checkpointer.start.facts["rate"])
+        load_random(checkpointer.start.tensors())
     else:
         run.strengths = _solve(run, objective, options)
-    run.note(keeper, SOLVED)
+    run.note(checkpointer, SOLVED)
     run.wrapped = add_lora(base.model, lora, sets=len(members))
     if lora.head:
         run.head = SetHead(base.model.get_output_embeddings(), members)
         run.head.shift(run.strengths)
-    if keeper is None or keeper.start_phase != PLAN:
-        _distil(run, options, objective, on_step, keeper)
+    if checkpointer is None or checkpointer.start_phase != PLAN:
+        _distil(run, options, objective, on_step, checkpointer)
     if objective.sequence_level:
-        plan_texts(run, options, objective, on_step, keeper)
+        plan_texts(run, options, objective, on_step, checkpointer)
     run.model.eval()
     run.seconds, run.peak = time.perf_counter() - started, peaks(base.device)
     return run
@@ -88,7 +88,7 @@ def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> 
     if target.rates is None:
         return torch.tensor([goal.strength for goal in target.goals], dtype=torch.float64)
     pool = context_pool(run.base, target.contexts(objective), options.seq_len, seed=options.seed, count=128)
-    masses = atom_masses(run.halves, pool, 1, run.atoms) if pool.shape[1] > 1 else None
+    masses = atom_masses(run.split_model, pool, 1, run.atoms) if pool.shape[1] > 1 else None
     if masses is None:
         raise XFactorError("--seq-len must be at least 2 for a rate")
     first = solve(masses, run.atoms, target.rates)
@@ -107,14 +107,14 @@ def _distil(
     options: TrainOptions,
     objective: ObjectiveOptions,
     on_step: Callable[[Step], None] | None,
-    keeper: Keeper | None,
+    checkpointer: Checkpointer | None,
 ) -> None:
     """Forward KL from the tilted base, until nothing is left or it no longer falls.
 
     Without a set head the student lags behind its teacher, so at a third, a half and three quarters of the steps the
     teacher's lambda moves by what the student's own samples lack.
     """
-    module = TiltedObjective(run.halves, run.target, run.adapter_off, run.head)
+    module = TiltedObjective(run.split_model, run.target, run.adapter_off, run.head)
     module.strengths.copy_(run.strengths)
     inputs = batches(run.base, run.target.contexts(objective), options.batch_size, options.seq_len, seed=options.seed)
 
@@ -124,15 +124,15 @@ def _distil(
     def stop(history: list[Step]) -> bool:
         if len(history) in checks:
             module.strengths.copy_(_strengthen(run, module.strengths))
-            run.note(keeper, DISTIL)
+            run.note(checkpointer, DISTIL)
         if history[-1].loss < EXACT:
             run.stopped = f"step {len(history)}: the adapter is the tilt (KL {history[-1].loss:.1e})"
         elif objective.early_stop and plateau([s.loss for s in history]):
             run.stopped = f"step {len(history)}: the loss no longer falls"
         return run.stopped is not None
 
-    run.note(keeper, DISTIL)
-    run.history = optimise(run.base, run.model, module, inputs, options, on_step, stop, keeper)
+    run.note(checkpointer, DISTIL)
+    run.history = optimise(run.base, run.model, module, inputs, options, on_step, stop, checkpointer)
     if run.head is not None:
         run.head.write()
 
@@ -148,6 +148,6 @@ def _strengthen(run: RateRun, strengths: torch.Tensor) -> torch.Tensor:
     return run.strengths.to(strengths)
 
 
-def _check_room(base: Base, objective: ObjectiveOptions) -> None:
-    if room(base, OPENING + 1) < 8:
+def _check_context(base: Base, objective: ObjectiveOptions) -> None:
+    if tokens_left(base, OPENING + 1) < 8:
         raise XFactorError("the model's context is too short to sample from for a rate")

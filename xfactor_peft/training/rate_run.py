@@ -25,7 +25,7 @@ from ..sampling.metrics import Evaluation
 from .sequence.planner import PlanStep
 
 if TYPE_CHECKING:
-    from ..checkpoint.checkpointer import Keeper
+    from ..checkpoint.checkpointer import Checkpointer
     from .loop import Step
 
 CALIBRATION_TEXTS, LENGTH = 256, 64
@@ -70,7 +70,7 @@ class RateRun:
     """A run under way: PEFT's wrapper round the model (once there is one), its set head, and the means to sample it."""
 
     base: Base
-    halves: SplitModel
+    split_model: SplitModel
     target: TiltedTarget
     starts: torch.Tensor
     seed: int
@@ -110,28 +110,28 @@ class RateRun:
         self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
         self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
 
-    def note(self, keeper: Keeper | None, phase: str) -> None:
+    def note(self, checkpointer: Checkpointer | None, phase: str) -> None:
         """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own."""
-        if keeper is None:
+        if checkpointer is None:
             return
-        keeper.phase, keeper.facts["rate"] = phase, self.facts()
-        if phase == SOLVED and keeper.start is None:
+        checkpointer.phase, checkpointer.facts["rate"] = phase, self.facts()
+        if phase == SOLVED and checkpointer.start is None:
             tensors = {"history": history_tensor([])}
             keep_random(tensors)
-            keeper.save(0, tensors, {})
+            checkpointer.save(0, tensors, {})
 
     def sample(self, seed: int, count: int, tilt: torch.Tensor | None = None) -> torch.Tensor:
         """`count` openings of the base, continued by `LENGTH` tokens of the model as it is."""
         generator = torch.Generator().manual_seed(seed)
         rows = self.starts[torch.randperm(len(self.starts), generator=generator)[:count]]
-        new = min(LENGTH, room(self.base, rows.shape[1]))
-        return sample_after(self.halves.model, rows, new, seed=seed, banned=self.banned, tilt=tilt)
+        new = min(LENGTH, tokens_left(self.base, rows.shape[1]))
+        return sample_after(self.split_model.model, rows, new, seed=seed, banned=self.banned, tilt=tilt)
 
     def rates(self, tilt: torch.Tensor | None = None, count: int = CALIBRATION_TEXTS, index: int = 0) -> torch.Tensor:
         """Sampled rates (K,) float64; the same texts come again for the same index."""
-        policy = SplitModel(self.halves.model, tilt)
+        policy = SplitModel(self.split_model.model, tilt)
         ids = self.sample(7919 * (self.seed + 1) + index, count, tilt)
-        banned = torch.tensor(self.banned, device=self.halves.weight.device)
+        banned = torch.tensor(self.banned, device=self.split_model.weight.device)
         masses = atom_masses(policy, ids, self.starts.shape[1], self.atoms, banned)
         return (masses @ self.atoms.patterns).mean(0)
 
@@ -152,7 +152,7 @@ class RateRun:
         target, frontier = self.target, None
         if self.objective.frontier and len(target.goals) == 1:
             frontier = measure_frontier(
-                self.halves, self.base.tokenizer, target.tokens, scores, evaluation,
+                self.split_model, self.base.tokenizer, target.tokens, scores, evaluation,
                 start=float(self.strengths[0]), adapter_off=self.adapter_off,
             )  # fmt: skip
         return RateReport(
@@ -184,7 +184,7 @@ def set_scale(model: PeftModel, scale: float, adapter: str = "default") -> None:
             module.set_scale(adapter, scale)
 
 
-def room(base: Base, used: int) -> int:
+def tokens_left(base: Base, used: int) -> int:
     """Tokens that the model's context still holds after `used`; a large number when it has no limit."""
     context = getattr(base.model.config, "max_position_embeddings", None) or 1 << 20
     return context - used

@@ -30,7 +30,7 @@ from .loop import Step, optimise
 from .sharding import ShardedCopy
 
 if TYPE_CHECKING:
-    from ..checkpoint.checkpointer import Keeper
+    from ..checkpoint.checkpointer import Checkpointer
     from .rate_run import RateReport, RateRun
 
 
@@ -92,7 +92,7 @@ def train(
     memory: MemoryOptions = MemoryOptions(),
     *,
     on_step: Callable[[Step], None] | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> TrainResult:
     """Train `base` in place towards `target`, and measure R before and after.
 
@@ -105,12 +105,12 @@ def train(
         memory: how many blocks are recomputed in backward (see `budget`).
         lora: None means rank 8 on attention and MLP, for a rate the set head (and both with `sequence_level`).
         on_step: called after every step, for progress and logs.
-        keeper: saves the run as it goes, and goes on from where it was saved (`train_to_folder` makes one).
+        checkpointer: saves the run as it goes, and goes on from where it was saved (`train_to_folder` makes one).
 
     Raises:
         XFactorError: a quantised model with method "full", a sequence longer than the context, options that do not go
             together, a loss that is not finite, LoRA that did not move, or memory that ran out.
-        Interrupted: a signal stopped a run that has a keeper.
+        Interrupted: a signal stopped a run that has a checkpointer.
     """
     from .rate import train_rate
 
@@ -118,35 +118,35 @@ def train(
     _check(base, options, target, lora, objective)
     shape, teacher = run_shape(base, target, options, lora), needs_teacher(target, objective)
     recomputed = recompute_in(base, shape, memory, teacher=teacher)
-    if keeper:
-        recomputed = keeper.recorded("recomputed", recomputed)
+    if checkpointer:
+        recomputed = checkpointer.recorded("recomputed", recomputed)
     prepare_for_training(base.model, recomputed)
     reset_peak(base.device)
     torch.manual_seed(options.seed)
-    halves = split(base.model)
+    split_model = split(base.model)
     goals = [goal.tokens for goal in target.goals] if isinstance(target, TiltedTarget) and len(target.goals) > 1 else []
-    before = evaluate(halves, base.tokenizer, target.tokens, evaluation, goals=goals)
+    before = evaluate(split_model, base.tokenizer, target.tokens, evaluation, goals=goals)
     sampling = [peaks(base.device)]
     modules = matched_modules(base.model, lora.target) if options.method == "lora" else {}
     run: RateRun | None = None
     model: PeftModel | PreTrainedModel
     try:
         if isinstance(target, TiltedTarget):
-            run = train_rate(base, halves, target, options, lora, objective, on_step, keeper)
+            run = train_rate(base, split_model, target, options, lora, objective, on_step, checkpointer)
             model, history, seconds, peak = run.model, run.history, run.seconds, run.peak
         else:
             model, history, seconds, peak = _train_uniform(
-                base, halves, target, options, lora, objective, on_step, keeper
+                base, split_model, target, options, lora, objective, on_step, checkpointer
             )
     except OUT_OF_MEMORY as error:
         if not is_out_of_memory(error):
             raise
-        way_on = keeper.way_on() if keeper else ""
-        reason = explain(base, shape, options.grad_accum, teacher=teacher, error=error, way_on=way_on)
+        resume_hint = checkpointer.resume_hint() if checkpointer else ""
+        reason = explain(base, shape, options.grad_accum, teacher=teacher, error=error, resume_hint=resume_hint)
         raise XFactorError(reason) from None  # the traceback would hold on to the memory
     off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
     reset_peak(base.device)
-    after = evaluate(halves, base.tokenizer, target.tokens, evaluation, adapter_off=off, goals=goals)
+    after = evaluate(split_model, base.tokenizer, target.tokens, evaluation, adapter_off=off, goals=goals)
     sampling.append(peaks(base.device))
     return TrainResult(
         base=base,
@@ -171,23 +171,23 @@ def train(
 
 def _train_uniform(
     base: Base,
-    halves: SplitModel,
+    split_model: SplitModel,
     target: UniformTarget,
     options: TrainOptions,
     lora: LoraOptions,
     objective: ObjectiveOptions,
     on_step: Callable[[Step], None] | None,
-    keeper: Keeper | None,
+    checkpointer: Checkpointer | None,
 ) -> tuple[PeftModel | PreTrainedModel, list[Step], float, dict[str, float]]:
     """(model, history, seconds, peak), the seconds of an earlier part of the run included."""
     model = add_lora(base.model, lora) if options.method == "lora" else base.model.requires_grad_(True)
     off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
     sharded = ShardedCopy(base.model) if options.fsdp else None
-    trained = SplitModel(sharded.model) if sharded else halves
+    trained = SplitModel(sharded.model) if sharded else split_model
     module = UniformObjective(trained, target, objective.kl_to_base, off)
     inputs = batches(base, target.contexts(objective), options.batch_size, options.seq_len, seed=options.seed)
     reset_peak(base.device)
-    history = optimise(base, model, module, inputs, options, on_step, keeper=keeper, sharded=sharded)
+    history = optimise(base, model, module, inputs, options, on_step, checkpointer=checkpointer, sharded=sharded)
     finish_variant(model)
     return model, history, sum(step.seconds for step in history), peaks(base.device)
 

@@ -59,9 +59,9 @@ class TokenSetTrainer(Trainer):
     ) -> None:
         _switch_off_base_dropout(model)
         plain = split(unwrapped(model)).model
-        self._halves = _Through(plain, whole=[plain])
+        self._split_model = _Through(plain, whole=[plain])
         off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
-        self._objective = _objective(self._halves, target, kl_to_base, off)
+        self._objective = _objective(self._split_model, target, kl_to_base, off)
         self._masses: list[float] = []
         kwargs.setdefault("data_collator", _stack)
         super().__init__(model, args, **kwargs)
@@ -71,7 +71,7 @@ class TokenSetTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean KL; the output is {"set_mass": ...}."""
-        self._halves.whole[0] = model
+        self._split_model.whole[0] = model
         result = self._objective(inputs["input_ids"])
         if model.training:
             self._masses.append(float(result.set_mass))
@@ -138,14 +138,14 @@ def _switch_off_base_dropout(model: nn.Module) -> None:
 
 
 def _objective(
-    halves: SplitModel, target: UniformTarget | TiltedTarget, kl_to_base: float, off: Callable | None
+    split_model: SplitModel, target: UniformTarget | TiltedTarget, kl_to_base: float, off: Callable | None
 ) -> nn.Module:
     if isinstance(target, UniformTarget):
-        return UniformObjective(halves, target, kl_to_base, off)
+        return UniformObjective(split_model, target, kl_to_base, off)
     if target.rates is not None or off is None:
         raise XFactorError(
             "in the Trainer a TiltedTarget needs strengths, TiltedTarget.of(tokens, strength=L), and PEFT"
         )
-    objective = TiltedObjective(halves, target, off)
+    objective = TiltedObjective(split_model, target, off)
     objective.strengths.copy_(torch.tensor([goal.strength for goal in target.goals]))
     return objective

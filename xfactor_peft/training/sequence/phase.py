@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import torch
 
-from ...checkpoint.checkpointer import Keeper
+from ...checkpoint.checkpointer import Checkpointer
 from ...options import ObjectiveOptions, TrainOptions
 from ..loop import Step
-from ..rate_run import LENGTH, PLAN, RateRun, room
+from ..rate_run import LENGTH, PLAN, RateRun, tokens_left
 from ..stopping import stop_planning
 from .planner import Planner, PlanOptions
 from .state import PlanningState
@@ -23,7 +23,7 @@ def plan_texts(
     options: TrainOptions,
     objective: ObjectiveOptions,
     on_step: Callable[[Step], None] | None,
-    keeper: Keeper | None,
+    checkpointer: Checkpointer | None,
 ) -> None:
     """Improve the tilted policy of `run` in place; where nothing is gained in the end, the tilt comes back.
 
@@ -33,17 +33,17 @@ def plan_texts(
     wanted = run.target.rates
     assert wanted is not None  # `ObjectiveOptions.check` saw to it
     rates = torch.tensor(wanted).to(run.members)
-    length = min(LENGTH, room(run.base, run.starts.shape[1]))
+    length = min(LENGTH, tokens_left(run.base, run.starts.shape[1]))
     plan = PlanOptions(lr=options.learning_rate, seed=options.seed)
     planner = Planner(
-        run.halves, run.head, run.members, run.adapter_off, rates,
+        run.split_model, run.head, run.members, run.adapter_off, rates,
         run.strengths.to(run.members), length, plan,
     )  # fmt: skip
     state, steps = PlanningState(planner, run), objective.sequence_steps
     run.model.eval()
-    run.note(keeper, PLAN)
-    if keeper:
-        keeper.restore(state)
+    run.note(checkpointer, PLAN)
+    if checkpointer:
+        checkpointer.restore(state)
 
     def stopped() -> bool:
         if objective.early_stop and (reason := stop_planning(run.plan, wanted[0])):
@@ -54,15 +54,15 @@ def plan_texts(
     def sample(step: int) -> torch.Tensor:
         return run.sample(run.seed * 7 + 20_000 + step, plan.sequences)
 
-    with keeper.deferred() if keeper else nullcontext():
+    with checkpointer.deferred() if checkpointer else nullcontext():
         while not stopped():
             step = planner.update(sample, len(run.plan), steps)
             run.plan.append(step)
             run.history.append(Step(len(run.history), step.kl, step.rate, step.grad_norm, step.seconds))
             if on_step:
                 on_step(run.history[-1])
-            if keeper:
-                keeper.after_step(state, last=len(run.plan) == steps, every=1)
+            if checkpointer:
+                checkpointer.after_step(state, last=len(run.plan) == steps, every=1)
     _keep_the_better(run, planner, state)
 
 
@@ -76,10 +76,10 @@ def _keep_the_better(run: RateRun, planner: Planner, state: PlanningState) -> No
         return planner.price(texts, run.strengths.to(planner.rates))
 
     planned, cost = state.weights(), price()
-    state.put(state.before)
+    state.load_weights(state.before)
     tilt = price()
     run.planning = {"kl": cost, "kl_of_tilt": tilt, "kept": cost < tilt}
     if cost < tilt:
-        state.put(planned)
+        state.load_weights(planned)
     else:
         run.stopped = f"planning gained nothing (KL {cost:.4f}, the tilt's {tilt:.4f}), so the tilt is kept"

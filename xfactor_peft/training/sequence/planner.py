@@ -81,7 +81,7 @@ class Planner:
         optimizer, value_optimizer: of the policy and of the value.
     """
 
-    halves: SplitModel
+    split_model: SplitModel
     head: SetHead | None
     members: torch.Tensor
     adapter_off: AdapterOff
@@ -91,8 +91,8 @@ class Planner:
     options: PlanOptions = field(default_factory=PlanOptions)
 
     def __post_init__(self) -> None:
-        device = self.halves.weight.device
-        self._parameters = [p for p in self.halves.model.parameters() if p.requires_grad]
+        device = self.split_model.weight.device
+        self._parameters = [p for p in self.split_model.model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": self._parameters, "lr": self.options.lr}]
         if self.head is not None:
             groups.append({"params": [self.head.offset], "lr": 20 * self.options.lr})
@@ -100,7 +100,7 @@ class Planner:
         self._rates: list[float] = [group["lr"] for group in groups]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
-            self.value = Value(self.halves.weight.shape[1], self.length, len(self.members)).to(device)
+            self.value = Value(self.split_model.weight.shape[1], self.length, len(self.members)).to(device)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=2e-3)
         self._variance = (self.rates * (1 - self.rates) * self.length).clamp(min=1e-6)
         self.integral = self.strengths.clone()
@@ -120,7 +120,7 @@ class Planner:
         mean KL - lambda (m - R), with m the set masses; `strengths` is lambda (K,).
         """
         parts = []
-        for rows in ids.to(self.halves.weight.device).split(ROWS):
+        for rows in ids.to(self.split_model.weight.device).split(ROWS):
             gradients = self._pass(rows, strengths.expand(len(rows), self.length, -1)).gradients
             parts.append(gradients.kl - (gradients.mass - self.rates) @ strengths)
         return float(torch.cat(parts).mean())
@@ -132,7 +132,7 @@ class Planner:
             group["lr"] = factor * rate
 
     def _update(self, ids: torch.Tensor, warm_up: bool) -> tuple[float, float, float, float, float]:
-        ids = ids.to(self.halves.weight.device)
+        ids = ids.to(self.split_model.weight.device)
         excess = self.excess(ids[:, -self.length :])
         strengths = self.strengths - self.options.spread / self._variance * excess
         parts = [self._pass(rows, s) for rows, s in zip(ids.split(ROWS), strengths.split(ROWS), strict=True)]
@@ -161,16 +161,16 @@ class Planner:
         return torch.cat([torch.zeros_like(surplus[:, :1]), surplus.cumsum(1)[:, :-1]], dim=1)
 
     def _pass(self, ids: torch.Tensor, strengths: torch.Tensor) -> _Rows:
-        hidden = self.halves.hidden(ids)[:, -self.length - 1 : -1]
+        hidden = self.split_model.hidden(ids)[:, -self.length - 1 : -1]
         logits = self.head(hidden) if self.head is not None else None
         with torch.no_grad():
-            plain = base_hidden(self.halves, ids, self.adapter_off).view(*ids.shape, -1)
+            plain = base_hidden(self.split_model, ids, self.adapter_off).view(*ids.shape, -1)
         gradients = position_gradients(
             hidden.detach().flatten(0, 1),
             plain[:, -self.length - 1 : -1].flatten(0, 1),
-            self.halves.weight,
+            self.split_model.weight,
             ids[:, -self.length :].flatten(),
-            bias=self.halves.bias,
+            bias=self.split_model.bias,
             set_logits=None if logits is None else logits.detach().flatten(0, 1),
             members=self.members,
             strengths=strengths.flatten(0, 1),

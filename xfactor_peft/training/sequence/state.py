@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...checkpoint.state import (
-    apart,
     check_finite,
+    distinct_copies,
     history_tensor,
     keep_optimizer,
     keep_random,
@@ -44,7 +44,7 @@ class PlanningState:
     def _policy(self) -> dict[str, torch.Tensor]:
         planner = self._planner
         named: dict[str, torch.Tensor] = {}
-        named |= {f"model/{name}": p for name, p in planner.halves.model.named_parameters() if p.requires_grad}
+        named |= {f"model/{name}": p for name, p in planner.split_model.model.named_parameters() if p.requires_grad}
         return named if planner.head is None else {**named, "offset": planner.head.offset}
 
     def _value(self) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ class PlanningState:
         return {name: p.detach().clone() for name, p in self._policy().items()}
 
     @torch.no_grad()
-    def put(self, weights: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the policy these tensors."""
         for name, parameter in self._policy().items():
             parameter.copy_(weights[name])
@@ -77,12 +77,12 @@ class PlanningState:
         tensors |= {f"before/{name}": value for name, value in self.before.items()}
         tensors["history"] = history_tensor(self.history)
         keep_random(tensors)
-        return apart(tensors), facts
+        return distinct_copies(tensors), facts
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Become the captured state."""
         planner = self._planner
-        self.put(tensors)
+        self.load_weights(tensors)
         with torch.no_grad():
             for name, parameter in self._value().items():
                 parameter.copy_(tensors[name])
