@@ -46,7 +46,7 @@ class SplitModel:
 
 
 def split(model: PreTrainedModel) -> SplitModel:
-    """Split `model`, after checking on eight tokens that the two split_model give its logits.
+    """Split `model`, after checking on eight tokens that the two parts give its logits.
 
     Raises:
         XFactorError: the model has no output embedding, or does something after it (soft-capping,

@@ -105,7 +105,7 @@ def optimise(
 def _gradients(
     accelerator: Accelerator, objective: nn.Module, state: TrainingState, options: TrainOptions
 ) -> tuple[float, float]:
-    """Gradients of a step's mean loss; with `auto_batch`, in split_model of split_model until they fit into memory."""
+    """Gradients of a step's mean loss; with `auto_batch`, halved and halved again until they fit into memory."""
     batches = [own_rows(state.inputs.draw()) for _ in range(options.grad_accum)]
     while True:
         try:
