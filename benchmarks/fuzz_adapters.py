@@ -39,7 +39,7 @@ from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -190,7 +190,9 @@ def prepare(work: Path) -> AdapterBank:
     for name in ("kept", "good"):
         base = load_base(resolve_model(model), LoadOptions("fp32"))
         target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
-        train_to_folder(base, target, work / name, TrainOptions(steps=2, seq_len=8), LoraOptions(r=4), evaluation)
+        train_to_folder(
+            base, target, work / name, Recipe(TrainOptions(steps=2, seq_len=8), LoraOptions(r=4), evaluation)
+        )
     shutil.copytree(work / "good", work / "outside")
     bank = AdapterBank(load_base(resolve_model(model), LoadOptions("fp32")), work)
     bank.load("kept")

@@ -33,9 +33,9 @@ from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.folder import METRICS, SETTINGS
-from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
 EVALUATION = EvalOptions(("The fox",), 2, SamplingOptions(max_new_tokens=16))
@@ -49,7 +49,11 @@ def live(model: Path, output: Path, steps: int, save_every: int, seed: int) -> N
     options = TrainOptions(steps=steps, batch_size=2, seq_len=16, lr=1e-2, seed=seed)
     resume = (staging_of(output) / SETTINGS).is_file() and (staging_of(output) / METRICS).is_file()
     train_to_folder(
-        base, target, output, options, LoraOptions(r=4, dropout=0.2), EVALUATION, resume=resume, save_every=save_every
+        base,
+        target,
+        output,
+        Recipe(options, LoraOptions(r=4, dropout=0.2), EVALUATION),
+        folder=FolderOptions(resume=resume, save_every=save_every),
     )
 
 

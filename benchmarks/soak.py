@@ -27,7 +27,7 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training.train import train
@@ -102,7 +102,7 @@ def main() -> int:
             base = load_base(resolve_model(model), LoadOptions("fp32"))
             target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
             short = TrainOptions(steps=2, seq_len=8)
-            train_to_folder(base, target, Path(name) / adapter, short, LoraOptions(r=4), EVALUATION)
+            train_to_folder(base, target, Path(name) / adapter, Recipe(short, LoraOptions(r=4), EVALUATION))
         result = {
             "swaps": {"count": options.swaps, **swaps(model, Path(name), options.swaps)},
             "steps": {"count": options.steps, **steps(model, options.steps)},

@@ -15,7 +15,15 @@ from tests.tiny import KINDS, tiny_model_folder
 from xfactor_peft.base.loading import Base, load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
-from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import (
+    EvalOptions,
+    LoadOptions,
+    LoraOptions,
+    ObjectiveOptions,
+    Recipe,
+    SamplingOptions,
+    TrainOptions,
+)
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -49,11 +57,15 @@ def adapters_root(tiny_folders, tmp_path_factory):
     for name, text, lora in (("x", "X", LoraOptions(r=8)), ("z", "Z", LoraOptions(r=4, target="attention"))):
         base = load_base(resolve_model(str(tiny_folders["gpt2"])), LoadOptions("fp32"))
         target = UniformTarget(TokenSet.contains(base.tokenizer, text))
-        train_to_folder(base, target, root / name, TrainOptions(steps=30, seq_len=16, lr=1e-2), lora, SHORT_EVALUATION)
+        train_to_folder(
+            base, target, root / name, Recipe(TrainOptions(steps=30, seq_len=16, lr=1e-2), lora, SHORT_EVALUATION)
+        )
     base = load_base(resolve_model(str(tiny_folders["gpt2"])), LoadOptions("fp32"))
     target = TiltedTarget.of(TokenSet.contains(base.tokenizer, "X"), strength=2.0)
     objective = ObjectiveOptions(contexts="random", dial=False, frontier=False)
-    train_to_folder(base, target, root / "head", TrainOptions(steps=1, seq_len=8), None, SHORT_EVALUATION, objective)
+    train_to_folder(
+        base, target, root / "head", Recipe(TrainOptions(steps=1, seq_len=8), None, SHORT_EVALUATION, objective)
+    )
     return root
 
 

@@ -17,8 +17,8 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.options import LoadOptions, LoraOptions, SamplingOptions, TrainOptions
-from xfactor_peft.runs.run import default_name, train_to_folder
+from xfactor_peft.options import LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
+from xfactor_peft.runs.run import FolderOptions, default_name, train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
 IDS = torch.arange(12)[None]
@@ -215,29 +215,39 @@ def test_an_adapter_of_plain_peft_loads_without_a_record(tiny, root, tmp_path):
 
 def test_existing_output_is_kept(tiny, root, tmp_path):
     with pytest.raises(XFactorError, match="exists; pass --force"):
-        train_to_folder(tiny, x_target(tiny), root / "x", SHORT, evaluation=QUICK)
+        train_to_folder(tiny, x_target(tiny), root / "x", Recipe(SHORT, evaluation=QUICK))
     precious = tmp_path / "notes"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
     with pytest.raises(XFactorError, match="--force does not replace it"):
-        train_to_folder(tiny, x_target(tiny), precious, SHORT, evaluation=QUICK, force=True)
+        train_to_folder(
+            tiny, x_target(tiny), precious, Recipe(SHORT, evaluation=QUICK), folder=FolderOptions(force=True)
+        )
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_run_that_fails_leaves_only_what_is_worth_keeping(load_tiny, tmp_path):
     base = load_tiny()
     with pytest.raises(XFactorError, match="longer than the model's context"):
-        train_to_folder(base, x_target(base), tmp_path / "a", TrainOptions(seq_len=999), evaluation=QUICK)
+        train_to_folder(base, x_target(base), tmp_path / "a", Recipe(TrainOptions(seq_len=999), evaluation=QUICK))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(XFactorError, match="lower --lr"):
-        train_to_folder(base, x_target(base), tmp_path / "a", TrainOptions(lr=1e30, seq_len=8), evaluation=QUICK)
+        train_to_folder(
+            base, x_target(base), tmp_path / "a", Recipe(TrainOptions(lr=1e30, seq_len=8), evaluation=QUICK)
+        )
     assert [path.name for path in tmp_path.iterdir()] == [".a.partial"]
     assert '"step": 0' in (tmp_path / ".a.partial/metrics.jsonl").read_text()
 
 
 def test_force_replaces_a_run(tiny, root, tmp_path):
     folder = shutil.copytree(root / "x", tmp_path / "x")
-    train_to_folder(tiny, x_target(tiny), folder, TrainOptions(steps=2, seq_len=8), evaluation=QUICK, force=True)
+    train_to_folder(
+        tiny,
+        x_target(tiny),
+        folder,
+        Recipe(TrainOptions(steps=2, seq_len=8), evaluation=QUICK),
+        folder=FolderOptions(force=True),
+    )
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -248,14 +258,14 @@ def test_finding_and_naming(root, tiny):
     with pytest.raises(XFactorError, match="there are: head, x, z"):
         find_adapter("nope", root)
     tokens = TokenSet.contains(tiny.tokenizer, "X", ignore_case=True)
-    assert default_name(tokens, TrainOptions(), LoraOptions(r=4)) == "X-any-case-lora-r4"
+    assert default_name(UniformTarget(tokens), TrainOptions(), LoraOptions(r=4)) == "X-any-case-lora-r4"
     ids = TokenSet.token_ids(tiny.tokenizer, [3])
-    assert default_name(ids, TrainOptions(method="full"), LoraOptions()).startswith("token-ids-")
+    assert default_name(UniformTarget(ids), TrainOptions(method="full"), LoraOptions()).startswith("token-ids-")
 
 
 def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     options = TrainOptions(method="full", steps=3, seq_len=8)
-    result, _ = train_to_folder(tiny, x_target(tiny), tmp_path / "full", options, evaluation=QUICK)
+    result, _ = train_to_folder(tiny, x_target(tiny), tmp_path / "full", Recipe(options, evaluation=QUICK))
     again = load_base(resolve_model(str(tmp_path / "full")), LoadOptions("fp32"))
     trained = dict(result.model.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())

@@ -15,7 +15,15 @@ from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
-from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import (
+    EvalOptions,
+    LoadOptions,
+    LoraOptions,
+    ObjectiveOptions,
+    Recipe,
+    SamplingOptions,
+    TrainOptions,
+)
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -43,7 +51,7 @@ def test_train_save_swap_merge(family, loader, tmp_path):
         base = loader(family, quantization=quantization)
         assert bool(base.quantized) is (quantization is not None)
         target = UniformTarget(tokens_of(base, text))
-        result, _ = train_to_folder(base, target, tmp_path / name, OPTIONS, LoraOptions(r=4), BRIEF)
+        result, _ = train_to_folder(base, target, tmp_path / name, Recipe(OPTIONS, LoraOptions(r=4), BRIEF))
         assert result.history[-1].loss < result.history[0].loss - 0.05
     base = loader(family)
     plain = logits(base.model)
@@ -70,7 +78,7 @@ def test_a_set_head_merges_or_is_refused(family, loader, tmp_path):
     base = loader(family)
     target = TiltedTarget.of(tokens_of(base), strength=2.0)
     objective = ObjectiveOptions(contexts="random", dial=False, frontier=False)
-    train_to_folder(base, target, tmp_path / "h", TrainOptions(steps=1, seq_len=8), None, BRIEF, objective)
+    train_to_folder(base, target, tmp_path / "h", Recipe(TrainOptions(steps=1, seq_len=8), None, BRIEF, objective))
     bank = AdapterBank(loader(family), tmp_path)
     plain = logits(bank.model)
     bank.load("h")
@@ -90,7 +98,7 @@ def test_a_set_head_merges_or_is_refused(family, loader, tmp_path):
 def test_soft_capped_logits_are_refused(loader, tmp_path):
     base = loader("gemma2")
     with pytest.raises(XFactorError, match=r"Gemma2ForCausalLM .*soft-cap"):
-        train_to_folder(base, UniformTarget(tokens_of(base)), tmp_path / "x", OPTIONS, LoraOptions(r=4), BRIEF)
+        train_to_folder(base, UniformTarget(tokens_of(base)), tmp_path / "x", Recipe(OPTIONS, LoraOptions(r=4), BRIEF))
     assert list(tmp_path.iterdir()) == []
     base.model.config.final_logit_softcapping = 1e4  # too weak to be seen in the logits
     with pytest.raises(XFactorError, match="soft-cap"):

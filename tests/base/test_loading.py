@@ -11,6 +11,7 @@ from tests.training.test_training import QUICK, x_target
 from xfactor_peft import LoadOptions, LoraOptions, TrainOptions, XFactorError, train
 from xfactor_peft.base.loading import load_base, quantized_by
 from xfactor_peft.base.resolve import resolve_model
+from xfactor_peft.options import Recipe
 from xfactor_peft.runs.run import train_to_folder
 
 IDS = torch.arange(24).view(2, 12)
@@ -55,7 +56,7 @@ def test_a_quantised_base_learns_and_its_adapter_fits_every_other(load_tiny, qua
 
     base = load_tiny(quantization=quantization, backend=backend)
     options = TrainOptions(steps=60, seq_len=16, lr=1e-2)
-    result, record = train_to_folder(base, x_target(base), tmp_path / "a", options, LoraOptions(), QUICK)
+    result, record = train_to_folder(base, x_target(base), tmp_path / "a", Recipe(options, LoraOptions(), QUICK))
     assert result.history[-1].loss < 0.6 * result.history[0].loss
     assert record["base"]["quantized_by"] == backend
     for other in (None, "int8", "nf4"):

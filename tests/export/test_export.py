@@ -17,7 +17,7 @@ from xfactor_peft.errors import XFactorError
 from xfactor_peft.export import FORMATS, export
 from xfactor_peft.export.logit_bias import write_logit_bias
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import LoraOptions, TrainOptions
+from xfactor_peft.options import LoraOptions, Recipe, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -53,7 +53,7 @@ def test_an_adapter_of_an_int8_run_merges_into_the_unquantised_base(load_tiny, t
     assert base.quantized
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
     options = TrainOptions(steps=3, seq_len=8, lr=1e-2)
-    train_to_folder(base, target, tmp_path / "q", options, LoraOptions(r=2), SHORT_EVALUATION)
+    train_to_folder(base, target, tmp_path / "q", Recipe(options, LoraOptions(r=2), SHORT_EVALUATION))
     bank = bank_of(load_tiny(), tmp_path, "q")
     bank.use("q")
     adapted = logits(bank.model)

@@ -123,7 +123,7 @@ def test_chunk_follows_the_byte_budget():
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (0, 0), (1, 2), (1, -0.1), (float("nan"), 0), (float("inf"), 0)])
 def test_alpha_must_exceed_beta(alpha, beta):
-    with pytest.raises(XFactorError, match="--alpha must be greater than --beta"):
+    with pytest.raises(XFactorError, match="`alpha` must be greater than `beta`"):
         UniformTarget(TokenSet((1,), 5), alpha, beta)
 
 

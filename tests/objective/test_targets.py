@@ -40,7 +40,7 @@ def test_uniform_levels_by_hand():
 
 @pytest.mark.parametrize("values", [(1.0, 1.0), (1.0, -0.5), (float("inf"), 0.0), (1.0, float("-inf"))])
 def test_uniform_levels_that_are_refused(values):
-    message = "--alpha must be greater than --beta, and --beta at least 0; got {:g} and {:g}".format(*values)
+    message = "`alpha` must be greater than `beta`, and `beta` at least 0; got {:g} and {:g}".format(*values)
     refused(message, lambda: UniformTarget(ONE, *values))
 
 
@@ -55,11 +55,11 @@ def test_goals_record_what_they_are():
 
 def test_goals_that_are_refused():
     for options in ({}, {"rate": 0.5, "strength": 1.0}, {"rate": 0.0, "strength": 0.0}):
-        refused("give either --target-rate or --lambda, and not both", lambda o=options: Goal(ONE, **o))
+        refused("give either `goal.rate` or `goal.strength`, and not both", lambda o=options: Goal(ONE, **o))
     for rate in (1.0, -0.1):
-        refused(f"--target-rate must be at least 0 and below 1; got {rate:g}", lambda r=rate: Goal(ONE, r))
+        refused(f"`goal.rate` must be at least 0 and below 1; got {rate:g}", lambda r=rate: Goal(ONE, r))
     for value in (60.5, -61.0, float("nan")):
-        refused(f"--lambda must be between -60 and 60; got {value}", lambda v=value: Goal(ONE, strength=v))
+        refused(f"`goal.strength` must be between -60 and 60; got {value}", lambda v=value: Goal(ONE, strength=v))
 
 
 def test_tilted_target():
@@ -80,7 +80,7 @@ def test_tilted_targets_that_are_refused():
     for goals, message in (
         ((), "a tilted target needs at least one goal"),
         ((Goal(ONE, 0.1), Goal(TokenSet((1,), 6), 0.1)), "all goals must be sets of one vocabulary"),
-        ((Goal(ONE, 0.1), Goal(ONE, 0.2)), "two --goal options mean the same tokens; drop one"),
+        ((Goal(ONE, 0.1), Goal(ONE, 0.2)), "two goals mean the same tokens; drop one"),
         ((Goal(ONE, 0.1), Goal(TWO, strength=1.0)), "give every goal a rate, or every goal a strength"),
     ):
         refused(message, lambda g=goals: TiltedTarget(g))

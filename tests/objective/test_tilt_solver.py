@@ -26,7 +26,7 @@ def logit(p):
 
 def test_a_rate_outside_the_range_is_named():
     for rate in (-0.1, 1.0, math.nan):
-        with pytest.raises(XFactorError, match=f"^--target-rate must be at least 0 and below 1; got {rate:g}$"):
+        with pytest.raises(XFactorError, match=f"^`goal.rate` must be at least 0 and below 1; got {rate:g}$"):
             solve_rate(torch.tensor([0.5]), rate)
     assert solve_rate(torch.zeros(3), 0.0) == SUPPRESS
 

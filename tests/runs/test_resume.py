@@ -19,11 +19,12 @@ from xfactor_peft.checkpoint import checkpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted, Interruption
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
-from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs.run import FolderOptions, train_to_folder
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=8, lr=1e-2)
+FOLDER = {"force", "resume", "save_every", "settings"}
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -36,8 +37,9 @@ def run(base, output, options=OPTIONS, crash_at=None, **more):
         if step.step == crash_at:
             raise Crash
 
-    more = {"save_every": 5, "lora": LoraOptions(r=2), **more}
-    return train_to_folder(base, x_target(base), output, options, evaluation=QUICK, on_step=on_step, **more)
+    folder = FolderOptions(**{"save_every": 5, **{k: more.pop(k) for k in FOLDER & more.keys()}})
+    recipe = Recipe(options, evaluation=QUICK, **{"lora": LoraOptions(r=2), **more})
+    return train_to_folder(base, x_target(base), output, recipe, folder, on_step=on_step)
 
 
 def weights(folder):
@@ -112,7 +114,7 @@ def test_without_its_state_a_resumed_run_differs(load_tiny, tmp_path, monkeypatc
 def test_an_interrupted_run_is_not_overwritten_unasked(load_tiny, tmp_path):
     with pytest.raises(Crash):
         run(load_tiny(), tmp_path / "a", crash_at=7)
-    with pytest.raises(XFactorError, match=r"at step 5; go on with `xfactor train --resume .*/a`, or pass --force"):
+    with pytest.raises(XFactorError, match="at step 5; resume it with `resume=True`, or start again"):
         run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", force=True)
     assert len(metrics(tmp_path / "a")) == 13
@@ -260,7 +262,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tiny_folders, tmp_path, number, st
     assert process.returncode == status, errors
     message = errors.strip().splitlines()[-1]
     assert message.startswith("stopped and saved after step ")
-    assert message.endswith("; go on with: xfactor train --resume 'runs/a b'")
+    assert message.endswith("; resume with xfactor train --resume 'runs/a b'")
     assert "Traceback" not in errors
     made = int(message.split("step ")[1].split(";")[0])
     found = Checkpoints(tmp_path / "runs/.a b.partial/checkpoints").latest()
@@ -294,7 +296,7 @@ def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpointer, "after_step", stop_at_6)
     stopped = CliRunner().invoke(main, [*words, "--output", "a"])
     assert stopped.exit_code == 130
-    assert "stopped and saved after step 6; go on with: xfactor train --resume a" in stopped.output
+    assert "stopped and saved after step 6; resume with xfactor train --resume a" in stopped.output
     resumed = CliRunner().invoke(main, ["train", "--resume", "a"])
     assert resumed.exit_code == 0, resumed.output
     assert weights(Path("a")) == weights(Path("whole"))

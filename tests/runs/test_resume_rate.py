@@ -13,12 +13,13 @@ from xfactor_peft.checkpoint.checkpointer import Checkpointer
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.objective.targets import TiltedTarget
-from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
-from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs.run import FolderOptions, train_to_folder
+from xfactor_peft.sampling import own_samples
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.training import rate as rate_training
-from xfactor_peft.training.sequence import phase as planning_phase
-from xfactor_peft.training.sequence.state import PlanningState
+from xfactor_peft.training import phases
+from xfactor_peft.training.sequence import phase as sequence_phase
+from xfactor_peft.training.sequence.state import SequenceState
 
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=16)
 BLOCKS = {"lora": LoraOptions(r=2, target="attention", dropout=0.2)}
@@ -28,12 +29,9 @@ PLANNED = {"lora": LoraOptions(r=2, target="all,head")}
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Calibration from few short texts: the same code, in seconds."""
-    from xfactor_peft.training import rate_run
-
-    monkeypatch.setattr(rate_run, "CALIBRATION_TEXTS", 16)
-    monkeypatch.setattr(rate_run, "LENGTH", 16)
-    monkeypatch.setattr(planning_phase, "LENGTH", 16)
-    monkeypatch.setattr(planning_phase, "CHECK_TEXTS", 8)
+    monkeypatch.setattr(own_samples, "TEXTS", 16)
+    monkeypatch.setattr(own_samples, "LENGTH", 16)
+    monkeypatch.setattr(sequence_phase, "CHECK_TEXTS", 8)
 
 
 def run(base, output, sequence=False, crash_at=None, **more):
@@ -43,16 +41,16 @@ def run(base, output, sequence=False, crash_at=None, **more):
 
     tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
     objective = ObjectiveOptions(sequence_level=sequence, sequence_steps=6, dial=False, frontier=False)
-    return train_to_folder(
-        base, TiltedTarget.of(tokens, 0.2), output, OPTIONS, evaluation=QUICK, objective=objective, on_step=on_step,
-        save_every=4, **more,
-    )  # fmt: skip
+    folder = FolderOptions(save_every=4, resume=more.pop("resume", False))
+    recipe = Recipe(OPTIONS, evaluation=QUICK, objective=objective, **more)
+    return train_to_folder(base, TiltedTarget.of(tokens, 0.2), output, recipe, folder, on_step=on_step)
 
 
 def report(folder):
     """What is recorded of how the rate was reached, without the times."""
     rate = json.loads((folder / "xfactor.json").read_text())["rate"]
-    return {**rate, "plan": [{k: v for k, v in step.items() if k != "seconds"} for step in rate["plan"]]}
+    steps = (rate["sequence"] or {"steps": []})["steps"]
+    return {**rate, "sequence": [{k: v for k, v in step.items() if k != "seconds"} for step in steps]}
 
 
 def assert_same(folder, whole):
@@ -66,8 +64,8 @@ def assert_same(folder, whole):
     ("more", "crashes", "phase"),
     [
         (BLOCKS, (2, 6, 10), ["solved", "distil", "distil"]),  # lambda moves at steps 4, 6 and 9
-        ({"sequence": True, **PLANNED}, (1, 3, 5), ["solved", "plan", "plan"]),
-        ({"sequence": True, **BLOCKS}, (7, 12, 14), ["distil", "distil", "plan"]),
+        ({"sequence": True, **PLANNED}, (1, 3, 5), ["solved", "sequence", "sequence"]),
+        ({"sequence": True, **BLOCKS}, (7, 12, 14), ["distil", "distil", "sequence"]),
     ],
     ids=["attention", "planned", "planned without a head"],
 )
@@ -89,7 +87,7 @@ def test_a_solved_strength_is_not_solved_again(load_tiny, tmp_path, monkeypatch)
     run(load_tiny(), tmp_path / "whole")
     with pytest.raises(Crash):
         run(load_tiny(), tmp_path / "a", crash_at=0)
-    monkeypatch.setattr(rate_training, "_solve", lambda *_: pytest.fail("solved again"))
+    monkeypatch.setattr(phases.Solve, "_solved", lambda *_: pytest.fail("solved again"))
     run(load_tiny(), tmp_path / "a", resume=True)
     assert_same(tmp_path / "a", tmp_path / "whole")
 
@@ -101,7 +99,7 @@ def test_killed_before_it_is_solved_it_starts_again(load_tiny, tmp_path, monkeyp
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(rate_training, "calibrate", crash)
+        patch.setattr(phases, "calibrate", crash)
         with pytest.raises(Crash):
             run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)
@@ -113,7 +111,7 @@ def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
     run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
     with pytest.raises(Crash):
         run(load_tiny(), tmp_path / "crashed", sequence=True, crash_at=5, **PLANNED)
-    restore = PlanningState.restore
+    restore = SequenceState.restore
     for forgotten in ("integral", "optimizer", "value_optimizer", "random"):
 
         def forgetful(self, tensors, facts, forgotten=forgotten):
@@ -121,15 +119,15 @@ def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
             if forgotten == "random":
                 torch.manual_seed(1)
             elif forgotten == "integral":
-                self._planner.integral = self._planner.integral + 0.5
+                self._trainer.controller.integral = self._trainer.controller.integral + 0.5
             else:
-                for moments in getattr(self._planner, forgotten).state.values():
+                for moments in getattr(self._trainer, forgotten).state.values():
                     moments["exp_avg"].zero_()
 
-        monkeypatch.setattr(PlanningState, "restore", forgetful)
+        monkeypatch.setattr(SequenceState, "restore", forgetful)
         shutil.copytree(tmp_path / ".crashed.partial", tmp_path / f".{forgotten}.partial")
         run(load_tiny(), tmp_path / forgotten, resume=True, sequence=True, **PLANNED)
-        assert report(tmp_path / forgotten)["plan"] != report(tmp_path / "whole")["plan"]
+        assert report(tmp_path / forgotten)["sequence"] != report(tmp_path / "whole")["sequence"]
 
 
 def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
@@ -142,7 +140,7 @@ def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
         after(self, state, **more)
 
     monkeypatch.setattr(Checkpointer, "after_step", press)
-    with pytest.raises(Interrupted, match="stopped and saved after step 3; go on with: xfactor train --resume"):
+    with pytest.raises(Interrupted, match="stopped and saved after step 3; resume with `resume=True`"):
         run(load_tiny(), tmp_path / "a", sequence=True, **PLANNED)
     run(load_tiny(), tmp_path / "a", sequence=True, resume=True, **PLANNED)
     assert_same(tmp_path / "a", tmp_path / "whole")

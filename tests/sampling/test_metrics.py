@@ -136,12 +136,12 @@ def test_a_prompt_beyond_the_context_is_an_error(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"temperature": -1.0}, "--temperature"),
-        ({"temperature": math.nan}, "--temperature"),
-        ({"top_k": -1}, "--top-k"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.1}, "--top-p"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`"),
+        ({"temperature": -1.0}, "`temperature`"),
+        ({"temperature": math.nan}, "`temperature`"),
+        ({"top_k": -1}, "`top_k`"),
+        ({"top_p": 0.0}, "`top_p`"),
+        ({"top_p": 1.1}, "`top_p`"),
     ],
 )
 def test_bad_sampling_options(options, message):

@@ -48,7 +48,7 @@ def spoil_loss(monkeypatch, step, value):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(load_tiny, tmp_path, monkeypatch, value):
     spoil_loss(monkeypatch, 7, value)
-    with pytest.raises(XFactorError, match=r"step 7: loss .*lower --lr.*the last good checkpoint is of step 5, in "):
+    with pytest.raises(XFactorError, match=r"step 7: loss .*lower `lr`.*the last good checkpoint is of step 5, in "):
         run(load_tiny(), tmp_path / "a")
     found = Checkpoints(tmp_path / ".a.partial/checkpoints").latest()
     assert found.step == 5
@@ -71,7 +71,7 @@ def test_weights_that_are_not_finite_are_never_saved(load_tiny, tmp_path, monkey
 
     base = load_tiny()
     monkeypatch.setattr(loop, "_check_step", spoil)
-    with pytest.raises(XFactorError, match=r"step 9: .*lora_A.* is no longer finite; lower --lr"):
+    with pytest.raises(XFactorError, match=r"step 9: .*lora_A.* is no longer finite; lower `lr`"):
         run(base, tmp_path / "a")
     assert Checkpoints(tmp_path / ".a.partial/checkpoints").latest().step == 5
 
@@ -109,7 +109,7 @@ def test_out_of_memory_says_what_would_fit(tiny, monkeypatch, error):
         XFactorError, match=r"out of memory at step 0: 8 x 64 tokens, .* MiB free now; try `--"
     ) as caught:
         train(tiny, x_target(tiny), TrainOptions(steps=2, batch_size=8, seq_len=64), evaluation=QUICK)
-    assert "--auto-batch" in str(caught.value)
+    assert "`auto_batch=True`" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_auto_batch_ends_at_one_sequence(tiny, monkeypatch):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
 def test_rates_outside_of_the_range(tiny, rate):
-    with pytest.raises(XFactorError, match="--target-rate must be at least 0 and below 1"):
+    with pytest.raises(XFactorError, match="`goal.rate` must be at least 0 and below 1"):
         Goal(x_target(tiny).tokens, rate=rate)
 
 

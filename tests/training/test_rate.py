@@ -12,14 +12,15 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
-from xfactor_peft.options import EvalOptions, LoraOptions, ObjectiveOptions, SamplingOptions, TrainOptions
+from xfactor_peft.options import EvalOptions, LoraOptions, ObjectiveOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import default_name, train_to_folder
 from xfactor_peft.sampling.contexts import context_pool, openings, self_contexts
 from xfactor_peft.sampling.frontier import measure_frontier
 from xfactor_peft.sampling.metrics import evaluate
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.training.sequence.planner import PlanStep
-from xfactor_peft.training.stopping import plateau, stop_planning
+from xfactor_peft.training.loop import plateau
+from xfactor_peft.training.sequence.phase import reason_to_stop
+from xfactor_peft.training.sequence.trainer import SequenceStep
 from xfactor_peft.training.train import train
 
 SCORES = EvalOptions(
@@ -67,13 +68,13 @@ def test_lambda_sets_the_bias_itself(tiny):
 
 def test_a_head_that_starts_at_nothing_learns_the_tilt(tiny, monkeypatch):
     """The closed form is not needed: from a = b = 0 the same objective finds it."""
-    from xfactor_peft.training import rate as rate_training
+    from xfactor_peft.training import phases
 
-    class FromZero(rate_training.SetHead):
+    class FromZero(phases.SetHead):
         def shift(self, amount):
             pass
 
-    monkeypatch.setattr(rate_training, "SetHead", FromZero)
+    monkeypatch.setattr(phases, "SetHead", FromZero)
     options = TrainOptions(steps=200, seq_len=24, lr=5e-2)
     objective = ObjectiveOptions(dial=False, early_stop=False)
     result = train(tiny, TiltedTarget.of(x_set(tiny), strength=3.0), options, evaluation=SCORES, objective=objective)
@@ -106,7 +107,7 @@ def test_several_goals_are_met_together(tiny):
 
 def test_saved_loaded_and_dialled(tiny, load_tiny, tmp_path):
     target = TiltedTarget.of(x_set(tiny), 0.3)
-    _, record = train_to_folder(tiny, target, tmp_path / "x", BRIEF, None, SCORES, ObjectiveOptions())
+    _, record = train_to_folder(tiny, target, tmp_path / "x", Recipe(BRIEF, None, SCORES, ObjectiveOptions()))
     dial = json.loads((tmp_path / "x/xfactor.json").read_text())["rate"]["dial"]
     rates = [rate for _, rate in dial]
     assert rates == sorted(rates)
@@ -157,9 +158,9 @@ def taught_to_fork(base):
 
 def test_swaps_with_an_adapter_of_another_shape(tiny, load_tiny, tmp_path):
     """A set head and a plain LoRA in one bank: each keeps its logits, in any order, and none leaks into the base."""
-    train_to_folder(tiny, TiltedTarget.of(x_set(tiny), 0.3), tmp_path / "rate", BRIEF, None, SCORES, PLAIN)
+    train_to_folder(tiny, TiltedTarget.of(x_set(tiny), 0.3), tmp_path / "rate", Recipe(BRIEF, None, SCORES, PLAIN))
     other = load_tiny()
-    train_to_folder(other, UniformTarget(x_set(other)), tmp_path / "uniform", BRIEF, None, SCORES)
+    train_to_folder(other, UniformTarget(x_set(other)), tmp_path / "uniform", Recipe(BRIEF, None, SCORES))
     bank, ids = AdapterBank(load_tiny(), tmp_path), torch.arange(12)[None]
 
     def logits(name):
@@ -187,26 +188,26 @@ def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
     options = TrainOptions(steps=20, seq_len=24, lr=3e-3)
     result = train(tiny, TiltedTarget.of(tokens, 0.2), options, None, scores, objective)
     assert result.lora.target == "all,head"
-    assert len(result.rate.plan) == 25
+    assert len(result.rate.sequence.steps) == 25
     assert result.after.rate == pytest.approx(0.2, abs=0.04)
     assert result.rate.frontier.ratio < 0.9
-    assert result.rate.planning["kept"]
+    assert result.rate.sequence.kept
     parts_add_up(result.after)
 
 
 def test_where_planning_gains_nothing_the_tilt_comes_back(tiny, monkeypatch):
     """Two batches at a rate that harms: a policy that is worse than the tilt is not kept."""
-    from xfactor_peft.training import rate_run
-    from xfactor_peft.training.sequence import phase as planning_phase
+    from xfactor_peft.sampling import own_samples
+    from xfactor_peft.training.sequence import phase as sequence_phase
 
-    monkeypatch.setattr(rate_run, "CALIBRATION_TEXTS", 64)
-    monkeypatch.setattr(planning_phase, "CHECK_TEXTS", 64)
+    monkeypatch.setattr(own_samples, "TEXTS", 64)
+    monkeypatch.setattr(sequence_phase, "CHECK_TEXTS", 64)
     objective = ObjectiveOptions(sequence_level=True, sequence_steps=4, dial=False)
     options = TrainOptions(steps=2, seq_len=24, lr=0.3)
     result = train(tiny, TiltedTarget.of(x_set(tiny), 0.2), options, None, SCORES, objective)
-    planning = result.rate.planning
-    assert planning["kl"] > 1.5 * planning["kl_of_tilt"]
-    assert not planning["kept"]
+    planning = result.rate.sequence
+    assert planning.kl > 1.5 * planning.kl_of_tilt
+    assert not planning.kept
     assert "planning gained nothing" in result.rate.stopped
     assert result.rate.offsets == pytest.approx(result.rate.strengths)
     assert result.rate.frontier.ratio == pytest.approx(1.0, abs=0.02)
@@ -251,7 +252,7 @@ def test_contexts(tiny, tmp_path):
     windows = context_pool(tiny, str(text), 16, seed=0)
     assert tiny.tokenizer.decode(windows[0]).startswith("The fox sat")
     text.write_text("short")
-    with pytest.raises(XFactorError, match="fewer than --seq-len"):
+    with pytest.raises(XFactorError, match="fewer than `seq_len="):
         context_pool(tiny, str(text), 16, seed=0)
 
 
@@ -265,11 +266,11 @@ def test_text_contexts_train(tiny, tmp_path):
 
 def test_planning_stops_when_nothing_is_won_or_texts_drift_apart():
     def steps(kl, spread, count=90):
-        return [PlanStep(i, 0.1, kl(i), 3.0, 0.1, 0.5, spread(i), 1.0) for i in range(count)]
+        return [SequenceStep(i, 0.1, kl(i), 3.0, 0.1, 0.5, spread(i), 1.0) for i in range(count)]
 
-    assert stop_planning(steps(lambda i: 1 - 0.005 * i, lambda i: 0.05), 0.1) is None
-    assert "no longer falls" in stop_planning(steps(lambda i: 0.25, lambda i: 0.05), 0.1)
-    assert "drift apart" in stop_planning(steps(lambda i: 1 - 0.005 * i, lambda i: 0.01 * i), 0.1)
+    assert reason_to_stop(steps(lambda i: 1 - 0.005 * i, lambda i: 0.05), 0.1) is None
+    assert "no longer falls" in reason_to_stop(steps(lambda i: 0.25, lambda i: 0.05), 0.1)
+    assert "drift apart" in reason_to_stop(steps(lambda i: 1 - 0.005 * i, lambda i: 0.01 * i), 0.1)
 
 
 def test_plateau():
@@ -282,9 +283,9 @@ def test_plateau():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_to_base": -1.0}, "--kl-to-base must be at least 0"),
-        ({"sequence_steps": 0}, "--sequence-steps must be at least 1"),
-        ({"contexts": "no-such-file"}, "--contexts must be random, self or a text file"),
+        ({"kl_to_base": -1.0}, "`kl_to_base` must be at least 0"),
+        ({"sequence_steps": 0}, "`sequence_steps` must be at least 1"),
+        ({"contexts": "no-such-file"}, "`contexts` must be random, self or a text file"),
     ],
 )
 def test_bad_objective_options(options, message):
@@ -295,10 +296,10 @@ def test_bad_objective_options(options, message):
 def test_options_that_do_not_go_together(tiny):
     tilted, uniform = TiltedTarget.of(x_set(tiny), 0.1), UniformTarget(x_set(tiny))
     for target, options, lora, objective, message in (
-        (tilted, {}, None, {"kl_to_base": 1.0}, "--kl-to-base belongs to the uniform target"),
-        (uniform, {}, None, {"sequence_level": True}, "--sequence-level needs --target-rate"),
-        (tilted, {"method": "full"}, None, {}, "--method lora"),
-        (uniform, {"method": "full"}, None, {"kl_to_base": 1.0}, "--method lora"),
+        (tilted, {}, None, {"kl_to_base": 1.0}, "`kl_to_base` belongs to the uniform target"),
+        (uniform, {}, None, {"sequence_level": True}, "`sequence_level=True` needs `goal.rate`"),
+        (tilted, {"method": "full"}, None, {}, "`method=lora`"),
+        (uniform, {"method": "full"}, None, {"kl_to_base": 1.0}, "`method=lora`"),
         (uniform, {}, LoraOptions(target="head"), {}, "needs a rate"),
     ):
         with pytest.raises(XFactorError, match=message):
@@ -308,5 +309,5 @@ def test_options_that_do_not_go_together(tiny):
 def test_names_of_folders(tiny):
     tokens, options = x_set(tiny), TrainOptions()
     lora = LoraOptions(target="all,head")
-    assert default_name(tokens, options, lora, TiltedTarget.of(tokens, 0.1)) == "X-rate-0.1-all-head"
-    assert default_name(tokens, options, lora, TiltedTarget.of(tokens, strength=2)) == "X-lambda-2-all-head"
+    assert default_name(TiltedTarget.of(tokens, 0.1), options, lora) == "X-rate-0.1-all-head"
+    assert default_name(TiltedTarget.of(tokens, strength=2), options, lora) == "X-lambda-2-all-head"

@@ -168,14 +168,14 @@ def test_no_positions_by_vocabulary_tensor_in_a_step(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"seq_len": 0}, "--seq-len must be at least 1"),
-        ({"lr": 0.0}, "--lr must be greater than 0"),
-        ({"lr": math.nan}, "--lr must be greater than 0"),
-        ({"method": "magic"}, "--method must be"),
-        ({"optimizer": "sgd"}, "--optimizer must be"),
-        ({"weight_decay": -1.0}, "--weight-decay must be"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"seq_len": 0}, "`seq_len` must be at least 1"),
+        ({"lr": 0.0}, "`lr` must be greater than 0"),
+        ({"lr": math.nan}, "`lr` must be greater than 0"),
+        ({"method": "magic"}, "`method` must be"),
+        ({"optimizer": "sgd"}, "`optimizer` must be"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be"),
     ],
 )
 def test_bad_options(options, message):
@@ -186,10 +186,10 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "--lora-r must be at least 1"),
-        ({"alpha": 0}, "--lora-alpha must be greater than 0"),
-        ({"dropout": 1.0}, "--lora-dropout must be"),
-        ({"target": "embedding"}, "--target must be"),
+        ({"r": 0}, "`lora.r` must be at least 1"),
+        ({"alpha": 0}, "`lora.alpha` must be greater than 0"),
+        ({"dropout": 1.0}, "`lora.dropout` must be"),
+        ({"target": "embedding"}, "`lora.target` must be"),
     ],
 )
 def test_bad_lora_options(options, message):
@@ -198,12 +198,12 @@ def test_bad_lora_options(options, message):
 
 
 def test_sequence_longer_than_the_context(tiny):
-    with pytest.raises(XFactorError, match="--seq-len 129 is longer than the model's context of 128"):
+    with pytest.raises(XFactorError, match="`seq_len=129` is longer than the model's context of 128"):
         train(tiny, x_target(tiny), TrainOptions(seq_len=129), evaluation=QUICK)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
-    with pytest.raises(XFactorError, match=r"step \d+: loss .*lower --lr"):
+    with pytest.raises(XFactorError, match=r"step \d+: loss .*lower `lr`"):
         train(tiny, x_target(tiny), TrainOptions(steps=30, seq_len=8, lr=1e30), evaluation=QUICK)
 
 

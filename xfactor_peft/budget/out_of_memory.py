@@ -47,4 +47,4 @@ def explain(
         halves = "halve `batch_size`, double `grad_accum`, or pass `auto_batch=True`"
         return f"{start}, {mib(budget)} free now; {halves}{resume_hint}"
     flags = " or ".join(f"`{flags}`" + (f" (about {mib(total)})" if total else "") for flags, total in advice)
-    return f"{start}, {mib(budget)} free now; try {flags}, or --auto-batch{resume_hint}"
+    return f"{start}, {mib(budget)} free now; try {flags}, or `auto_batch=True`{resume_hint}"

@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import XFactorError
 
-if TYPE_CHECKING:
-    from ..training.loop import Step
-
 _HISTORY, _OPTIMIZER = "history", "optimizer"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimisation step: mean KL (nats), mass on S, gradient norm, seconds."""
+
+    step: int
+    loss: float
+    set_mass: float
+    grad_norm: float
+    seconds: float
 
 
 class Stream:
@@ -75,11 +83,11 @@ class TrainingState:
         kept = {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
         shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
         if kept != shapes.keys() or any(tuple(tensors[f"model/{n}"].shape) != s for n, s in shapes.items()):
-            raise XFactorError("the checkpoint is of other trained weights than this run's; start again with --force")
+            raise XFactorError("the checkpoint is of other trained weights than this run's; start again with `force=True`")
         while self.inputs.drawn < facts["drawn"]:
             self.inputs.draw()
         if self.inputs.digest() != facts["batch"]:
-            raise XFactorError("the contexts are not those that this run began with; start again with --force")
+            raise XFactorError("the contexts are not those that this run began with; start again with `force=True`")
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[f"model/{name}"])
@@ -93,7 +101,7 @@ def check_finite(trainable: Mapping[str, torch.Tensor], made: int) -> None:
     """Raises XFactorError when a weight is not finite after `made` steps, so that nothing could go on from here."""
     for name, value in trainable.items():
         if not torch.isfinite(value).all():
-            raise XFactorError(f"step {made - 1}: {name.removeprefix('model/')} is no longer finite; lower --lr")
+            raise XFactorError(f"step {made - 1}: {name.removeprefix('model/')} is no longer finite; lower `lr`")
 
 
 def keep_optimizer(name: str, optimizer: Any, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
@@ -128,8 +136,6 @@ def history_tensor(history: list[Step]) -> torch.Tensor:
 
 def steps_of(tensors: dict[str, torch.Tensor]) -> list[Step]:
     """The history in a checkpoint's tensors."""
-    from ..training.loop import Step
-
     return [Step(int(row[0]), *row[1:]) for row in tensors[_HISTORY].tolist()]
 
 

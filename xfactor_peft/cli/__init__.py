@@ -49,18 +49,21 @@ class _LazyGroup(click.Group):
 
             if not isinstance(error, Interrupted):
                 raise
-            from .flags import as_flags
-
-            click.echo(f"\n{as_flags(str(error))}", err=True)
+            click.echo(f"\n{self._in_flags(ctx, error)}", err=True)
             ctx.exit(error.status)
         except ValueError as error:
             from ..errors import XFactorError
 
             if not isinstance(error, XFactorError):
                 raise
-            from .flags import as_flags
+            raise _UserError(self._in_flags(ctx, error)) from error
 
-            raise _UserError(as_flags(" ".join(str(error).split()))) from error
+    @staticmethod
+    def _in_flags(ctx: click.Context, error: BaseException) -> str:
+        """The error on one line, in the command line's own words."""
+        from .flags import RESUME, as_flags
+
+        return as_flags(" ".join(str(error).split()), ctx.meta.get(RESUME))
 
 
 class _UserError(click.ClickException):

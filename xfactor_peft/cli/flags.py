@@ -67,17 +67,22 @@ FLAGS = {
     "weight_decay": "--weight-decay",
     "words": "--words",
 }
+RESUME = "xfactor_peft.resume"
+"""Key of click's context under which the command that resumes the present run is found."""
 _FIELD = re.compile(r"`([a-z_.]+)(?:=([^`]*))?`")
 
 
-def as_flags(message: str) -> str:
+def as_flags(message: str, resume_command: str | None = None) -> str:
     """A message of the library with every field that has a flag written as that flag: `lora.r=4` -> --lora-r 4.
 
-    A field that is True is a flag alone; text in backticks that is no field stays as it is.
+    A field that is True is a flag alone, and `resume=True` the whole command that resumes the present run. Text in
+    backticks that is no field stays as it is.
     """
 
     def flag(match: re.Match[str]) -> str:
         name, value = match.groups()
+        if match[0] == "`resume=True`" and resume_command:
+            return resume_command
         if (exact := f"{name}={value}") in FLAGS:
             return FLAGS[exact]
         if name not in FLAGS:

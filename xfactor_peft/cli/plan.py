@@ -8,7 +8,7 @@ import click
 
 from .common import load_options, model_options
 from .rate import check_rate_flags, rate_options
-from .run_options import plan_run, run_options
+from .run_options import make_recipe, plan_run, run_options
 
 
 @click.command("plan")
@@ -26,7 +26,8 @@ def command(**flags: Any) -> None:  # fmt: skip
     check_rate_flags(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
     click.echo(f"model {choice.name} ({choice.reason})")
-    plan = plan_run(flags, choice, load_options(flags, master_weights=flags["method"] == "full"))
+    load = load_options(flags, master_weights=flags["method"] == "full")
+    plan = plan_run(flags, choice, load, make_recipe(flags))
     print_plan(plan)
     if not plan.fits:
         raise SystemExit(1)

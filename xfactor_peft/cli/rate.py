@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import XFactorError
+from ..options import ObjectiveOptions
 from .common import Command, apply_options, default_set, token_set
 
 if TYPE_CHECKING:
     from ..base.loading import Base
-    from ..objective.targets import TiltedTarget, UniformTarget
-    from ..options import ObjectiveOptions
+    from ..objective.targets import Target, TiltedTarget, UniformTarget
 
 
 def rate_options(function: Command) -> Command:
@@ -39,8 +40,6 @@ def rate_options(function: Command) -> Command:
 
 def check_rate_flags(flags: dict[str, Any]) -> None:
     """Raises XFactorError for options that exclude each other, before anything is loaded."""
-    from ..errors import XFactorError
-
     given = [
         name
         for name, value in (
@@ -64,8 +63,7 @@ def check_rate_flags(flags: dict[str, Any]) -> None:
 
 
 def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
-    from ..options import ObjectiveOptions
-
+    """What training looks at and how it stops."""
     return ObjectiveOptions(
         contexts=flags["contexts"],
         kl_to_base=flags["kl_to_base"],
@@ -76,7 +74,15 @@ def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
     )
 
 
-def make_target(flags: dict[str, Any], base: Base) -> UniformTarget | TiltedTarget:
+def target_kind(flags: dict[str, Any]) -> type[UniformTarget] | type[TiltedTarget]:
+    """The class of the target: tilted when a rate is wanted. Known before there is a tokenizer."""
+    from ..objective.targets import TiltedTarget, UniformTarget
+
+    wanted = flags["target_rate"] is not None or flags["strength"] is not None or bool(flags["goals"])
+    return TiltedTarget if wanted else UniformTarget
+
+
+def make_target(flags: dict[str, Any], base: Base) -> Target:
     """The tilted target when a rate is wanted, else the uniform one."""
     from ..objective.goals import parse_goals
     from ..objective.targets import TiltedTarget, UniformTarget
@@ -84,6 +90,6 @@ def make_target(flags: dict[str, Any], base: Base) -> UniformTarget | TiltedTarg
     if flags["goals"]:
         return parse_goals(flags["goals"], base.tokenizer, vocab_size=base.vocab_size, ignore_case=flags["ignore_case"])
     tokens = token_set(flags, base) or default_set(base)
-    if flags["target_rate"] is not None or flags["strength"] is not None:
+    if target_kind(flags) is TiltedTarget:
         return TiltedTarget.of(tokens, flags["target_rate"], strength=flags["strength"])
     return UniformTarget(tokens, flags["alpha"], flags["beta"])

@@ -1,13 +1,15 @@
-"""The options of `xfactor train` that save a run and go on with it."""
+"""The options of `xfactor train` that save a run and resume it."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .common import Command, apply_options
+from .flags import RESUME
 
 _PATHS = ("output", "words", "token_ids", "log_dir")
 _NOT_KEPT = ("resume", "force")
@@ -20,10 +22,15 @@ def resuming_options(function: Command) -> Command:
             click.option("--save-every", type=int, default=50, show_default=True, metavar="N",
                          help="Steps between checkpoints; 0: only at the end and when stopped."),
             click.option("--resume", type=click.Path(path_type=Path), metavar="RUN",
-                         help="Go on with a run that was stopped, e.g. adapters/X-lora-r8; takes no other option."),
+                         help="Continue a run that was stopped, e.g. adapters/X-lora-r8; takes no other option."),
         ],
         function,
     )  # fmt: skip
+
+
+def name_resume_command(output: Path) -> None:
+    """Let messages that say `resume=True` name the whole command."""
+    click.get_current_context().meta[RESUME] = f"xfactor train --resume {shlex.quote(str(output))}"
 
 
 def to_settings(flags: dict[str, Any], output: Path) -> dict[str, Any]:

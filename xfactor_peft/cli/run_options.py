@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import XFactorError
-from ..options import CHECKPOINTING, LORA_TARGETS, LORA_VARIANTS, METHODS, LoraOptions, MemoryOptions
+from ..options import (
+    CHECKPOINTING,
+    LORA_TARGETS,
+    LORA_VARIANTS,
+    METHODS,
+    EvalOptions,
+    LoraOptions,
+    MemoryOptions,
+    Recipe,
+    SamplingOptions,
+    TrainOptions,
+)
 from .common import Command, apply_options
+from .rate import objective_options, target_kind
 
 if TYPE_CHECKING:
     from ..base.resolve import ModelChoice
@@ -45,50 +58,55 @@ def run_options(function: Command) -> Command:
     )  # fmt: skip
 
 
-def lora_options(flags: dict[str, Any]) -> LoraOptions:
-    """The LoRA options as given; the target still open when it was not."""
-
-    return LoraOptions(
-        flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], flags["target"] or "all", flags["lora_variant"]
-    )
-
-
-def memory_options(flags: dict[str, Any]) -> MemoryOptions:
+def make_recipe(flags: dict[str, Any]) -> Recipe:
+    """Everything that the options of `train` and `plan` say about a run, its LoRA layers decided."""
+    kind, objective = target_kind(flags), objective_options(flags)
+    lora = LoraOptions(
+        flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"],
+        flags["target"] or kind.default_lora(objective).target, flags["lora_variant"],
+    )  # fmt: skip
+    names = [field.name for field in fields(TrainOptions)]
+    train = TrainOptions(**{name: flags[name] for name in names if name in flags})
     budget = parse_size(flags["memory_budget"]) if flags["memory_budget"] else None
-    return MemoryOptions(flags["checkpointing"], budget)
+    return Recipe(train, lora, _evaluation(flags), objective, MemoryOptions(flags["checkpointing"], budget))
 
 
-def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan:
+def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
+    if flags.get("no_eval"):
+        return None
+    sampling = SamplingOptions(seed=flags.get("seed", 0))
+    if flags.get("eval_tokens") is not None:
+        sampling = replace(sampling, max_new_tokens=flags["eval_tokens"])
+    return EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
+
+
+def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan:
     """Predict the run that these flags ask for; nothing but the model's configuration is read.
 
     Raises:
         XFactorError: this kind of run cannot be predicted.
     """
-    from dataclasses import replace
-
     from ..base.loading import pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
     from ..budget.plan import make_plan
 
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
-        raise XFactorError("--quant-backend bitsandbytes is not predicted on a CPU; drop it, or measure a short run")
-    rate = flags["target_rate"] is not None or flags["strength"] is not None or bool(flags["goals"])
-    lora = lora_options(flags)
-    if rate and not flags["target"]:
-        lora = replace(lora, target="all,head" if flags["sequence_level"] else "head")
+        raise XFactorError("`backend=bitsandbytes` is not predicted on a CPU; drop it, or measure a short run")
+    train, lora = recipe.train, recipe.lora
+    assert lora is not None  # `make_recipe` decides it
     shape = Shape(
         dtype=pick_dtype(load.dtype, device),
         quantization=load.quantization,
-        batch=flags["batch_size"],
-        length=flags["seq_len"],
-        method=flags["method"],
+        batch=train.batch_size,
+        length=train.seq_len,
+        method=train.method,
         lora=lora,
         sets=max(1, len(flags["goals"])) if lora.head else 0,
     )
     return make_plan(
-        choice.folder, shape, memory_options(flags), grad_accum=flags["grad_accum"],
-        teacher=rate or flags["kl_to_base"] > 0, device=device,
+        choice.folder, shape, recipe.memory, grad_accum=train.grad_accum,
+        teacher=target_kind(flags).needs_teacher(recipe.objective), device=device,
     )  # fmt: skip
 
 

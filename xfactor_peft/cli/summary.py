@@ -9,44 +9,38 @@ from rich.table import Table
 
 from ..base.loading import Base
 from ..lora.wrap import matched_modules
-from ..objective.targets import TiltedTarget, UniformTarget
-from ..options import LoraOptions, ObjectiveOptions, TrainOptions
+from ..objective.targets import Target
+from ..options import Recipe
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
 from ..tokens.token_set import _describe as describe_rule
-from ..training.rate_run import RateReport
+from ..training.rate import RateReport
 from ..training.train import TrainResult
 from .console import console
 from .plan_text import print_measured
 
 
-def print_start(
-    base: Base,
-    target: UniformTarget | TiltedTarget,
-    options: TrainOptions,
-    lora: LoraOptions,
-    objective: ObjectiveOptions,
-) -> None:
+def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     """The token sets, the matched layers and the recipe."""
-    if isinstance(target, UniformTarget):
+    options, lora = recipe.train, recipe.lora
+    if not target.goals:
         tokens = target.tokens
         console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
-    goals = () if isinstance(target, UniformTarget) else target.goals
-    for goal in goals:
-        wish = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
+    for goal in target.goals:
+        wanted = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
         size = f"{len(goal.tokens)} of {goal.tokens.vocab_size}"
-        console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wish}", markup=False)
-    if options.method == "lora":
+        console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wanted}", markup=False)
+    if options.method == "lora" and lora is not None:
         matched = matched_modules(base.model, lora.target)
         if lora.head:
             *_, head = matched
             del matched[head]
-            console.print(f"set head: rank {len(goals)} on {head}")
+            console.print(f"set head: rank {len(target.goals)} on {head}")
         if matched:
             layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
             console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
-        target.contexts(objective), f"tokens of {objective.contexts}"
+        target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )
     console.print(
         f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "
@@ -98,7 +92,8 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     """Loss, R before and after, parameters, time and memory."""
     steps = result.history
     console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats")
-    print_scores({"before": result.before, "after": result.after})
+    if result.before and result.after:
+        print_scores({"before": result.before, "after": result.after})
     if result.rate:
         print_rate(result.rate, result.after)
     for warning in result.warnings:
@@ -119,15 +114,16 @@ def print_goals(name: str, scores: Evaluation) -> None:
         console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})", markup=False)
 
 
-def print_rate(report: RateReport, scores: Evaluation) -> None:
+def print_rate(report: RateReport, scores: Evaluation | None) -> None:
     """The rates reached against those wanted, and the price against the frontier."""
-    if report.wanted:
+    if report.wanted and scores:
         rates = [goal["rate"] for goal in scores.goals] or [scores.rate]
         pairs = ", ".join(f"{w:g} → {r:.4f}" for w, r in zip(report.wanted, rates, strict=True))
         console.print(f"wanted R → sampled R: {pairs}")
     strengths = ", ".join(f"{value:.3f}" for value in report.strengths)
     console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
-    print_frontier("KL", scores, report.frontier)
+    if scores:
+        print_frontier("KL", scores, report.frontier)
     if report.dial:
         pairs = "  ".join(f"{scale:g}: {rate:.4f}" for scale, rate in report.dial)
         console.print(f"dial, scale: R  {pairs}")

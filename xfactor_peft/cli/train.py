@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..options import OPTIMIZERS, EvalOptions, SamplingOptions
 from ..training.parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
-from .rate import check_rate_flags, make_target, objective_options, rate_options
-from .resuming import resumed, resuming_options, to_settings
-from .run_options import lora_options, memory_options, plan_run, run_options
+from .rate import check_rate_flags, make_target, rate_options
+from .resuming import name_resume_command, resumed, resuming_options, to_settings
+from .run_options import make_recipe, plan_run, run_options
 from .tracking import tracking, tracking_options
 
 if TYPE_CHECKING:
+    from ..base.loading import Base
     from ..base.resolve import ModelChoice
     from ..budget.plan import Plan
-    from ..options import LoadOptions
-    from ..training.train import Step
+    from ..checkpoint.state import Step
+    from ..options import LoadOptions, Recipe
 
 # The original exercise (mikexcohen/LLM_course, "Maximize the X factor"): full fine-tuning towards lowercase "x".
 SOURCE_PRESET = {
@@ -37,14 +40,13 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
 @click.option("--steps", default=300, show_default=True)
 @click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
-@click.option(
-    "--optimizer", type=click.Choice(["adam", "adamw", "adam8bit", "adafactor"]), default="adam", show_default=True
-)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True)
 @click.option("--weight-decay", default=0.0, show_default=True)
-@click.option("--fsdp", is_flag=True, help="Several processes share out all weights (full fine-tuning).")
+@click.option("--fsdp", is_flag=True, help="Shard all weights over several processes (full fine-tuning).")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
 @click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
+@click.option("--no-eval", is_flag=True, help="Do not measure R before and after.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -85,62 +87,52 @@ def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
 
 def run(flags: dict[str, Any]) -> None:
     """Check every flag, plan, load, train with a progress bar, print the summary."""
-    from dataclasses import replace
-
     load = load_options(flags, master_weights=flags["method"] == "full")
 
     from ..adapters.hub import check_push, push
     from ..base.resolve import resolve_model
-    from ..options import TrainOptions
-    from ..runs.run import default_name, train_to_folder
+    from ..runs.run import FolderOptions, default_name, train_to_folder
     from ..runs.tracking import check_trackers
-    from ..training.train import default_lora
     from .plan_text import print_expectation
     from .progress import TrainingProgress
     from .summary import print_start, print_summary
 
-    names = ("method", "steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "seed", "grad_accum",
-             "auto_batch", "fsdp")  # fmt: skip
-    options = TrainOptions(**{name: flags[name] for name in names})
-    lora, objective, memory = lora_options(flags), objective_options(flags), memory_options(flags)
     check_rate_flags(flags)
+    recipe = make_recipe(flags)
     check_trackers(flags["trackers"])
     if flags["push_to_hub"]:
         check_push(flags["push_to_hub"])
-    evaluation = _evaluation(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    plan = _plan(flags, choice, load)
+    plan = _plan(flags, choice, load, recipe)
     base = load_chosen(choice, load)
     target = make_target(flags, base)
-    if not flags["target"]:
-        lora = replace(lora, target=default_lora(target, objective).target)
-    if flags["preset"] == "source":
-        evaluation = _source_evaluation(base, flags["eval_tokens"])
-    output = flags["output"] or Path("adapters") / default_name(target.tokens, options, lora, target)
-    print_start(base, target, options, lora, objective)
+    if flags["preset"] == "source" and recipe.evaluation:
+        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
+    assert recipe.lora is not None  # `make_recipe` decides it
+    output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
+    name_resume_command(output)
+    print_start(base, target, recipe)
     if plan is not None:
-        memory = replace(memory, checkpointing=plan.recomputed)
+        recipe = replace(recipe, memory=replace(recipe.memory, checkpointing=plan.recomputed))
         print_expectation(plan)
-    steps = options.steps + (objective.sequence_steps if objective.sequence_level else 0)
-    with tracking(flags, output.name, options.record()) as trackers:
+    folder = FolderOptions(flags["force"], bool(flags["resume"]), flags["save_every"], to_settings(flags, output))
+    steps = recipe.train.steps + (recipe.objective.sequence_steps if recipe.objective.sequence_level else 0)
+    with tracking(flags, output.name, recipe.train.record()) as trackers:
         with TrainingProgress(steps) as progress:
 
             def on_step(step: Step) -> None:
                 progress.update(step)
                 trackers(step)
 
-            result, record = train_to_folder(
-                base, target, output, options, lora, evaluation, objective, memory,
-                plan=plan, force=flags["force"], resume=bool(flags["resume"]), save_every=flags["save_every"],
-                settings=to_settings(flags, output), on_step=on_step,
-            )  # fmt: skip
-        trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
+            result, record = train_to_folder(base, target, output, recipe, folder, plan=plan, on_step=on_step)
+        if result.before and result.after:
+            trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
     print_summary(result, record, output)
     if flags["push_to_hub"]:
         click.echo(f"pushed to {push(output, flags['push_to_hub'])}")
 
 
-def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan | None:
+def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan | None:
     """What the run will take; None where that cannot be said, unless a budget depends on it.
 
     Raises:
@@ -150,27 +142,18 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions) -> Plan
     from ..errors import XFactorError
 
     try:
-        plan = plan_run(flags, choice, load)
+        plan = plan_run(flags, choice, load, recipe)
     except XFactorError:
-        if flags["memory_budget"]:
+        if recipe.memory.budget:
             raise
         return None
-    if flags["memory_budget"]:
+    if recipe.memory.budget:
         require_fit(plan)
     return plan
 
 
-def _evaluation(flags: dict[str, Any]) -> Any:
-    from ..options import EvalOptions, SamplingOptions
-
-    new = 64 if flags["eval_tokens"] is None else flags["eval_tokens"]
-    return EvalOptions(repeats=flags["eval_repeats"], sampling=SamplingOptions(max_new_tokens=new, seed=flags["seed"]))
-
-
-def _source_evaluation(base: Any, new: int | None) -> Any:
+def _source_evaluation(base: Base, new: int | None) -> EvalOptions:
     """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
-    from ..options import EvalOptions, SamplingOptions
-
     if new is None:
         new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
     return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))

@@ -59,7 +59,7 @@ def prepare_for_training(model: PreTrainedModel | PeftModel, checkpointing: bool
         _switch(base, False)
         return
     if not blocks:
-        raise ValueError(f"{type(base).__name__} supports no activation checkpointing; use --checkpointing off")
+        raise ValueError(f"{type(base).__name__} supports no activation checkpointing; use `checkpointing=off`")
     _switch(base, True)
     if checkpointing is not True:
         for block in blocks[checkpointing:]:

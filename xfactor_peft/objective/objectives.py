@@ -32,7 +32,7 @@ class UniformObjective(nn.Module):
     ) -> None:
         super().__init__()
         if kl_to_base and adapter_off is None:
-            raise XFactorError("--kl-to-base needs --method lora: without an adapter to switch off there is no base")
+            raise XFactorError("`kl_to_base` needs `method=lora`: without an adapter to switch off there is no base")
         self.model = split_model.model
         self._split_model, self._weight, self._off = split_model, kl_to_base, adapter_off
         device = split_model.weight.device

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import XFactorError
-from ..options import ObjectiveOptions
+from ..options import LoraOptions, ObjectiveOptions, TrainOptions
 from ..tokens.token_set import TokenSet
 from .tilt import MAX_STRENGTH
 
@@ -47,14 +47,33 @@ class UniformTarget:
         """P(S), the mass the target wants on the set."""
         return self.levels[0] * len(self.tokens)
 
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """No set has a wanted rate."""
+        return ()
+
     def contexts(self, objective: ObjectiveOptions) -> str:
         """The texts to train on: the source experiment's random tokens unless others are asked for."""
         return objective.contexts or "random"
 
-    def check(self, objective: ObjectiveOptions) -> None:
-        """Raises XFactorError for options that this target has no use for."""
+    @staticmethod
+    def default_lora(objective: ObjectiveOptions) -> LoraOptions:
+        """Attention and MLP."""
+        return LoraOptions()
+
+    @staticmethod
+    def needs_teacher(objective: ObjectiveOptions) -> bool:
+        """Whether a step holds the base's states beside the model's."""
+        return objective.kl_to_base > 0
+
+    def check(self, train: TrainOptions, lora: LoraOptions, objective: ObjectiveOptions) -> None:
+        """Raises XFactorError for options that do not go together with this target."""
         if objective.sequence_level:
             raise XFactorError("`sequence_level=True` needs `goal.rate`")
+        if lora.head:
+            raise XFactorError(f"`lora.target={lora.target}` needs `goal.rate`, `goal.strength` or `goal`")
+        if train.method == "full" and objective.kl_to_base:
+            raise XFactorError("`kl_to_base` needs `method=lora`: without an adapter to switch off there is no base")
 
     def record(self) -> dict[str, Any]:
         return {"kind": "uniform", "alpha": self.alpha, "beta": self.beta}
@@ -138,8 +157,20 @@ class TiltedTarget:
         """The texts to train on: the base's own samples unless others are asked for."""
         return objective.contexts or "self"
 
-    def check(self, objective: ObjectiveOptions) -> None:
-        """Raises XFactorError for options that this target has no use for."""
+    @staticmethod
+    def default_lora(objective: ObjectiveOptions) -> LoraOptions:
+        """The set head; to plan whole texts also attention and MLP."""
+        return LoraOptions(target="all,head" if objective.sequence_level else "head")
+
+    @staticmethod
+    def needs_teacher(objective: ObjectiveOptions) -> bool:
+        """The base is the teacher."""
+        return True
+
+    def check(self, train: TrainOptions, lora: LoraOptions, objective: ObjectiveOptions) -> None:
+        """Raises XFactorError for options that do not go together with this target."""
+        if train.method == "full":
+            raise XFactorError("a rate needs `method=lora`: with `method=full` there is no base left to be tilted")
         if objective.kl_to_base:
             raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
         if objective.sequence_level and self.rates is None:
@@ -147,3 +178,6 @@ class TiltedTarget:
 
     def record(self) -> dict[str, Any]:
         return {"kind": "tilted", "goals": [goal.record() for goal in self.goals]}
+
+
+Target = UniformTarget | TiltedTarget

@@ -77,7 +77,7 @@ def solve_rate(masses: torch.Tensor, rate: float) -> float:
         XFactorError: the rate is outside [0, 1), or the set has no mass in the contexts.
     """
     if not 0 <= rate < 1:
-        raise XFactorError(f"--target-rate must be at least 0 and below 1; got {rate:g}")
+        raise XFactorError(f"`goal.rate` must be at least 0 and below 1; got {rate:g}")
     if rate == 0:
         return SUPPRESS
     masses = masses.double().clamp(max=1 - 1e-12)

@@ -13,19 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..adapters.files import RECORD
 from ..adapters.output import prepare_output, publish, save_result, staging_of
-from ..checkpoint.checkpointer import resume_command
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
+from ..checkpoint.state import Step, steps_of
 from ..errors import XFactorError
-
-if TYPE_CHECKING:
-    from ..training.loop import Step
-    from ..training.train import TrainResult
+from ..training.train import TrainResult
 
 METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
 _VOLATILE = ("why", "name")
@@ -37,7 +34,7 @@ class RunFolder:
     """A run's staging folder, new or found again.
 
     Attributes:
-        start: the checkpoint to go on from, None for a run from its first step.
+        start: the checkpoint to resume from, None for a run from its first step.
     """
 
     output: Path
@@ -48,7 +45,7 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, output: Path, header: dict[str, Any], *, force: bool, resume: bool, settings: dict[str, Any] | None
+        cls, output: Path, header: dict[str, Any], *, force: bool, resume: bool, settings: dict[str, Any]
     ) -> RunFolder:
         """A new folder, or with `resume` the one that is there; raises XFactorError where that cannot be."""
         path = staging_of(output)
@@ -58,25 +55,23 @@ class RunFolder:
             return cls(output, path, _checked_header(output, path, header), checkpoints, found)
         if found and not force:
             raise XFactorError(
-                f"an interrupted run is in {path}, at step {found.step}; go on with `{resume_command(output)}`, "
-                "or pass --force to start again"
+                f"an interrupted run is in {path}, at step {found.step}; resume it with `resume=True`, "
+                "or start again with `force=True`"
             )
         path = prepare_output(output, force=force)
         run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
         try:
-            write_atomically(path / SETTINGS, json.dumps(settings or {}, indent=2).encode())
+            write_atomically(path / SETTINGS, json.dumps(settings, indent=2).encode())
             write_atomically(path / METRICS, _line(header))
         except OSError as error:
             raise XFactorError(
-                f"{path} cannot be written ({error.strerror}); free space, or choose --output"
+                f"{path} cannot be written ({error.strerror}); free space, or choose another `output`"
             ) from error
         return run
 
     @contextmanager
     def log(self) -> Iterator[Callable[[Step], None]]:
         """A function that adds a step to `metrics.jsonl`, which first loses what came after the checkpoint."""
-        from ..checkpoint.state import steps_of
-
         steps = steps_of(self.start.tensors()) if self.start else []
         write_atomically(self.path / METRICS, b"".join([_line(self.header), *(_line(asdict(step)) for step in steps)]))
         with (self.path / METRICS).open("ab") as file:
@@ -102,17 +97,15 @@ class RunFolder:
         _tidy(self.output)
         return record
 
-    def _with_resume_hint(self, stopped: Interrupted) -> Interrupted:
-        """The signal, with what was kept and how to go on; the folder of a run that kept nothing is removed."""
+    def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
+        """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
         saved = self.checkpoints.saved
         if saved is None:
             shutil.rmtree(self.path, ignore_errors=True)
             return Interrupted("stopped; nothing was saved, start again with the same command", stopped.status - 128)
-        if "go on with" in str(stopped):
+        if "`resume=True`" in str(stopped):
             return stopped
-        return Interrupted(
-            f"stopped; step {saved} is saved; go on with: {resume_command(self.output)}", stopped.status - 128
-        )
+        return Interrupted(f"stopped; step {saved} is saved; resume with `resume=True`", stopped.status - 128)
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step."""
@@ -130,15 +123,15 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
     path = staging_of(output)
     if not (path / SETTINGS).is_file():
         if not (output / RECORD).is_file():
-            raise XFactorError(f"--resume {output}: there is no interrupted run")
+            raise XFactorError(f"{output} cannot be resumed: there is no interrupted run")
         _tidy(output)  # the run may have been killed just before it did so itself
-        raise XFactorError(f"--resume {output}: the run is finished, there is nothing to resume")
+        raise XFactorError(f"{output} cannot be resumed: the run is finished, there is nothing to resume")
     try:
         value = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise XFactorError(f"--resume {output}: {path / SETTINGS} cannot be read: {error}") from error
+        raise XFactorError(f"{output} cannot be resumed: {path / SETTINGS} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise XFactorError(f"--resume {output}: {path / SETTINGS} must hold a JSON object")
+        raise XFactorError(f"{output} cannot be resumed: {path / SETTINGS} must hold a JSON object")
     return value
 
 
@@ -154,15 +147,15 @@ def _checked_header(output: Path, path: Path, header: dict[str, Any]) -> dict[st
         with (path / METRICS).open("rb") as file:
             kept = json.loads(file.readline())
     except FileNotFoundError as error:
-        raise XFactorError(f"--resume {output}: there is no interrupted run") from error
+        raise XFactorError(f"{output} cannot be resumed: there is no interrupted run") from error
     except ValueError as error:
-        raise XFactorError(f"--resume {output}: {path / METRICS} is damaged: {error}") from error
+        raise XFactorError(f"{output} cannot be resumed: {path / METRICS} is damaged: {error}") from error
     now = json.loads(_line(header))
     for part in now:
         old, new = kept.get(part) or {}, now[part] or {}
         changed = [k for k in {**old, **new} if k not in _VOLATILE and old.get(k) != new.get(k)]
         if changed:
-            raise XFactorError(f"--resume {output}: the run has another {part} ({', '.join(sorted(changed))})")
+            raise XFactorError(f"{output} cannot be resumed: the run has another {part} ({', '.join(sorted(changed))})")
     return kept
 
 

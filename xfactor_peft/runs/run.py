@@ -4,114 +4,109 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..base.loading import Base
 from ..budget.plan import Plan
-from ..checkpoint.checkpointer import SAVE_EVERY, Checkpointer
+from ..checkpoint.checkpointer import SAVE_EVERY, Checkpointer, NoCheckpoints
 from ..checkpoint.interruption import Interrupted, Interruption
 from ..checkpoint.locks import folder_lock
+from ..checkpoint.state import Step
 from ..errors import XFactorError
-from ..objective.targets import TiltedTarget, UniformTarget
-from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, TrainOptions
-from ..tokens.token_set import TokenSet
+from ..objective.targets import Target
+from ..options import LoraOptions, Recipe, TrainOptions
 from ..training.parallel import own_output, process
-from ..training.train import Step, TrainResult, default_lora, train
+from ..training.run import Hooks
+from ..training.train import TrainResult, train_recipe
 from .folder import RunFolder
 
 
-def default_name(
-    tokens: TokenSet, options: TrainOptions, lora: LoraOptions, target: UniformTarget | TiltedTarget | None = None
-) -> str:
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a run treats its folder.
+
+    Attributes:
+        force: replace a finished or an interrupted run.
+        resume: continue from the newest whole checkpoint (from the start where there is none yet).
+        save_every: steps between checkpoints; 0 saves only at the end of training and when a signal comes.
+        settings: what a caller wants to find again in `settings.json` when it resumes.
+    """
+
+    force: bool = False
+    resume: bool = False
+    save_every: int = SAVE_EVERY
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def default_name(target: Target, options: TrainOptions, lora: LoraOptions) -> str:
     """A folder name from the rule and the method, e.g. "X-lora-r8" or, for a rate, "X-rate-0.1-head"."""
-    rule = tokens.rule
+    rule, tokens = target.tokens.rule, target.tokens
     value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
     plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
     method = f"{lora.variant.replace('+', '-plus')}-r{lora.r}" if options.method == "lora" else "full"
-    if isinstance(target, TiltedTarget):
+    if target.goals:
         goal = target.goals[0]
-        wish = f"rate-{goal.rate:g}" if goal.rate is not None else f"lambda-{goal.strength:g}"
+        wanted = f"rate-{goal.rate:g}" if goal.rate is not None else f"lambda-{goal.strength:g}"
         several = f"-and-{len(target.goals) - 1}-more" if len(target.goals) > 1 else ""
-        method = f"{wish}{several}-{lora.target.replace(',', '-')}"
+        method = f"{wanted}{several}-{lora.target.replace(',', '-')}"
     return f"{plain}{'-any-case' if rule.get('ignore_case') else ''}-{method}"
 
 
 def train_to_folder(
     base: Base,
-    target: UniformTarget | TiltedTarget,
+    target: Target,
     output: Path,
-    options: TrainOptions = TrainOptions(),
-    lora: LoraOptions | None = None,
-    evaluation: EvalOptions = EvalOptions(),
-    objective: ObjectiveOptions = ObjectiveOptions(),
-    memory: MemoryOptions = MemoryOptions(),
+    recipe: Recipe = Recipe(),
+    folder: FolderOptions = FolderOptions(),
     *,
     plan: Plan | None = None,
-    force: bool = False,
-    resume: bool = False,
-    save_every: int = SAVE_EVERY,
-    settings: dict[str, Any] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[Step], None] = lambda _: None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """`train`, with its results in `output`; returns the result and the record written.
 
     While it runs, everything is in a hidden folder beside `output`, which takes its name when the run is done:
     `metrics.jsonl`, a first line with the model, the token set and the settings and then one line a step, and
-    checkpoints (see `run_folder`). A run that was stopped, killed or lost its power goes on with `resume` and the same
-    arguments, and ends with the same bytes on a CPU as if nothing had happened. With `fsdp` there are no checkpoints.
+    checkpoints (see `folder`). A run that was stopped, killed or lost its power resumes with the same arguments, and
+    ends with the same bytes on a CPU as if nothing had happened. With `fsdp` there are no checkpoints.
 
     Args:
         plan: what was predicted of the run, for the record.
-        resume: go on from the newest whole checkpoint (from the start where there is none yet).
-        save_every: steps between checkpoints; 0 saves at the end of training and when a signal comes only.
-        settings: what a caller wants to find again in `settings.json` when it resumes.
 
     Raises:
         XFactorError: `output` exists and `force` is off, an interrupted run is there and neither `force` nor `resume`
             is on, other arguments than those of the run to resume, another run is writing there, or training fails.
-        Interrupted: SIGINT or SIGTERM came; the message says how to go on.
+        Interrupted: SIGINT or SIGTERM came; the message says how to resume.
     """
-    lora = lora or default_lora(target, objective)
+    lora = recipe.lora or target.default_lora(recipe.objective)
     header = {
         "base": base.record(),
         "tokens": target.tokens.record(),
-        "train": options.record(),
-        "lora": asdict(lora) if options.method == "lora" else None,
+        "train": recipe.train.record(),
+        "lora": asdict(lora) if recipe.train.method == "lora" else None,
         "target": target.record(),
-        "objective": objective.record(),
+        "objective": recipe.objective.record(),
     }
-    if resume and process()[1] > 1:
-        raise XFactorError("--resume goes on in one process; start it without accelerate launch")
+    if folder.resume and process()[1] > 1:
+        raise XFactorError("`resume` works in one process; start it without accelerate launch")
     with own_output(output) as output, folder_lock(output), Interruption() as interruption:
-        folder = RunFolder.open(output, header, force=force, resume=resume, settings=settings)
-        checkpointer = (
-            None if options.fsdp else Checkpointer(folder.checkpoints, save_every, output, interruption, folder.start)
-        )
-        with folder.log() as log:
+        place = RunFolder.open(output, header, force=folder.force, resume=folder.resume, settings=folder.settings)
+        checkpointer = NoCheckpoints()
+        if not recipe.train.fsdp:
+            checkpointer = Checkpointer(place.checkpoints, folder.save_every, interruption, place.start)
+        with place.log() as log:
 
             def record_step(step: Step) -> None:
                 log(step)
-                if on_step:
-                    on_step(step)
+                on_step(step)
 
             try:
-                result = train(
-                    base,
-                    target,
-                    options,
-                    lora,
-                    evaluation,
-                    objective,
-                    memory,
-                    on_step=record_step,
-                    checkpointer=checkpointer,
-                )
+                result = train_recipe(base, target, replace(recipe, lora=lora), Hooks(record_step, checkpointer))
                 result.plan = plan
-                return result, folder.finish(result)
+                return result, place.finish(result)
             except Interrupted as stopped:
-                raise folder._with_resume_hint(stopped) from None
+                raise place.with_resume_hint(stopped) from None
             except XFactorError:
-                folder.discard_if_empty()
+                place.discard_if_empty()
                 raise

@@ -21,7 +21,13 @@ def check_length(config: PretrainedConfig, seq_len: int) -> None:
     """Raises XFactorError for sequences longer than the model's context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and seq_len > context:
-        raise XFactorError(f"--seq-len {seq_len} is longer than the model's context of {context}")
+        raise XFactorError(f"`seq_len={seq_len}` is longer than the model's context of {context}")
+
+
+def tokens_left(base: Base, used: int) -> int:
+    """Tokens that the model's context still holds after `used`; a large number when it has no limit."""
+    context = getattr(base.model.config, "max_position_embeddings", None) or 1 << 20
+    return context - used
 
 
 def allowed_ids(base: Base) -> torch.Tensor:
@@ -69,11 +75,11 @@ def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"--contexts {path}: cannot be read as UTF-8 text: {error}") from error
+        raise XFactorError(f"`contexts={path}`: cannot be read as UTF-8 text: {error}") from error
     ids = torch.tensor(base.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
     count = len(ids) // length
     if count == 0:
-        raise XFactorError(f"--contexts {path} holds {len(ids)} tokens, fewer than --seq-len {length}")
+        raise XFactorError(f"`contexts={path}` holds {len(ids)} tokens, fewer than `seq_len={length}`")
     return ids[: count * length].view(count, length)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.split_model import SplitModel
 from ..options import EvalOptions
 from ..tokens.token_set import TokenSet
-from .calibration import Controller
+from .calibration import calibrate
 from .metrics import Evaluation, evaluate
 
 
@@ -59,17 +59,16 @@ def measure_frontier(
     wanted = torch.tensor([scores.set_mass], dtype=torch.float64)
     if not 1e-7 < scores.set_mass < 1 - 1e-5:
         return None
-    mask, strength = tokens.mask(split_model.weight.device).float(), torch.tensor([start], dtype=torch.float64)
-    controller, found = Controller(wanted), []
+    mask, found = tokens.mask(split_model.weight.device).float(), []
+
+    def measure(strength: torch.Tensor, _: int) -> torch.Tensor:
+        tilted = SplitModel(split_model.model, float(strength) * mask)
+        point = evaluate(tilted, tokenizer, tokens, options, base=SplitModel(split_model.model))
+        found.append((abs(point.set_mass - scores.set_mass), float(strength), point))
+        return torch.tensor([point.set_mass], dtype=torch.float64)
+
     with (adapter_off or nullcontext)():
-        for _ in range(rounds):
-            tilted = SplitModel(split_model.model, float(strength) * mask)
-            point = evaluate(tilted, tokenizer, tokens, options, base=SplitModel(split_model.model))
-            found.append((abs(point.set_mass - scores.set_mass), float(strength), point))
-            measured = torch.tensor([point.set_mass], dtype=torch.float64)
-            if found[-1][0] <= 0.01 * scores.set_mass:
-                break
-            strength = strength + controller.step(strength, measured)
+        calibrate(measure, torch.tensor([start], dtype=torch.float64), wanted, least=1, most=rounds, tolerance=0.01)
     _, bias, best = min(found, key=lambda item: item[0])
     kl = best.kl_from_base + bias * (scores.set_mass - best.set_mass)
     return Frontier(bias, kl, scores.kl_from_base / kl if kl > 1e-9 else float("nan"), best)

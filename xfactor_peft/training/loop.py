@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -15,52 +14,34 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from ..budget.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
-from ..checkpoint.state import Stream, TrainingState
+from ..checkpoint.state import Step, Stream, TrainingState
 from ..errors import XFactorError
 from ..lora.wrap import lora_b_norm
+from ..options import TrainOptions
 from .optimizers import build_optimizer
 from .parallel import check_rows, mean_over_processes, own_rows
+from .run import TrainingRun
 from .sharding import ShardedCopy, whole_tensor
-
-if TYPE_CHECKING:
-    from ..base.loading import Base
-    from ..checkpoint.checkpointer import Checkpointer
-    from ..options import TrainOptions
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimisation step: mean KL (nats), mass on S, gradient norm, seconds."""
-
-    step: int
-    loss: float
-    set_mass: float
-    grad_norm: float
-    seconds: float
 
 
 def optimise(
-    base: Base,
-    model: nn.Module,
+    run: TrainingRun,
     objective: nn.Module,
-    inputs: Iterator[torch.Tensor],
-    options: TrainOptions,
-    on_step: Callable[[Step], None] | None = None,
-    stop: Callable[[list[Step]], bool] | None = None,
-    checkpointer: Checkpointer | None = None,
+    *,
+    stop: Callable[[list[Step]], bool] = lambda _: False,
     sharded: ShardedCopy | None = None,
-) -> list[Step]:
-    """Adam on `objective` over batches of ids, for at most `options.steps` steps; `stop` looks at every step.
+) -> None:
+    """Adam on `objective` over the run's batches, for at most its `steps`, into its history; `stop` looks at each step.
 
     Args:
-        checkpointer: saves the run and brings it to where it was saved.
-        sharded: the model, when its weights are to be shared out among the processes.
+        sharded: the model, when its weights are to be sharded over the processes.
 
     Raises:
         XFactorError: a loss or gradient that is not finite, gradients that are all 0, LoRA that does not move.
         MemoryError: also for the allocators' own errors.
         Interrupted: a signal came, and the state is saved.
     """
+    options, hooks, base = run.recipe.train, run.hooks, run.base
     check_rows(options.batch_size)
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     AcceleratorState._reset_state()  # it would hold on to the precision of the first run in this process
@@ -71,35 +52,37 @@ def optimise(
     optimizer = build_optimizer(options.optimizer, trainable.values(), options.learning_rate, options.weight_decay)
     if not sharded:
         objective, optimizer = accelerator.prepare(objective, optimizer)
-    state = TrainingState(trainable, optimizer, Stream(inputs))
-    model.train()
-    if checkpointer:
-        checkpointer.restore(state)
-    history = state.history
-    with checkpointer.deferred() if checkpointer else nullcontext():
-        for step in range(len(history), options.steps):
+    state = TrainingState(trainable, optimizer, Stream(run.batches()), run.history)
+    run.model.train()
+    hooks.checkpointer.restore(state)
+    with hooks.checkpointer.deferred():
+        for step in range(len(run.history), options.steps):
             started = time.perf_counter()
             value, mass = _gradients(accelerator, objective, state, options)
             norm = _norm(trainable)
-            history.append(Step(step, value, mass, norm, time.perf_counter() - started))
-            if stop and stop(history):
-                if on_step:
-                    on_step(history[-1])
+            run.history.append(Step(step, value, mass, norm, time.perf_counter() - started))
+            if stop(run.history):
+                hooks.on_step(run.history[-1])
                 break
-            _check_step(step, value, norm, checkpointer.resume_hint() if checkpointer else "")
+            _check_step(run.history[-1], hooks.checkpointer.resume_hint())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 and options.method == "lora":
-                _check_moved(model, trainable)
-            history[-1] = replace(history[-1], seconds=time.perf_counter() - started)
-            if on_step:
-                on_step(history[-1])
-            if checkpointer:
-                checkpointer.after_step(state, last=step + 1 == options.steps)
+                _check_moved(run.model, trainable)
+            run.history[-1] = replace(run.history[-1], seconds=time.perf_counter() - started)
+            hooks.on_step(run.history[-1])
+            hooks.checkpointer.after_step(state, last=step + 1 == options.steps)
     if sharded:
         sharded.gather()
-    model.eval()
-    return history
+    run.model.eval()
+
+
+def plateau(losses: list[float], window: int = 100, least: float = 0.01) -> bool:
+    """Whether the mean of the last `window` losses is not lower by `least` (a share) than that of the window before."""
+    if len(losses) < 2 * window:
+        return False
+    recent, earlier = sum(losses[-window:]), sum(losses[-2 * window : -window])
+    return recent > (1 - least) * earlier
 
 
 def _gradients(
@@ -142,16 +125,17 @@ def _norm(trainable: dict[str, nn.Parameter]) -> float:
     return float(whole_tensor(nn.utils.get_total_norm(gradients)))
 
 
-def _check_step(step: int, loss: float, norm: float, resume_hint: str) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+def _check_step(made: Step, resume_hint: str) -> None:
+    if not (math.isfinite(made.loss) and math.isfinite(made.grad_norm)):
         raise XFactorError(
-            f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr or use --dtype fp32{resume_hint}"
+            f"step {made.step}: loss {made.loss:g}, gradient norm {made.grad_norm:g}; lower `lr` or use `dtype=fp32`"
+            f"{resume_hint}"
         )
-    if norm == 0:
-        raise XFactorError(f"step {step}: every gradient is 0, so nothing can be learnt; please report this model")
+    if made.grad_norm == 0:
+        raise XFactorError(f"step {made.step}: every gradient is 0, so nothing can be learnt; please report this model")
 
 
 def _check_moved(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
     """B starts at 0 and has a gradient in the first step, so it must have moved after it."""
     if any("lora_B" in name for name in trainable) and lora_b_norm(model) == 0:
-        raise XFactorError("LoRA's B is still 0 after the first step: nothing is learnt; raise --lr")
+        raise XFactorError("LoRA's B is still 0 after the first step: nothing is learnt; raise `lr`")

@@ -1,153 +1,161 @@
-"""Training for a rate: solve the tilt, put it into the adapter, correct it on own samples, then perhaps plan.
-
-1. lambda from the base's own probabilities on the contexts, then from samples of the tilted base.
-2. Forward KL(q_lambda || model). With a set head whose offset starts at lambda the loss is 0 from the start and the
-   phase ends at its first step; attention and MLP alone have to learn it, and fall short on small models.
-3. `--sequence-level`: `planning`, then the set head's offset once more, so that R is the wanted one.
-"""
+"""What the phases of a run for a rate share, and what is reported of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
-from ..base.loading import Base
-from ..base.split_model import SplitModel
-from ..checkpoint.checkpointer import Checkpointer
-from ..checkpoint.state import load_random
+from ..checkpoint.state import history_tensor, keep_random
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
-from ..lora.wrap import add_lora
-from ..lowmem.memory import peaks, reset_peak
-from ..objective.objectives import TiltedObjective
 from ..objective.targets import TiltedTarget
-from ..objective.tilt import MAX_STRENGTH
-from ..options import LoraOptions, ObjectiveOptions, TrainOptions
-from ..sampling.calibration import atom_masses, calibrate, solve
-from ..sampling.contexts import OPENING, batches, context_pool, openings
-from ..tokens.token_bytes import special_ids
-from .loop import Step, optimise
-from .rate_run import DISTIL, PLAN, SOLVED, RateRun, tokens_left
-from .sequence.phase import plan_texts
-from .stopping import plateau
+from ..sampling.calibration import Trace, calibrate
+from ..sampling.contexts import OPENING, tokens_left
+from ..sampling.frontier import Frontier, measure_frontier
+from ..sampling.metrics import Evaluation
+from ..sampling.own_samples import TEXTS, OwnSamples
+from .run import TrainingRun
+from .sequence.trainer import SequenceStep
 
-EXACT = 2e-4
-"""Nats; a tilt this close to its teacher has nothing left to learn."""
+SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
+"""Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
+DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 
 
-def train_rate(
-    base: Base,
-    split_model: SplitModel,
-    target: TiltedTarget,
-    options: TrainOptions,
-    lora: LoraOptions,
-    objective: ObjectiveOptions,
-    on_step: Callable[[Step], None] | None = None,
-    checkpointer: Checkpointer | None = None,
-) -> RateRun:
-    """Wrap `base` with an adapter whose samples hold the wanted rates; see the module.
+@dataclass
+class SequenceReport:
+    """How the sequence-level phase went.
 
-    Args:
-        checkpointer: saves the run when lambda is solved, as it learns the tilt, and after every batch of planning.
-
-    Raises:
-        XFactorError: the rates cannot be met together, or training fails.
-        Interrupted: a signal stopped a run that has a checkpointer.
+    Attributes:
+        kl, kl_of_tilt: KL per token at the wanted rate, of the planning policy and of the tilt it began with.
+        kept: whether the planning policy was cheaper, and was kept.
     """
-    reset_peak(base.device)
-    started = time.perf_counter()
-    _check_context(base, objective)
-    members = target.members(split_model.weight.device)
-    banned = sorted(special_ids(base.tokenizer))
-    run = RateRun(base, split_model, target, openings(base, 512, seed=options.seed), options.seed, members, banned)
-    run.objective = objective
-    if checkpointer and checkpointer.start:
-        run.restore(checkpointer.start.facts["rate"])
-        load_random(checkpointer.start.tensors())
-    else:
-        run.strengths = _solve(run, objective, options)
-    run.note(checkpointer, SOLVED)
-    run.wrapped = add_lora(base.model, lora, sets=len(members))
-    if lora.head:
-        run.head = SetHead(base.model.get_output_embeddings(), members)
-        run.head.shift(run.strengths)
-    if checkpointer is None or checkpointer.start_phase != PLAN:
-        _distil(run, options, objective, on_step, checkpointer)
-    if objective.sequence_level:
-        plan_texts(run, options, objective, on_step, checkpointer)
-    run.model.eval()
-    run.seconds, run.peak = time.perf_counter() - started, peaks(base.device)
-    return run
+
+    steps: list[SequenceStep]
+    kl: float | None = None
+    kl_of_tilt: float | None = None
+    kept: bool = False
 
 
-def _solve(run: RateRun, objective: ObjectiveOptions, options: TrainOptions) -> torch.Tensor:
-    """lambda (K,): given, or solved on contexts and corrected on samples of the tilted base."""
-    target = run.target
-    if target.rates is None:
-        return torch.tensor([goal.strength for goal in target.goals], dtype=torch.float64)
-    pool = context_pool(run.base, target.contexts(objective), options.seq_len, seed=options.seed, count=128)
-    masses = atom_masses(run.split_model, pool, 1, run.atoms) if pool.shape[1] > 1 else None
-    if masses is None:
-        raise XFactorError("--seq-len must be at least 2 for a rate")
-    first = solve(masses, run.atoms, target.rates)
-    wanted = torch.tensor(target.rates, dtype=torch.float64)
+@dataclass(frozen=True)
+class RateReport:
+    """How a rate was reached, JSON-serialisable.
 
-    def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
-        return run.rates(strengths.to(run.members) @ run.members, index=index)
-
-    strengths, trace = calibrate(measure, first, wanted)
-    run.calibration += trace
-    return strengths
-
-
-def _distil(
-    run: RateRun,
-    options: TrainOptions,
-    objective: ObjectiveOptions,
-    on_step: Callable[[Step], None] | None,
-    checkpointer: Checkpointer | None,
-) -> None:
-    """Forward KL from the tilted base, until nothing is left or it no longer falls.
-
-    Without a set head the student lags behind its teacher, so at a third, a half and three quarters of the steps the
-    teacher's lambda moves by what the student's own samples lack.
+    Attributes:
+        strengths: lambda of every goal in the teacher.
+        offsets: b of every goal in the set head; None without one.
+        calibration: rounds of (strength, sampled rate).
+        sequence: the sequence-level phase; None without it.
+        frontier: the exact logit bias at the same set mass; None for several goals, whose tilt is one itself.
+        dial: pairs (scale, expected R).
     """
-    module = TiltedObjective(run.split_model, run.target, run.adapter_off, run.head)
-    module.strengths.copy_(run.strengths)
-    inputs = batches(run.base, run.target.contexts(objective), options.batch_size, options.seq_len, seed=options.seed)
 
-    lags = run.head is None and run.target.rates is not None
-    checks = {options.steps // 3, options.steps // 2, 3 * options.steps // 4} if lags else set()
+    wanted: list[float] | None
+    strengths: list[float]
+    offsets: list[float] | None
+    calibration: Trace
+    sequence: SequenceReport | None
+    frontier: Frontier | None
+    dial: list[tuple[float, float]]
+    stopped: str | None
 
-    def stop(history: list[Step]) -> bool:
-        if len(history) in checks:
-            module.strengths.copy_(_strengthen(run, module.strengths))
-            run.note(checkpointer, DISTIL)
-        if history[-1].loss < EXACT:
-            run.stopped = f"step {len(history)}: the adapter is the tilt (KL {history[-1].loss:.1e})"
-        elif objective.early_stop and plateau([s.loss for s in history]):
-            run.stopped = f"step {len(history)}: the loss no longer falls"
-        return run.stopped is not None
-
-    run.note(checkpointer, DISTIL)
-    run.history = optimise(run.base, run.model, module, inputs, options, on_step, stop, checkpointer)
-    if run.head is not None:
-        run.head.write()
+    def record(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["sequence"] = asdict(self.sequence) if self.sequence else None
+        values["frontier"] = self.frontier.record() if self.frontier else None
+        return values
 
 
-@torch.no_grad()
-def _strengthen(run: RateRun, strengths: torch.Tensor) -> torch.Tensor:
-    """lambda plus the log-odds that the student's sampled rates lack; a goal of 0 stays as it is."""
-    wanted, measured = torch.tensor(run.target.rates).double(), run.rates()
-    run.calibration.append({"offset": strengths.tolist(), "rates": measured.tolist()})
-    lacking = torch.logit(wanted, eps=1e-9) - torch.logit(measured, eps=1e-9)
-    lacking = torch.where(wanted > 0, lacking.clamp(-1.5, 1.5), 0.0)
-    run.strengths = (strengths.double().cpu() + lacking).clamp(-MAX_STRENGTH, MAX_STRENGTH)
-    return run.strengths.to(strengths)
+class RateRun:
+    """A run for a rate: its samples and its set head, and lambda as far as it is known.
+
+    Attributes:
+        wanted: R (K,), float64; empty where strengths are given.
+        strengths: lambda (K,) of the teacher, float64.
+        calibration: rounds of (strength or offset, sampled rates).
+        stopped: why training ended before its last step.
+        sequence: what the sequence-level phase did.
+    """
+
+    def __init__(self, run: TrainingRun, target: TiltedTarget) -> None:
+        if tokens_left(run.base, OPENING + 1) < 8:
+            raise XFactorError("the model's context is too short to sample from for a rate")
+        self.run, self.target = run, target
+        self.wanted = torch.tensor(target.rates or [], dtype=torch.float64)
+        members = target.members(run.split_model.weight.device)
+        self.samples = OwnSamples(run.base, run.split_model, members, run.recipe.train.seed)
+        self.head: SetHead | None = None
+        self.strengths = torch.zeros(0)
+        self.calibration: Trace = []
+        self.stopped: str | None = None
+        self.sequence: SequenceReport | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run besides its tensors, JSON-serialisable."""
+        return {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """The inverse of `facts`."""
+        self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
+        self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
+
+    def enter(self, phase: str) -> None:
+        """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own."""
+        self.run.enter(phase, rate=self.facts())
+        checkpointer = self.run.hooks.checkpointer
+        if phase == SOLVED and checkpointer.start is None:
+            tensors = {"history": history_tensor([])}
+            keep_random(tensors)
+            checkpointer.save(0, tensors, {})
+
+    def correct_head(self) -> None:
+        """Move the set head's offset until the sampled rates are the wanted ones."""
+        head = self.head
+        assert head is not None
+
+        def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
+            head.shift(offset.to(head.offset) - head.offset.detach())
+            return self.samples.rates(index=index)
+
+        offset, rounds = calibrate(measure, head.offset.detach().double().cpu(), self.wanted)
+        head.shift(offset.to(head.offset) - head.offset.detach())
+        self.calibration += rounds
+
+    def report(self, scores: Evaluation | None) -> RateReport:
+        """What is stored of the run; measures the frontier and the dial where they are asked for."""
+        run, options, evaluation = self.run, self.run.recipe.objective, self.run.recipe.evaluation
+        frontier = None
+        if options.frontier and len(self.target.goals) == 1 and scores is not None and evaluation is not None:
+            frontier = measure_frontier(
+                run.split_model, run.base.tokenizer, self.target.tokens, scores, evaluation,
+                start=float(self.strengths[0]), adapter_off=run.adapter_off,
+            )  # fmt: skip
+        return RateReport(
+            wanted=self.target.rates,
+            strengths=self.strengths.tolist(),
+            offsets=self.head.offset.detach().tolist() if self.head is not None else None,
+            calibration=self.calibration,
+            sequence=self.sequence,
+            frontier=frontier,
+            dial=self._dial() if options.dial else [],
+            stopped=self.stopped,
+        )
+
+    def _dial(self) -> list[tuple[float, float]]:
+        """Expected R of the first goal at several scales of the adapter."""
+        pairs = []
+        for scale in DIAL_SCALES:
+            _set_scale(self.run.model, scale)
+            pairs.append((scale, float(self.samples.rates(count=TEXTS // 3)[0])))
+        _set_scale(self.run.model, 1.0)
+        return pairs
 
 
-def _check_context(base: Base, objective: ObjectiveOptions) -> None:
-    if tokens_left(base, OPENING + 1) < 8:
-        raise XFactorError("the model's context is too short to sample from for a rate")
+def _set_scale(model: torch.nn.Module, scale: float, adapter: str = "default") -> None:
+    """Scale one adapter in every layer; 1 is as trained, 0 the base."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.scaling:
+            module.set_scale(adapter, scale)

@@ -2,84 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-
-import torch
-
-from ...checkpoint.checkpointer import Checkpointer
-from ...options import ObjectiveOptions, TrainOptions
-from ..loop import Step
-from ..rate_run import LENGTH, PLAN, RateRun, tokens_left
-from ..stopping import stop_planning
-from .planner import Planner, PlanOptions
-from .state import PlanningState
+from ...checkpoint.state import Step
+from ...sampling.metrics import Evaluation
+from ..loop import plateau
+from ..rate import SEQUENCE, RateReport, RateRun, SequenceReport
+from .state import SequenceState
+from .trainer import SequenceOptions, SequenceStep, SequenceTrainer
 
 CHECK_TEXTS = 128
 
 
-def plan_texts(
-    run: RateRun,
-    options: TrainOptions,
-    objective: ObjectiveOptions,
-    on_step: Callable[[Step], None] | None,
-    checkpointer: Checkpointer | None,
-) -> None:
-    """Improve the tilted policy of `run` in place; where nothing is gained in the end, the tilt comes back.
+class Sequence:
+    """Improve the tilted policy in place; where nothing is gained in the end, the tilt comes back.
 
     Below a few set tokens a text the score function is all noise, and what it leaves behind costs KL. So the policy,
     its offset corrected, is compared with the one that the phase began with, on `CHECK_TEXTS` samples of each.
     """
-    wanted = run.target.rates
-    assert wanted is not None  # `ObjectiveOptions.check` saw to it
-    rates = torch.tensor(wanted).to(run.members)
-    length = min(LENGTH, tokens_left(run.base, run.starts.shape[1]))
-    plan = PlanOptions(lr=options.learning_rate, seed=options.seed)
-    planner = Planner(
-        run.split_model, run.head, run.members, run.adapter_off, rates,
-        run.strengths.to(run.members), length, plan,
-    )  # fmt: skip
-    state, steps = PlanningState(planner, run), objective.sequence_steps
-    run.model.eval()
-    run.note(checkpointer, PLAN)
-    if checkpointer:
+
+    def __init__(self, rate: RateRun) -> None:
+        self._rate = rate
+
+    def run(self) -> None:
+        rate, run = self._rate, self._rate.run
+        objective, samples, checkpointer = run.recipe.objective, rate.samples, run.hooks.checkpointer
+        trainer = self._trainer()
+        self._report = rate.sequence = SequenceReport([])
+        made, steps = self._report.steps, objective.sequence_steps
+        state = SequenceState(trainer, run.history, made)
+        run.model.eval()
+        rate.enter(SEQUENCE)
         checkpointer.restore(state)
+        with checkpointer.deferred():
+            while len(made) < steps and not (objective.early_stop and self._stopped()):
+                number = len(made)
+                texts = samples.draw(samples.seed * 7 + 20_000 + number, trainer.options.sequences)
+                step = trainer.update(texts, number, steps)
+                made.append(step)
+                run.history.append(Step(len(run.history), step.kl, step.rate, step.grad_norm, step.seconds))
+                run.hooks.on_step(run.history[-1])
+                checkpointer.after_step(state, last=len(made) == steps, every=1)
+        self._keep_the_better(trainer, state)
 
-    def stopped() -> bool:
-        if objective.early_stop and (reason := stop_planning(run.plan, wanted[0])):
-            run.stopped = f"batch {len(run.plan)} of planning: {reason}"
-            return True
-        return len(run.plan) == steps
+    def report(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.report(scores)
 
-    def sample(step: int) -> torch.Tensor:
-        return run.sample(run.seed * 7 + 20_000 + step, plan.sequences)
+    def _trainer(self) -> SequenceTrainer:
+        rate, train, members = self._rate, self._rate.run.recipe.train, self._rate.samples.members
+        return SequenceTrainer(
+            rate.run.split_model, rate.head, members, rate.run.base_only, rate.wanted.to(members),
+            rate.strengths.to(members), rate.samples.length, SequenceOptions(lr=train.learning_rate, seed=train.seed),
+        )  # fmt: skip
 
-    with checkpointer.deferred() if checkpointer else nullcontext():
-        while not stopped():
-            step = planner.update(sample, len(run.plan), steps)
-            run.plan.append(step)
-            run.history.append(Step(len(run.history), step.kl, step.rate, step.grad_norm, step.seconds))
-            if on_step:
-                on_step(run.history[-1])
-            if checkpointer:
-                checkpointer.after_step(state, last=len(run.plan) == steps, every=1)
-    _keep_the_better(run, planner, state)
+    def _stopped(self) -> bool:
+        rate, made = self._rate, self._report.steps
+        if reason := reason_to_stop(made, float(rate.wanted[0])):
+            rate.stopped = f"batch {len(made)} of the sequence-level phase: {reason}"
+        return reason is not None
+
+    def _keep_the_better(self, trainer: SequenceTrainer, state: SequenceState) -> None:
+        """Calibrate the trained policy's set head, then keep its weights or those of the tilt, whichever cost less."""
+        rate, samples, report = self._rate, self._rate.samples, self._report
+        if rate.head is not None:
+            rate.correct_head()
+
+        def price() -> float:
+            texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
+            return trainer.price(texts, rate.strengths.to(trainer.rates))
+
+        weights, report.kl = state.weights(), price()
+        state.load_weights(state.before)
+        report.kl_of_tilt = price()
+        report.kept = report.kl < report.kl_of_tilt
+        if report.kept:
+            state.load_weights(weights)
+        else:
+            costs = f"KL {report.kl:.4f}, the tilt's {report.kl_of_tilt:.4f}"
+            rate.stopped = f"planning gained nothing ({costs}), so the tilt is kept"
 
 
-def _keep_the_better(run: RateRun, planner: Planner, state: PlanningState) -> None:
-    """Calibrate the planned policy's set head, then the planned weights or those of the tilt, whichever cost less."""
-    if run.head is not None:
-        run.correct_head()
+def reason_to_stop(made: list[SequenceStep], rate: float) -> str | None:
+    """KL at the wanted rate no longer falls, or texts drift apart; None to continue.
 
-    def price() -> float:
-        texts = run.sample(run.seed * 7 + 30_000, CHECK_TEXTS)
-        return planner.price(texts, run.strengths.to(planner.rates))
-
-    planned, cost = state.weights(), price()
-    state.load_weights(state.before)
-    tilt = price()
-    run.planning = {"kl": cost, "kl_of_tilt": tilt, "kept": cost < tilt}
-    if cost < tilt:
-        state.load_weights(planned)
-    else:
-        run.stopped = f"planning gained nothing (KL {cost:.4f}, the tilt's {tilt:.4f}), so the tilt is kept"
+    KL is moved to the wanted rate along dKL/dR = lambda. Texts drift apart when the spread of R between them, over ten
+    batches, is three times that of the first five: a mixture of full and empty texts is on its way.
+    """
+    if plateau([step.kl + step.strength * (rate - step.rate) for step in made], window=40, least=0.005):
+        return "the KL at the wanted rate no longer falls"
+    spreads = [step.spread for step in made]
+    if len(spreads) >= 15 and sum(spreads[-10:]) / 10 > 3 * sum(spreads[:5]) / 5:
+        return "the texts drift apart"
+    return None

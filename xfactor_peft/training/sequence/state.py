@@ -1,13 +1,14 @@
-"""What the sequence-level phase consists of, for a checkpoint: see `training_state` for that of the loop."""
+"""What the sequence-level phase consists of, for a checkpoint: see `checkpoint.state` for that of the loop."""
 
 from __future__ import annotations
 
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...checkpoint.state import (
+    Step,
     check_finite,
     distinct_copies,
     history_tensor,
@@ -17,41 +18,34 @@ from ...checkpoint.state import (
     load_random,
     steps_of,
 )  # fmt: skip
-from .planner import Planner, PlanStep
-
-if TYPE_CHECKING:
-    from ..loop import Step
-    from ..rate_run import RateRun
+from .trainer import SequenceStep, SequenceTrainer
 
 _OPTIMIZERS = ("optimizer", "value_optimizer")
 
 
-class PlanningState:
+class SequenceState:
     """The policy's trained tensors, the learnt value, both optimisers, the controller of lambda, random numbers.
 
     Attributes:
         before: the policy's tensors as the phase began.
+        history: every step of the run, those of this phase included.
     """
 
-    def __init__(self, planner: Planner, run: RateRun) -> None:
-        self._planner, self._run = planner, run
+    def __init__(self, trainer: SequenceTrainer, history: list[Step], made: list[SequenceStep]) -> None:
+        self._trainer, self.history, self._steps = trainer, history, made
         self.before = self.weights()
 
-    @property
-    def history(self) -> list[Step]:
-        return self._run.history
-
     def _policy(self) -> dict[str, torch.Tensor]:
-        planner = self._planner
+        trainer = self._trainer
         named: dict[str, torch.Tensor] = {}
-        named |= {f"model/{name}": p for name, p in planner.split_model.model.named_parameters() if p.requires_grad}
-        return named if planner.head is None else {**named, "offset": planner.head.offset}
+        named |= {f"model/{name}": p for name, p in trainer.split_model.model.named_parameters() if p.requires_grad}
+        return named if trainer.head is None else {**named, "offset": trainer.head.offset}
 
     def _value(self) -> dict[str, torch.Tensor]:
-        return {f"value/{name}": p for name, p in self._planner.value.named_parameters()}
+        return {f"value/{name}": p for name, p in self._trainer.value.named_parameters()}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the policy's tensors, for `put`."""
+        """A copy of the policy's tensors, for `load_weights`."""
         return {name: p.detach().clone() for name, p in self._policy().items()}
 
     @torch.no_grad()
@@ -59,8 +53,8 @@ class PlanningState:
         """Give the policy these tensors."""
         for name, parameter in self._policy().items():
             parameter.copy_(weights[name])
-        if self._planner.head is not None:
-            self._planner.head.write()
+        if self._trainer.head is not None:
+            self._trainer.head.write()
 
     def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, facts), from which `restore` makes the same state again.
@@ -71,9 +65,9 @@ class PlanningState:
         tensors, facts = {**self._policy(), **self._value()}, {"threads": torch.get_num_threads()}
         check_finite(tensors, len(self.history))
         for name in _OPTIMIZERS:
-            keep_optimizer(name, getattr(self._planner, name), tensors, facts)
-        tensors |= {"strengths": self._planner.strengths, "integral": self._planner.integral}
-        tensors["plan"] = torch.tensor([astuple(step) for step in self._run.plan], dtype=torch.float64)
+            keep_optimizer(name, getattr(self._trainer, name), tensors, facts)
+        tensors |= {"strengths": self._trainer.controller.strengths, "integral": self._trainer.controller.integral}
+        tensors["sequence"] = torch.tensor([astuple(step) for step in self._steps], dtype=torch.float64)
         tensors |= {f"before/{name}": value for name, value in self.before.items()}
         tensors["history"] = history_tensor(self.history)
         keep_random(tensors)
@@ -81,16 +75,16 @@ class PlanningState:
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Become the captured state."""
-        planner = self._planner
+        trainer = self._trainer
         self.load_weights(tensors)
         with torch.no_grad():
             for name, parameter in self._value().items():
                 parameter.copy_(tensors[name])
         for name in _OPTIMIZERS:
-            load_optimizer(name, getattr(planner, name), tensors, facts)
-        planner.strengths = tensors["strengths"].to(planner.strengths)
-        planner.integral = tensors["integral"].to(planner.integral)
+            load_optimizer(name, getattr(trainer, name), tensors, facts)
+        trainer.controller.strengths = tensors["strengths"].to(trainer.rates)
+        trainer.controller.integral = tensors["integral"].to(trainer.rates)
         self.before = {name: tensors[f"before/{name}"].to(value) for name, value in self.before.items()}
-        self._run.history = steps_of(tensors)
-        self._run.plan = [PlanStep(int(row[0]), *row[1:]) for row in tensors["plan"].tolist()]
+        self.history[:] = steps_of(tensors)
+        self._steps[:] = [SequenceStep(int(row[0]), *row[1:]) for row in tensors["sequence"].tolist()]
         load_random(tensors)

@@ -13,7 +13,6 @@ the increments of a Gaussian log-prior on the text's count, of variance R (1-R) 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from ...base.split_model import SplitModel
 from ...lora.set_head import SetHead
 from ...objective.objectives import AdapterOff, base_hidden
 from ...objective.sequence_level import PositionGradients, Value, advantages, position_gradients
+from ...sampling.calibration import RateController
 
 SPREAD = 1.0
 ROWS = 32
@@ -31,7 +31,7 @@ ROWS = 32
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class SequenceOptions:
     """Settings of the sequence-level phase; the defaults are those of the figures."""
 
     sequences: int = 64
@@ -43,7 +43,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class PlanStep:
+class SequenceStep:
     """One batch: expected rate (first set), KL per token, lambda, gradient norm, and how it was made.
 
     `spread` is the standard deviation of the expected rate between texts, `explained` the share of the variance of the
@@ -70,14 +70,14 @@ class _Rows:
 
 
 @dataclass
-class Planner:
+class SequenceTrainer:
     """Improves a tilted policy in place.
 
     Attributes:
         rates: R, wanted rates (K,), float32.
-        strengths: lambda (K,), moved so that the sampled rates stay at R: lambda += gain (logit R - logit measured).
+        strengths: lambda (K,) at the start.
         value: the learnt value; its states are the policy's, without gradient.
-        integral: the integral part of lambda's controller (K,).
+        controller: moves lambda.
         optimizer, value_optimizer: of the policy and of the value.
     """
 
@@ -88,7 +88,7 @@ class Planner:
     rates: torch.Tensor
     strengths: torch.Tensor
     length: int
-    options: PlanOptions = field(default_factory=PlanOptions)
+    options: SequenceOptions = field(default_factory=SequenceOptions)
 
     def __post_init__(self) -> None:
         device = self.split_model.weight.device
@@ -103,15 +103,15 @@ class Planner:
             self.value = Value(self.split_model.weight.shape[1], self.length, len(self.members)).to(device)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=2e-3)
         self._variance = (self.rates * (1 - self.rates) * self.length).clamp(min=1e-6)
-        self.integral = self.strengths.clone()
+        self.controller = RateController(self.rates, self.strengths)
 
-    def update(self, sample: Callable[[int], torch.Tensor], step: int, steps: int) -> PlanStep:
-        """Update number `step` of `steps`; `sample(step)` gives sequences (N, P + T) of the policy as it is."""
+    def update(self, texts: torch.Tensor, step: int, steps: int) -> SequenceStep:
+        """Update number `step` of `steps` from sequences (N, P + T) of the policy as it is."""
         started = time.perf_counter()
         self._set_learning_rate(step / steps)
-        rate, kl, norm, explained, spread = self._update(sample(step), step < self.options.warm_up)
+        rate, kl, norm, explained, spread = self._update(texts, step < self.options.warm_up)
         seconds = time.perf_counter() - started
-        return PlanStep(step, rate, kl, float(self.strengths[0]), norm, explained, spread, seconds)
+        return SequenceStep(step, rate, kl, float(self.controller.strengths[0]), norm, explained, spread, seconds)
 
     @torch.no_grad()
     def price(self, ids: torch.Tensor, strengths: torch.Tensor) -> float:
@@ -134,7 +134,7 @@ class Planner:
     def _update(self, ids: torch.Tensor, warm_up: bool) -> tuple[float, float, float, float, float]:
         ids = ids.to(self.split_model.weight.device)
         excess = self.excess(ids[:, -self.length :])
-        strengths = self.strengths - self.options.spread / self._variance * excess
+        strengths = self.controller.strengths - self.options.spread / self._variance * excess
         parts = [self._pass(rows, s) for rows, s in zip(ids.split(ROWS), strengths.split(ROWS), strict=True)]
         mass = torch.cat([part.gradients.mass for part in parts]).view(*excess.shape)
         kl = torch.cat([part.gradients.kl for part in parts]).view(mass.shape[:2])
@@ -151,7 +151,9 @@ class Planner:
         norm = 0.0 if warm_up else self._step(parts, advantage)
         measured = mass.mean((0, 1))
         if not warm_up:
-            self._adapt(measured)
+            self.controller.update(measured)
+            if self.head is not None:
+                self.head.shift(0.25 * self.controller.error)  # the offset follows a little at once
         spread = float(mass[..., 0].mean(1).std()) if len(mass) > 1 else 0.0
         return float(measured[0]), float(kl.mean()), norm, explained, spread
 
@@ -195,13 +197,3 @@ class Planner:
         if self.head is not None:
             self.head.write()
         return float(norm)
-
-    def _adapt(self, measured: torch.Tensor) -> None:
-        """Proportional-integral control of lambda in log-odds; the set head's offset follows a little at once."""
-        low = torch.finfo(torch.float32).eps
-        error = (torch.logit(self.rates.clamp(min=low)) - torch.logit(measured.clamp(low, 1 - low))).clamp(-2, 2)
-        error = torch.where(self.rates > 0, error, 0.0)
-        self.integral = self.integral + 0.15 * error
-        self.strengths = self.integral + 0.3 * error
-        if self.head is not None:
-            self.head.shift(0.25 * error)

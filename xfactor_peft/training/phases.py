@@ -1,0 +1,161 @@
+"""The phases of a run: one towards the uniform target, or solve, distil and perhaps sequence for a rate.
+
+1. `Solve`: lambda from the base's own probabilities on the contexts, then from samples of the tilted base.
+2. `Distil`: forward KL(q_lambda || model). With a set head whose offset starts at lambda the loss is 0 from the start
+   and the phase ends at its first step; attention and MLP alone have to learn it, and fall short on small models.
+3. `Sequence` (`sequence.phase`): policies that plan whole texts, for `sequence_level`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ..base.split_model import SplitModel
+from ..checkpoint.state import Step, load_random
+from ..errors import XFactorError
+from ..lora.set_head import SetHead
+from ..lora.variants import finish_variant
+from ..objective.objectives import TiltedObjective, UniformObjective
+from ..objective.targets import UniformTarget
+from ..sampling.calibration import RateController, calibrate, solve
+from ..sampling.contexts import context_pool
+from ..sampling.metrics import Evaluation
+from ..sampling.own_samples import atom_masses
+from .loop import optimise, plateau
+from .rate import DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .run import TrainingRun
+from .sequence.phase import Sequence
+from .sharding import ShardedCopy
+
+EXACT = 2e-4
+"""Nats; a tilt this close to its teacher has nothing left to learn."""
+
+
+class Phase(Protocol):
+    """A part of a run, carried out once the ones before it are; each finds its own place in a resumed run."""
+
+    def run(self) -> None:
+        """Bring the run further, or pass when a resumed run is beyond this phase."""
+
+    def report(self, scores: Evaluation | None) -> RateReport | None:
+        """What is to be said of how the target was reached; `scores` are those of the trained model."""
+
+
+def phases_of(run: TrainingRun) -> list[Phase]:
+    """What the run's target asks for, in order."""
+    if isinstance(run.target, UniformTarget):
+        return [Uniform(run, run.target)]
+    rate = RateRun(run, run.target)
+    phases: list[Phase] = [Solve(rate), Distil(rate)]
+    return [*phases, Sequence(rate)] if run.recipe.objective.sequence_level else phases
+
+
+class Uniform:
+    """Forward KL from the uniform target, on LoRA adapters or on all weights."""
+
+    def __init__(self, run: TrainingRun, target: UniformTarget) -> None:
+        self._run, self._target = run, target
+
+    def run(self) -> None:
+        run, options = self._run, self._run.recipe.train
+        if options.method == "lora":
+            run.wrap()
+        else:
+            run.wrapped = run.base.model.requires_grad_(True)
+        sharded = ShardedCopy(run.base.model) if options.fsdp else None
+        trained = SplitModel(sharded.model) if sharded else run.split_model
+        module = UniformObjective(trained, self._target, run.recipe.objective.kl_to_base, run.adapter_off)
+        optimise(run, module, sharded=sharded)
+        finish_variant(run.model)
+
+    def report(self, scores: Evaluation | None) -> None:
+        return None
+
+
+class Solve:
+    """lambda (K,): given, or solved on contexts and corrected on samples of the tilted base. Then the adapter is made,
+    and a set head, whose offset starts at lambda."""
+
+    def __init__(self, rate: RateRun) -> None:
+        self._rate = rate
+
+    def run(self) -> None:
+        rate, run = self._rate, self._rate.run
+        if start := run.hooks.checkpointer.start:
+            rate.restore(start.facts["rate"])
+            load_random(start.tensors())
+        else:
+            rate.strengths = self._solved()
+        rate.enter(SOLVED)
+        model = run.wrap(sets=len(rate.samples.members))
+        if run.lora.head:
+            rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+            rate.head.shift(rate.strengths)
+
+    def report(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.report(scores)
+
+    def _solved(self) -> torch.Tensor:
+        rate, target, samples = self._rate, self._rate.target, self._rate.samples
+        if target.rates is None:
+            return torch.tensor([goal.strength for goal in target.goals], dtype=torch.float64)
+        options = rate.run.recipe.train
+        if options.seq_len < 2:
+            raise XFactorError("`seq_len` must be at least 2 for a rate")
+        contexts = target.contexts(rate.run.recipe.objective)
+        pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
+        first = solve(atom_masses(rate.run.split_model, pool, 1, samples.atoms), samples.atoms, target.rates)
+
+        def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
+            return samples.rates(strengths.to(samples.members) @ samples.members, index=index)
+
+        strengths, rounds = calibrate(measure, first, rate.wanted)
+        rate.calibration += rounds
+        return strengths
+
+
+class Distil:
+    """Forward KL from the tilted base, until nothing is left or it no longer falls.
+
+    Without a set head the student lags behind its teacher, so at a third, a half and three quarters of the steps the
+    teacher's lambda moves by the log-odds that the student's own samples lack.
+    """
+
+    def __init__(self, rate: RateRun) -> None:
+        self._rate = rate
+
+    def run(self) -> None:
+        rate, run = self._rate, self._rate.run
+        if run.hooks.checkpointer.start_phase == SEQUENCE:
+            return
+        self._module = TiltedObjective(run.split_model, rate.target, run.base_only, rate.head)
+        self._module.strengths.copy_(rate.strengths)
+        rate.enter(DISTIL)
+        optimise(run, self._module, stop=self._stop)
+        if rate.head is not None:
+            rate.head.write()
+
+    def report(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.report(scores)
+
+    def _stop(self, history: list[Step]) -> bool:
+        rate, steps, loss = self._rate, self._rate.run.recipe.train.steps, history[-1].loss
+        lags = rate.head is None and len(rate.wanted) > 0
+        if lags and len(history) in (steps // 3, steps // 2, 3 * steps // 4):
+            self._strengthen()
+        if loss < EXACT:
+            rate.stopped = f"step {len(history)}: the adapter is the tilt (KL {loss:.1e})"
+        elif rate.run.recipe.objective.early_stop and plateau([step.loss for step in history]):
+            rate.stopped = f"step {len(history)}: the loss no longer falls"
+        return rate.stopped is not None
+
+    def _strengthen(self) -> None:
+        rate = self._rate
+        measured = rate.samples.rates()
+        before = self._module.strengths.double().cpu()
+        rate.calibration.append({"offset": before.tolist(), "rates": measured.tolist()})
+        rate.strengths = RateController(rate.wanted, before, gain=1.0, proportional=0.0, limit=1.5).update(measured)
+        self._module.strengths.copy_(rate.strengths)
+        rate.enter(DISTIL)
