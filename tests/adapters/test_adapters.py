@@ -17,6 +17,7 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
+from xfactor_peft.objective.targets import UniformTarget
 from xfactor_peft.options import LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import FolderOptions, default_name, train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet

@@ -14,6 +14,7 @@ import torch
 
 from tests.tiny import KINDS, tiny_tokenizer
 from xfactor_peft import LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, XFactorError, train
+from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.budget.dry_run import Shape, measure_step
 from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
 from xfactor_peft.budget.plan import make_plan, require_fit
@@ -22,7 +23,7 @@ from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.lowmem import prepare_for_training
 from xfactor_peft.lowmem.activations import checkpointed_blocks
 from xfactor_peft.options import EvalOptions, SamplingOptions
-from xfactor_peft.sampling.generation import sampling_batch
+from xfactor_peft.sampling.sampler import rows_at_once
 
 SHAPE = Shape("fp32", None, 4, 32, "lora", LoraOptions())
 QUICK = EvalOptions(prompts=("Once upon a time",), repeats=1, sampling=SamplingOptions(max_new_tokens=4))
@@ -147,10 +148,9 @@ def test_a_plan_that_does_not_fit_says_what_would(tiny_folders):
 
 def test_samples_take_a_bounded_cache(load_tiny):
     model = load_tiny().model
-    assert sampling_batch(model, 100, 64) == 64
     model.config.n_layer = 20_000  # 2 * 20 000 * 64 * 4 bytes a token
-    assert sampling_batch(model, 4, 64) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
-    assert sampling_batch(model, 10_000, 64) == 1
+    assert rows_at_once(SplitModel(model), 4) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
+    assert rows_at_once(SplitModel(model), 10_000) == 1
 
 
 MEASURED = """

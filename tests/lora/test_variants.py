@@ -88,7 +88,7 @@ def test_lora_plus_has_two_learning_rates():
 
 
 def test_what_variants_cannot_do(load_tiny, run, tiny_folders):  # noqa: F811
-    with pytest.raises(XFactorError, match="`lora.variant` must be one of"):
+    with pytest.raises(XFactorError, match=r"`lora.variant` must be one of"):
         LoraOptions(variant="qlora")
     with pytest.raises(XFactorError, match="the set head is plain LoRA"):
         LoraOptions(variant="dora", target="all,head")

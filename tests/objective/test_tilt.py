@@ -116,18 +116,18 @@ def test_rates_that_cannot_be_met_together():
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
 def test_impossible_rates(rate):
-    with pytest.raises(XFactorError, match="`goal.rate`"):
+    with pytest.raises(XFactorError, match=r"`goal.rate`"):
         solve_rate(masses(), rate)
-    with pytest.raises(XFactorError, match="`goal.rate`"):
+    with pytest.raises(XFactorError, match=r"`goal.rate`"):
         Goal(TokenSet((1,), 5), rate)
 
 
 def test_goal_needs_a_rate_or_a_strength():
     tokens = TokenSet((1,), 5)
     for values in ({}, {"rate": 0.1, "strength": 1.0}):
-        with pytest.raises(XFactorError, match="either `goal.rate` or `goal.strength`"):
+        with pytest.raises(XFactorError, match=r"either `goal.rate` or `goal.strength`"):
             Goal(tokens, **values)
-    with pytest.raises(XFactorError, match="`goal.strength` must be"):
+    with pytest.raises(XFactorError, match=r"`goal.strength` must be"):
         Goal(tokens, strength=math.inf)
 
 

@@ -142,7 +142,7 @@ def test_auto_batch_ends_at_one_sequence(tiny, monkeypatch):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
 def test_rates_outside_of_the_range(tiny, rate):
-    with pytest.raises(XFactorError, match="`goal.rate` must be at least 0 and below 1"):
+    with pytest.raises(XFactorError, match=r"`goal.rate` must be at least 0 and below 1"):
         Goal(x_target(tiny).tokens, rate=rate)
 
 

@@ -83,7 +83,7 @@ class TrainingState:
         kept = {name.removeprefix("model/") for name in tensors if name.startswith("model/")}
         shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
         if kept != shapes.keys() or any(tuple(tensors[f"model/{n}"].shape) != s for n, s in shapes.items()):
-            raise XFactorError("the checkpoint is of other trained weights than this run's; start again with `force=True`")
+            raise XFactorError("the checkpoint is of other weights than this run trains; start again with `force=True`")
         while self.inputs.drawn < facts["drawn"]:
             self.inputs.draw()
         if self.inputs.digest() != facts["batch"]:

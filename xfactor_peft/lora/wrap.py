@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -112,6 +113,13 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         yield
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def adapts_trunk(model: PreTrainedModel) -> bool:
+    """Whether an active adapter changes the states, and not only, as a set head does, the logits made from them."""
+    head = model.get_output_embeddings()
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer) and module is not head)
+    return any(not layer.disable_adapters and set(layer.active_adapters) & set(layer.lora_A) for layer in layers)
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -9,9 +9,10 @@ import torch
 from transformers import PretrainedConfig
 
 from ..base.loading import Base
+from ..base.split_model import SplitModel
 from ..errors import XFactorError
 from ..tokens.token_bytes import special_ids
-from .generation import sample_after
+from .sampler import continued
 
 OPENING = 8
 """Tokens of base text before a sample's own: the adapted model continues openings that the base wrote."""
@@ -53,7 +54,7 @@ def openings(base: Base, count: int, *, seed: int = 0, length: int = OPENING) ->
     new = length - 1 if keep else length
     if new == 0:
         return first
-    ids = sample_after(base.model, first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer)))
+    ids = continued(SplitModel(base.model), first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer)))
     return ids if keep else ids[:, 1:]
 
 
@@ -63,7 +64,7 @@ def self_contexts(base: Base, count: int, length: int, *, seed: int = 0) -> torc
     rest = length - head.shape[1]
     if rest == 0:
         return head
-    return sample_after(base.model, head, rest, seed=seed + 29, banned=sorted(special_ids(base.tokenizer)))
+    return continued(SplitModel(base.model), head, rest, seed=seed + 29, banned=sorted(special_ids(base.tokenizer)))
 
 
 def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..options import SamplingOptions
-from ..tokens.token_bytes import special_ids
-
-CACHE_BYTES = 128 * 2**20
-"""Most that the key-value cache of one batch of samples may take: training is what memory is for."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Sampled sequences of one shape: ids (N, P + L), of which the first `prompt_length` = P are the prompt."""
-
-    ids: torch.Tensor
-    prompt_length: int
-
-    @property
-    def continuations(self) -> torch.Tensor:
-        """The generated ids, (N, L)."""
-        return self.ids[:, self.prompt_length :]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int) -> list[int]:
@@ -105,89 +87,15 @@ def generate_batch(
     return [[i for i in new if i not in stops] for new in output[:, width:].tolist()]
 
 
-def sampling_batch(model: PreTrainedModel, length: int, most: int) -> int:
-    """How many sequences of `length` tokens have a key-value cache of at most `CACHE_BYTES`; between 1 and `most`."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, min(most, CACHE_BYTES // (token * length)))
-
-
-def sample_sequences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    options: SamplingOptions,
-    *,
-    repeats: int = 4,
-    tilt: torch.Tensor | None = None,
-) -> Iterator[Sequences]:
-    """Sample `repeats` continuations of each prompt, all of exactly `max_new_tokens` tokens.
-
-    `tilt` (V,) is added to the logits: an exact logit bias.
-
-    Special tokens are banned, so that no sequence ends early and R is over a fixed number of tokens.
-    Prompts of equal length share a batch, so nothing is ever padded.
-    """
-    if repeats < 1:
-        raise XFactorError(f"--repeats must be at least 1; got {repeats}")
-    by_length: dict[int, list[list[int]]] = defaultdict(list)
-    for prompt in prompts:
-        ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
-        by_length[len(ids)].extend([ids] * repeats)
-    banned = sorted(special_ids(tokenizer))
-    for length in sorted(by_length):
-        rows = torch.tensor(by_length[length])
-        batch_size = sampling_batch(model, length + options.max_new_tokens, 64)
-        for index, part in enumerate(rows.split(batch_size)):
-            seed = options.seed * 1_000_003 + length * 1009 + index
-            sampled = _sample(
-                model, part, options, seed=seed, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=None, suppress_tokens=banned, tilt=tilt,
-            )  # fmt: skip
-            yield Sequences(sampled.cpu(), length)
-
-
-def sample_after(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    new: int,
-    *,
-    seed: int,
-    banned: Sequence[int] = (),
-    tilt: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Continue (N, P) ids by `new` tokens from the model's own distribution -> (N, P + new), on the CPU."""
-    options, parts = SamplingOptions(max_new_tokens=new), []
-    extra = {"suppress_tokens": list(banned)} if banned else {}
-    for index, part in enumerate(ids.split(sampling_batch(model, ids.shape[1] + new, 128))):
-        out = _sample(model, part, options, seed * 1_000_003 + index, tilt=tilt, eos_token_id=None,
-                      pad_token_id=0, **extra)  # fmt: skip
-        parts.append(out.cpu())
-    return torch.cat(parts)
-
-
-class _AddTilt(LogitsProcessor):
-    def __init__(self, tilt: torch.Tensor) -> None:
-        self._tilt = tilt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores + self._tilt
-
-
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel,
     ids: torch.Tensor,
     options: SamplingOptions,
     seed: int | None = None,
-    tilt: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """`generate` under its own random state, in eval mode; both are put back afterwards."""
-    if tilt is not None:
-        kwargs["logits_processor"] = LogitsProcessorList([_AddTilt(tilt.to(model.device))])
     was_training = model.training
     model.eval()
     device = model.device

@@ -12,10 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.split_model import SplitModel
+from ..lora.wrap import adapts_trunk
 from ..options import EvalOptions
+from ..tokens.token_bytes import special_ids
 from ..tokens.token_set import TokenSet
-from .generation import Sequences, sample_sequences
+from .generation import encode_prompt
 from .position_scores import PositionScores, score_positions
+from .sampler import Samples, sample
 
 COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
 
@@ -96,15 +99,17 @@ def evaluate(
     The base is either another model (`base`), or the policy's own weights inside `adapter_off()`
     (peft's `disable_adapter`), so that one model in memory is enough. With neither, the policy is the base.
     """
-    policy_and_base = _Pair(policy, base, adapter_off)
-    parts, batches, samples = [], [], []
-    sequences = sample_sequences(
-        policy.model, tokenizer, options.prompts, options.sampling, repeats=options.repeats, tilt=policy.tilt
-    )
-    for batch in sequences:
+    pair, parts, batches = _Pair(policy, base, adapter_off), [], []
+    texts: dict[tuple[int, ...], list[int]] = {}  # of every prompt one
+    new = options.sampling.max_new_tokens
+    encoded = [encode_prompt(tokenizer, policy.model, prompt, new) for prompt in options.prompts]
+    prompts = [ids for ids in encoded for _ in range(options.repeats)]
+    for batch in sample(policy, prompts, options.sampling, sorted(special_ids(tokenizer))):
         batches.append(batch.continuations)
-        samples.append(cast(str, tokenizer.decode(batch.ids[0])))
-        parts.append(policy_and_base.score(batch, tokens.mask()))
+        for row, start in zip(batch.ids.tolist(), batch.starts.tolist(), strict=True):
+            texts.setdefault(tuple(row[:start]), row[: start + new])
+        parts.append(pair.score(batch, tokens.mask()))
+    samples = [cast(str, tokenizer.decode(texts[tuple(ids)])) for ids in encoded]
     rows, scores = torch.cat(batches), PositionScores.join(parts)
     rate = rate_per_sequence(rows, tokens.mask())
     kl = scores.kl.view(rows.shape).double().mean(1)
@@ -148,26 +153,26 @@ class _Pair:
     base: SplitModel | None
     adapter_off: Callable[[], AbstractContextManager] | None
 
-    def score(self, batch: Sequences, mask: torch.Tensor) -> PositionScores:
+    def score(self, batch: Samples, mask: torch.Tensor) -> PositionScores:
         device = self.policy.weight.device
-        hidden = _generated_hidden(self.policy, batch)
         plain = self.base or replace(self.policy, tilt=None)
         off = self.adapter_off or nullcontext
-        with off():
-            base_hidden = _generated_hidden(plain, batch)
+        hidden = base_hidden = batch.states
+        if plain.model is not self.policy.model or (self.adapter_off and adapts_trunk(self.policy.model)):
+            # The states of both are made the same way, so that no rounding of one way is taken for a difference.
+            ids = batch.ids.to(device)
+            hidden = batch.predicting(self.policy.hidden(ids))
+            with off():
+                base_hidden = batch.predicting(plain.hidden(ids))
 
         def base_logits(part: torch.Tensor) -> torch.Tensor:
             with off():
                 return plain.logits(part)
 
-        ids = batch.continuations.flatten().to(device)
-        return score_positions(self.policy, hidden, base_hidden, ids, mask.to(device), base_logits)
-
-
-def _generated_hidden(model: SplitModel, batch: Sequences) -> torch.Tensor:
-    """Hidden states that predict the generated tokens, (N * L, D)."""
-    hidden = model.hidden(batch.ids.to(model.weight.device))
-    return hidden[:, batch.prompt_length - 1 : -1].flatten(0, 1)
+        drawn = batch.continuations.flatten().to(device)
+        return score_positions(
+            self.policy, hidden.flatten(0, 1), base_hidden.flatten(0, 1), drawn, mask.to(device), base_logits
+        )
 
 
 def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:

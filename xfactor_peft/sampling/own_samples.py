@@ -10,39 +10,24 @@ from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
+from ..options import SamplingOptions
 from ..tokens.token_bytes import special_ids
 from .contexts import openings, tokens_left
-from .generation import sample_after
+from .sampler import continued, sample
 
 TEXTS, LENGTH = 256, 64
 """How many texts measure a rate, and how many tokens of each are the model's own."""
+ROWS_AT_ONCE = 2048
+"""Positions that go through the trunk together."""
 
 
 @torch.no_grad()
-def log_probabilities(policy: SplitModel, hidden: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
-    """log softmax of a chunk of states, (n, D) -> (n, V) float32; banned ids get no probability."""
-    z = policy.logits(hidden).float()
-    if banned is not None and len(banned):
-        z[:, banned] = float("-inf")
-    return z.log_softmax(-1)
-
-
-@torch.no_grad()
-def atom_masses(
-    policy: SplitModel, ids: torch.Tensor, start: int, atoms: Atoms, banned: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Masses of the atoms at the positions that predict ids[:, start:], ((T - start) * N, P) float64.
-
-    Their mean over the model's own samples is the rate with the sampling noise of each token averaged out exactly
-    (Rao and Blackwell): E[1[x in S] | context] in place of 1[x in S].
-    """
-    parts = []
-    step = chunk_positions(policy.weight.shape[0])
-    for rows in ids.split(64):
-        hidden = policy.hidden(rows.to(policy.weight.device))[:, start - 1 : -1].flatten(0, 1)
-        parts += [
-            atoms.masses(log_probabilities(policy, h, banned)).cpu() for h in hidden.split(step)
-        ]  # fmt: skip
+def atom_masses(policy: SplitModel, ids: torch.Tensor, atoms: Atoms) -> torch.Tensor:
+    """Masses of the atoms at the positions that predict ids[:, 1:]; (N, T) ids -> ((T - 1) N, P) float64."""
+    parts, step = [], chunk_positions(len(policy.weight))
+    for rows in ids.split(max(1, ROWS_AT_ONCE // ids.shape[1])):
+        hidden = policy.hidden(rows.to(policy.weight.device))[:, :-1].flatten(0, 1)
+        parts += [atoms.masses(policy.logits(h).float().log_softmax(-1)).cpu() for h in hidden.split(step)]
     return torch.cat(parts)
 
 
@@ -75,16 +60,21 @@ class OwnSamples:
         """Tokens of a continuation: `LENGTH`, or what the model's context leaves."""
         return min(LENGTH, tokens_left(self.base, self.openings.shape[1]))
 
-    def draw(self, seed: int, count: int, tilt: torch.Tensor | None = None) -> torch.Tensor:
-        """`count` texts, (count, P + length); `tilt` (V,) is added to the logits."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = self.openings[torch.randperm(len(self.openings), generator=generator)[:count]]
-        return sample_after(self.split_model.model, rows, self.length, seed=seed, banned=self.banned, tilt=tilt)
+    def draw(self, seed: int, count: int) -> torch.Tensor:
+        """`count` texts, (count, P + length)."""
+        return continued(self.split_model, self._starts(seed, count), self.length, seed=seed, banned=self.banned)
 
     def rates(self, tilt: torch.Tensor | None = None, count: int | None = None, index: int = 0) -> torch.Tensor:
-        """Sampled rates (K,) float64; the same texts come again for the same index."""
-        policy = SplitModel(self.split_model.model, tilt)
-        ids = self.draw(7919 * (self.seed + 1) + index, count or TEXTS, tilt)
-        banned = torch.tensor(self.banned, device=self.split_model.weight.device)
-        masses = atom_masses(policy, ids, self.openings.shape[1], self.atoms, banned)
-        return (masses @ self.atoms.patterns).mean(0)
+        """Sampled rates (K,) float64; the same texts come again for the same index.
+
+        `tilt` (V,) is added to the logits.
+        """
+        seed = 7919 * (self.seed + 1) + index
+        policy, options = SplitModel(self.split_model.model, tilt), SamplingOptions(self.length, seed=seed)
+        prompts = self._starts(seed, count or TEXTS).tolist()
+        masses = [batch.masses for batch in sample(policy, prompts, options, self.banned, self.members)]
+        return torch.cat([part for part in masses if part is not None]).double().mean((0, 1))
+
+    def _starts(self, seed: int, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return self.openings[torch.randperm(len(self.openings), generator=generator)[:count]]

@@ -106,7 +106,7 @@ class Solve:
             raise XFactorError("`seq_len` must be at least 2 for a rate")
         contexts = target.contexts(rate.run.recipe.objective)
         pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
-        first = solve(atom_masses(rate.run.split_model, pool, 1, samples.atoms), samples.atoms, target.rates)
+        first = solve(atom_masses(rate.run.split_model, pool, samples.atoms), samples.atoms, target.rates)
 
         def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
             return samples.rates(strengths.to(samples.members) @ samples.members, index=index)

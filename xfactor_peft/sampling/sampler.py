@@ -1,0 +1,166 @@
+"""Many samples of one length from the model's own distribution, for everything that is measured.
+
+`generate` of transformers also applies what the checkpoint's `generation_config.json` asks for (penalties, forced
+tokens); here nothing does but `SamplingOptions`. Prompts of several lengths share a batch without padding: all rows
+begin with as many tokens as the shortest prompt has, and a longer prompt goes on dictating its row until it ends.
+
+The token at a position is the one whose interval of the cumulative distribution holds a uniform number that belongs to
+(seed, row, position), so a text does not depend on which other texts share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from ..base.split_model import SplitModel
+from ..lowmem.kv_cache import reserved_cache, token_bytes
+from ..objective.kl import chunk_positions
+from ..options import SamplingOptions
+
+CACHE_BYTES = 128 * 2**20
+"""Most that the key-value cache of one batch may take: training is what memory is for."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N texts: prompts of their own lengths, each continued by L tokens.
+
+    Attributes:
+        ids: (N, W) with W the longest prompt + L; what lies behind a shorter text is no part of it.
+        starts: (N,), lengths of the prompts.
+        length: L.
+        states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
+        masses: (N, L, K), the exact masses of K sets at these positions at temperature 1; None where none were asked.
+    """
+
+    ids: torch.Tensor
+    starts: torch.Tensor
+    length: int
+    states: torch.Tensor
+    masses: torch.Tensor | None = None
+
+    @property
+    def continuations(self) -> torch.Tensor:
+        """The generated ids, (N, L)."""
+        return self.ids.gather(1, self._positions(0))
+
+    def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of states (N, W, D) of a forward pass over `ids`, those that predict the generated tokens: (N, L, D)."""
+        positions = self._positions(-1).to(hidden.device)
+        return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+    def _positions(self, shift: int) -> torch.Tensor:
+        return self.starts[:, None] + torch.arange(self.length) + shift
+
+
+def rows_at_once(split_model: SplitModel, width: int, cache_bytes: int = CACHE_BYTES) -> int:
+    """How many texts of `width` tokens have a key-value cache of at most `cache_bytes`; at least 1."""
+    model = split_model.model
+    return max(1, cache_bytes // (token_bytes(model.config, model.dtype) * width))
+
+
+def sample(
+    split_model: SplitModel,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    banned: Sequence[int] = (),
+    members: torch.Tensor | None = None,
+) -> Iterator[Samples]:
+    """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
+
+    Args:
+        split_model: its `tilt`, when it has one, is added to the logits: an exact logit bias.
+        banned: ids that are never drawn, so that no text ends early.
+        members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
+            rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+    """
+    new = options.max_new_tokens
+    uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together
+    rows = rows_at_once(split_model, max(map(len, prompts), default=0) + new)
+    draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+
+
+@torch.no_grad()
+def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw) -> Samples:
+    model, device = split_model.model, split_model.weight.device
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    shortest, new = int(starts.min()), uniforms.shape[1]
+    width = int(starts.max()) + new
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    states = torch.empty(len(prompts), new, split_model.weight.shape[1], dtype=split_model.weight.dtype, device=device)
+    masses = torch.empty(len(prompts), new, draw.sets)
+    was_training = model.training
+    model.eval()
+    cache = reserved_cache(model.config, width)
+    following = ids[:, :shortest]
+    for position in range(shortest, width):
+        output = model.base_model(input_ids=following.to(device), past_key_values=cache, use_cache=True)
+        last = output.last_hidden_state[:, -1].contiguous()
+        made = position - starts  # of each row, how many tokens were generated before this position
+        rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
+        if len(rows):
+            states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
+            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
+            ids[rows, position] = drawn.cpu()
+        following = ids[:, position : position + 1]
+    model.train(was_training)
+    return Samples(ids, starts, new, states, masses if draw.sets else None)
+
+
+def continued(
+    split_model: SplitModel, ids: torch.Tensor, new: int, *, seed: int, banned: Sequence[int] = ()
+) -> torch.Tensor:
+    """(N, P) ids continued by `new` tokens each -> (N, P + new)."""
+    options = SamplingOptions(max_new_tokens=new, seed=seed)
+    return torch.cat([batch.ids for batch in sample(split_model, ids.tolist(), options, banned)])
+
+
+class _Draw:
+    """Tokens from states: logits, decoding settings, softmax, one uniform number a row."""
+
+    def __init__(self, options: SamplingOptions, banned: torch.Tensor, members: torch.Tensor | None) -> None:
+        self._options, self._banned, self._members = options, banned, members
+        self.sets = 0 if members is None else len(members)
+        self._warpers = [
+            *([TopKLogitsWarper(options.top_k)] if options.top_k else []),
+            *([TopPLogitsWarper(options.top_p)] if options.top_p < 1 else []),
+        ]
+
+    def __call__(
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
+        step = chunk_positions(len(split_model.weight))
+        ids, masses = [], torch.empty(len(states), self.sets)
+        for rows in torch.arange(len(states)).split(step):
+            z = split_model.logits(states[rows]).float()
+            z.index_fill_(1, self._banned, float("-inf"))
+            if self._members is not None:
+                masses[rows] = (z.softmax(1) @ self._members.T).cpu()
+            ids.append(self._drawn(z, uniforms[rows].to(z.device)))
+        return torch.cat(ids), masses
+
+    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """Ids (n,) from logits (n, V), which are used up."""
+        if self._options.temperature == 0:
+            return z.argmax(1)
+        if self._options.temperature != 1:
+            z /= self._options.temperature
+        for warper in self._warpers:
+            z = warper(None, z)
+        z -= z.amax(1, keepdim=True)
+        cumulative = z.exp_().cumsum_(1)
+        total = cumulative[:, -1:]
+        wanted = (uniforms[:, None] * total).to(total.dtype)
+        wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached it
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
