@@ -19,8 +19,7 @@ from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
 from xfactor_peft.budget.plan import make_plan, require_fit
 from xfactor_peft.cli.run_options import parse_size
 from xfactor_peft.lora.wrap import add_lora
-from xfactor_peft.lowmem import prepare_for_training
-from xfactor_peft.lowmem.activations import checkpointed_blocks
+from xfactor_peft.lowmem.activations import checkpointed_blocks, prepare_for_training
 from xfactor_peft.options import EvalOptions, SamplingOptions
 from xfactor_peft.sampling.generation import sampling_batch
 

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..base.loading import quantized_layers
 from ..errors import XFactorError
-from ..lowmem import custom_modules, quantized_layers
+from ..lowmem.peft_layers import custom_modules
 from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
 from .variants import start_variant
@@ -35,7 +36,7 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
     head = model.get_output_embeddings()
     names = []
     for name, module in model.named_modules():
-        if module is head or not _is_linear(module) or not re.search(r"\.\d+\.", name):
+        if module is head or not isinstance(module, nn.Linear | Conv1D) or not re.search(r"\.\d+\.", name):
             continue
         inside = _below_block(name)
         is_attention, is_mlp = bool(_ATTENTION.search(inside)), bool(_MLP.search(inside))
@@ -122,10 +123,6 @@ def lora_b_norm(model: nn.Module) -> float:
     """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
     values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
     return float(torch.stack(values).max()) if values else 0.0
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) or type(module).__name__ in ("Int8Linear", "NF4Linear")
 
 
 def _below_block(name: str) -> str:
