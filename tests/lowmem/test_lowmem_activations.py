@@ -102,7 +102,7 @@ def test_a_model_without_blocks_says_so():
     class Bare(nn.Module):
         config = type("Config", (), {"_attn_implementation": "eager"})()
 
-    with pytest.raises(ValueError, match="--checkpointing off"):
+    with pytest.raises(ValueError, match="`checkpointing=off`"):
         prepare_for_training(Bare(), checkpointing=True)
 
 

@@ -277,7 +277,7 @@ def test_signals_wait_for_the_step_and_a_second_one_does_not():
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(tiny_folders, tmp_path, number, status):
+def test_a_signal_saves_and_says_how_to_resume(tiny_folders, tmp_path, number, status):
     """The whole command line: stopped by a signal, then the command that it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     command = [

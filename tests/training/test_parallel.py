@@ -112,8 +112,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"method": "lora"}, "needs --method full"),
-        ({"optimizer": "adam8bit"}, "--optimizer adam or adamw; got 'adam8bit'"),
+        ({"method": "lora"}, "needs `method=full`"),
+        ({"optimizer": "adam8bit"}, "`optimizer` adam or adamw; got 'adam8bit'"),
         ({}, "needs several processes: accelerate launch"),
     ],
 )
@@ -142,7 +142,7 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
     assert torch.equal(torch.cat(parts).sort(0).values, ids)
     assert capsys.readouterr().out == "from 0\n"
     check_rows(4)
-    with pytest.raises(XFactorError, match="--batch-size 3 must be a multiple of the 2 processes"):
+    with pytest.raises(XFactorError, match="`batch_size=3` must be a multiple of the 2 processes"):
         check_rows(3)
 
 

@@ -97,11 +97,11 @@ def pick_device(device: str = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise XFactorError(f"--device {device!r} is unknown; use auto, cpu or cuda") from error
+        raise XFactorError(f"`device={device}` is unknown; use auto, cpu or cuda") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise XFactorError(f"--device {device}: no such CUDA device here; use --device cpu")
+        raise XFactorError(f"`device={device}`: there is no such CUDA device; use `device=cpu`")
     if chosen.type not in ("cpu", "cuda"):
-        raise XFactorError(f"--device {device!r} is not supported; use auto, cpu or cuda")
+        raise XFactorError(f"`device={device}` is not supported; use auto, cpu or cuda")
     return chosen
 
 

@@ -29,7 +29,7 @@ from ..options import LoraOptions
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a run's memory and time, besides the model.
+    """What decides a run's memory and time, apart from the model.
 
     Attributes:
         batch: sequences in a micro-batch.

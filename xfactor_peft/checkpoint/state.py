@@ -1,4 +1,4 @@
-"""Everything that decides how training goes on: weights, optimiser, random numbers, place in the data, history."""
+"""Everything that decides how training continues: weights, optimiser, random numbers, place in the data, history."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TrainingState:
 
 
 def check_finite(trainable: Mapping[str, torch.Tensor], made: int) -> None:
-    """Raises XFactorError when a weight is not finite after `made` steps, so that nothing could go on from here."""
+    """Raises XFactorError when a weight is not finite after `made` steps, so that nothing could continue from it."""
     for name, value in trainable.items():
         if not torch.isfinite(value).all():
             raise XFactorError(f"step {made - 1}: {name} is no longer finite; lower `lr`")

@@ -43,7 +43,9 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
         if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
             names.append(name)
     if not names:
-        raise XFactorError(f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained")
+        raise XFactorError(
+            f"`lora.target={target}` matches no layer of {type(model).__name__}; nothing could be trained"
+        )
     return names
 
 
@@ -64,7 +66,9 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
     targets = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
     if options.head:
         if sets < 1:
-            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
+            raise XFactorError(
+                f"`lora.target={options.target}` needs a rate: give `goal.rate`, `goal.strength` or `goal`"
+            )
         targets.append(head_name(model))
     conv1d = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(
@@ -98,7 +102,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
         XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose.
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
-        raise XFactorError(f"--lora-variant {options.variant} needs the base unquantised; drop --load-in-8bit / -4bit")
+        raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
     freeze_block_biases(wrapped)
     start_variant(wrapped, options.variant)
@@ -107,7 +111,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """`disable_adapter`, which on leaving makes every adapter weight trainable again; here frozen ones stay frozen."""
+    """`disable_adapter`, which on leaving makes every adapter weight trainable again, but frozen ones stay frozen."""
     frozen = [p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad]
     with model.disable_adapter():
         yield
