@@ -58,6 +58,16 @@ def own_output(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def process_group_ended() -> Iterator[None]:
+    """The processes part when the work inside is done; one that just exits can leave the others waiting for it."""
+    yield
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
 def quiet_unless_first() -> Iterator[None]:
     """Nothing is printed inside, except by the first process."""
     if process()[0] == 0:
