@@ -18,7 +18,9 @@ import xfactor_peft as xf
 from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import split
 from xfactor_peft.lora.wrap import lora_config, register_layers
-from xfactor_peft.lowmem import Int8Linear, NF4Linear, prepare_for_training
+from xfactor_peft.lowmem.activations import prepare_for_training
+from xfactor_peft.lowmem.int8 import Int8Linear
+from xfactor_peft.lowmem.nf4 import NF4Linear
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.objective import reference
 from xfactor_peft.training.optimizers import build_optimizer

@@ -11,7 +11,7 @@ from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.base.split_model import split
 from xfactor_peft.lora.wrap import add_lora
-from xfactor_peft.lowmem import prepare_for_training
+from xfactor_peft.lowmem.activations import prepare_for_training
 from xfactor_peft.objective.kl import kl_loss
 from xfactor_peft.options import LoadOptions, LoraOptions
 

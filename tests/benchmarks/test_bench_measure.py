@@ -13,7 +13,7 @@ from benchmarks.bench import arms, checks, floor, measure, texts
 from benchmarks.bench.plan import Run
 from benchmarks.bench.presets import Settings
 from xfactor_peft.base.split_model import split
-from xfactor_peft.lowmem import Int8Linear
+from xfactor_peft.lowmem.int8 import Int8Linear
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.options import OPTIMIZERS
 from xfactor_peft.training.optimizers import build_optimizer

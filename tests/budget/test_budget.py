@@ -20,8 +20,7 @@ from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
 from xfactor_peft.budget.plan import make_plan, require_fit
 from xfactor_peft.cli.run_options import parse_size
 from xfactor_peft.lora.wrap import add_lora
-from xfactor_peft.lowmem import prepare_for_training
-from xfactor_peft.lowmem.activations import checkpointed_blocks
+from xfactor_peft.lowmem.activations import checkpointed_blocks, prepare_for_training
 from xfactor_peft.options import EvalOptions, SamplingOptions
 from xfactor_peft.sampling.sampler import rows_at_once
 
@@ -96,17 +95,17 @@ def test_plain_activations_would_be_noticed(load_tiny):
 
 def test_more_recomputed_blocks_need_less(load_tiny):
     step = measure_step(load_tiny().model.config, replace(SHAPE, length=128))
-    totals = [predict(step, SHAPE, count, here=0).total for count in range(3)]
+    totals = [predict(step, SHAPE, count, baseline=0).total for count in range(3)]
     assert totals[0] > totals[2]
-    assert blocks_to_recompute(step, SHAPE, totals[0], here=0) == 0
-    assert blocks_to_recompute(step, SHAPE, totals[0] - 1, here=0) == totals.index(min(totals))
-    assert blocks_to_recompute(step, SHAPE, min(totals) - 1, here=0) is None
+    assert blocks_to_recompute(step, SHAPE, totals[0], baseline=0) == 0
+    assert blocks_to_recompute(step, SHAPE, totals[0] - 1, baseline=0) == totals.index(min(totals))
+    assert blocks_to_recompute(step, SHAPE, min(totals) - 1, baseline=0) is None
 
 
 def test_a_teacher_and_a_longer_text_need_more(load_tiny):
     config = load_tiny().model.config
     step, long = measure_step(config, SHAPE), measure_step(config, replace(SHAPE, length=64))
-    assert predict(step, SHAPE, 0, here=0, teacher=True).total > predict(step, SHAPE, 0, here=0).total
+    assert predict(step, SHAPE, 0, baseline=0, teacher=True).total > predict(step, SHAPE, 0, baseline=0).total
     assert long.blocks[1] == 2 * step.blocks[1]
 
 
@@ -138,10 +137,10 @@ def test_micro_batches_are_the_same_step(load_tiny):
 def test_a_plan_that_does_not_fit_says_what_would(tiny_folders):
     plan = make_plan(tiny_folders["gpt2"], replace(SHAPE, method="full"), MemoryOptions(budget=1), time=False)
     assert not plan.fits
-    with pytest.raises(XFactorError, match="the smallest that this model can do is `--method lora --checkpointing on"):
+    with pytest.raises(XFactorError, match="the smallest that this model can do is `method=lora` `checkpointing=on`"):
         require_fit(plan)
     enough = replace(plan, budget=plan.advice[0][1])
-    with pytest.raises(XFactorError, match="these flags would fit"):
+    with pytest.raises(XFactorError, match="these settings would fit"):
         require_fit(enough)
     require_fit(replace(plan, budget=plan.memory.total))
 

@@ -17,7 +17,7 @@ from xfactor_peft.bank.merging import merge
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import LORA_VARIANTS, LoraOptions, Recipe, TrainOptions
+from xfactor_peft.options import LORA_VARIANTS, LoraOptions, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training.optimizers import build_optimizer
@@ -30,7 +30,7 @@ def test_each_variant_trains_saves_and_merges(variant, load_tiny, tmp_path):
     base = load_tiny()
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
     lora = LoraOptions(r=4, variant=variant)
-    result, record = train_to_folder(base, target, tmp_path / "v", Recipe(OPTIONS, lora, SHORT_EVALUATION))
+    result, record = train_to_folder(base, target, tmp_path / "v", OPTIONS, lora, SHORT_EVALUATION)
     assert result.history[-1].loss < result.history[0].loss - 0.2
     assert record["lora"]["variant"] == variant
     adapted = logits(result.model)
@@ -70,7 +70,7 @@ def test_pissa_gives_the_base_back(load_tiny, tmp_path):
     base = load_tiny()
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
     result, _ = train_to_folder(
-        base, target, tmp_path / "p", Recipe(OPTIONS, LoraOptions(r=4, variant="pissa"), SHORT_EVALUATION)
+        base, target, tmp_path / "p", OPTIONS, LoraOptions(r=4, variant="pissa"), SHORT_EVALUATION
     )
     with result.model.disable_adapter():
         torch.testing.assert_close(logits(result.model), before, atol=1e-4, rtol=1e-4)
@@ -88,12 +88,12 @@ def test_lora_plus_has_two_learning_rates():
 
 
 def test_what_variants_cannot_do(load_tiny, run, tiny_folders):  # noqa: F811
-    with pytest.raises(XFactorError, match=r"`lora.variant` must be one of"):
+    with pytest.raises(XFactorError, match=r"`lora\.variant` must be one of"):
         LoraOptions(variant="qlora")
     with pytest.raises(XFactorError, match="the set head is plain LoRA"):
         LoraOptions(variant="dora", target="all,head")
     for variant in ("dora", "pissa"):
-        with pytest.raises(XFactorError, match=f"--lora-variant {variant} needs the base unquantised"):
+        with pytest.raises(XFactorError, match=f"`lora.variant={variant}` needs the base unquantised"):
             add_lora(load_tiny(quantization="int8").model, LoraOptions(variant=variant))
     brief = ["--steps", 3, "--seq-len", 8, "--eval-tokens", 8, "--eval-repeats", 1, "--dtype", "fp32"]
     output = run("train", "--model", tiny_folders["gpt2"], "--lora-variant", "dora", *brief).output

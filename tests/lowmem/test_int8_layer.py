@@ -1,12 +1,12 @@
-"""The int8 layer: its format, which kernel multiplies, exactness where nothing is rounded, conversion and messages."""
+"""The int8 layer: its format, which kernel multiplies, exactness where nothing is rounded, messages."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from xfactor_peft.lowmem import Int8Linear, int8_matmul
-from xfactor_peft.lowmem.int8 import quantize_rows
+from xfactor_peft.lowmem import int8_matmul
+from xfactor_peft.lowmem.int8 import Int8Linear, quantize_rows
 from xfactor_peft.lowmem.scratch import release_scratch, scratch_bytes
 
 
@@ -86,35 +86,6 @@ def test_the_bias_is_copied_and_frozen():
     assert not any(p.requires_grad for p in made.parameters())
     assert repr(made) == "Int8Linear(in_features=20, out_features=12, bias=True)"
     assert repr(layer()) == "Int8Linear(in_features=20, out_features=12, bias=False)"
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_state_of_bitsandbytes(bias):
-    made = layer(bias=bias)
-    state = made.to_bitsandbytes()
-    assert state["weight_format"].dtype == torch.uint8
-    assert state["weight_format"].item() == 0
-    assert set(state) == {"weight", "SCB", "weight_format"} | ({"bias"} if bias else set())
-    state["SCB"] = state["SCB"].bfloat16()
-    back = Int8Linear.from_bitsandbytes(state)
-    assert (back.in_features, back.out_features, back.from_conv1d) == (20, 12, False)
-    assert torch.equal(back.weight, made.weight)
-    assert torch.equal(back.SCB, made.SCB.bfloat16().float())
-    assert (back.bias is None) is not bias
-    assert not bias or torch.equal(back.bias, made.bias)
-    assert not any(p.requires_grad for p in back.parameters())
-    theirs, ours = {t.data_ptr() for t in state.values()}, {t.data_ptr() for t in back.state_dict().values()}
-    assert not theirs & ours  # copies
-    assert Int8Linear.from_bitsandbytes(state, from_conv1d=True).from_conv1d
-
-
-@pytest.mark.parametrize("state", [{"weight": torch.zeros(2, 2, dtype=torch.int8)}, {"weight": torch.ones(2, 2)}])
-def test_a_state_that_was_not_quantised(state):
-    message = "^an 8-bit bitsandbytes state needs an int8 weight and SCB; was the layer quantised yet\\?$"
-    for scales in ({}, {"SCB": torch.ones(2)}):
-        if not scales or state["weight"].dtype != torch.int8:
-            with pytest.raises(ValueError, match=message):
-                Int8Linear.from_bitsandbytes({**state, **scales})
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from tests.lowmem.test_lowmem_layers import error, saved_bytes
 from tests.lowmem.test_lowmem_peft import config, randomise
 from tests.tiny import KINDS, tiny_model
 from xfactor_peft.base.loading import switch_off_dropout
-from xfactor_peft.lowmem import load_streaming, prepare_for_training
-from xfactor_peft.lowmem.activations import TanhGELU, checkpointed_blocks
+from xfactor_peft.lowmem.activations import TanhGELU, checkpointed_blocks, prepare_for_training
 from xfactor_peft.lowmem.attention import LONGEST, NAME, ShortAttention
 from xfactor_peft.lowmem.imports import allow_bitsandbytes, leave_out_bitsandbytes
+from xfactor_peft.lowmem.streaming import load_streaming
 
 IDS = torch.arange(48).view(2, 24)
 SUFFIXES = {
@@ -102,7 +102,7 @@ def test_a_model_without_blocks_says_so():
     class Bare(nn.Module):
         config = type("Config", (), {"_attn_implementation": "eager"})()
 
-    with pytest.raises(ValueError, match="--checkpointing off"):
+    with pytest.raises(ValueError, match="`checkpointing=off`"):
         prepare_for_training(Bare(), checkpointing=True)
 
 

@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from xfactor_peft.lowmem import Int8Linear, NF4Linear, int8_matmul
+from xfactor_peft.lowmem import int8_matmul
 from xfactor_peft.lowmem.fused_lora import frozen_linear
-from xfactor_peft.lowmem.plain import PlainWeight
+from xfactor_peft.lowmem.int8 import Int8Linear
+from xfactor_peft.lowmem.nf4 import NF4Linear
+from xfactor_peft.lowmem.peft_layers import PlainWeight
 from xfactor_peft.lowmem.scratch import release_scratch, scratch, scratch_bytes
 
 SHAPES = [(7, 13), (507, 13), (13, 507), (64, 128)]

@@ -13,8 +13,11 @@ from torch import nn
 
 from tests.tiny import tiny_model
 from xfactor_peft.base.loading import switch_off_dropout
-from xfactor_peft.lowmem import Int8Linear, NF4Linear, custom_modules, int8_matmul, load_streaming
-from xfactor_peft.lowmem.peft_layers import FusedLoraLinear, QuantizedLoraLinear
+from xfactor_peft.lowmem import int8_matmul
+from xfactor_peft.lowmem.int8 import Int8Linear
+from xfactor_peft.lowmem.nf4 import NF4Linear
+from xfactor_peft.lowmem.peft_layers import FusedLoraLinear, QuantizedLoraLinear, custom_modules
+from xfactor_peft.lowmem.streaming import load_streaming
 
 TARGETS = {"gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
 QUANTIZATIONS = [None, "int8", "nf4"]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import KINDS, tiny_model
-from xfactor_peft.lowmem import UnsupportedCheckpoint, load_streaming, quantized_layers
+from xfactor_peft.base.loading import quantized_layers
 from xfactor_peft.lowmem.checkpoint_files import stored_tensors
 from xfactor_peft.lowmem.int8 import quantize_rows
+from xfactor_peft.lowmem.streaming import UnsupportedCheckpoint, load_streaming
 
 IDS = torch.arange(24).view(2, 12)
 LAYERS = {"gpt2": 8, "llama": 14, "gpt_neox": 8, "opt": 12}
@@ -204,7 +205,7 @@ def test_peak_at_load_is_the_model_and_its_largest_tensor(tmp_path):
     program = f"""
         import sys, torch
         from pathlib import Path
-        from xfactor_peft.lowmem import load_streaming
+        from xfactor_peft.lowmem.streaming import load_streaming
         from xfactor_peft.lowmem.memory import peak_rss
         from transformers.models.llama import modeling_llama
         before = peak_rss()

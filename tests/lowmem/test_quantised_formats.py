@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.lowmem.test_lowmem_layers import SHAPES, error, make
-from xfactor_peft.lowmem import Int8Linear, NF4Linear, int8_matmul, nf4_kernel
-from xfactor_peft.lowmem.int8 import quantize_rows
-from xfactor_peft.lowmem.nf4 import CODE, _grid, quantize_nf4
+from xfactor_peft.lowmem import int8_matmul, nf4_kernel
+from xfactor_peft.lowmem.int8 import Int8Linear, quantize_rows
+from xfactor_peft.lowmem.nf4 import CODE, NF4Linear, _grid, quantize_nf4
 
 
 def test_nf4_does_not_depend_on_the_default_dtype():
@@ -78,13 +78,16 @@ def test_int8_state_of_bitsandbytes_converts_both_ways():
     x = torch.randn(10, 64)
     expected = theirs(x)
 
-    ours = Int8Linear.from_bitsandbytes(theirs.state_dict())
+    their_state = theirs.state_dict()
+    ours = Int8Linear(64, 48, False)
+    ours.set_codes(their_state["weight"], their_state["SCB"])
+    ours.bias = torch.nn.Parameter(their_state["bias"])
     assert error(ours(x).double(), expected.double()) < 0.01
 
     back = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
     back.weight = bnb.nn.Int8Params(ours.weight.data, requires_grad=False, CB=ours.weight.data, SCB=ours.SCB)
-    state = ours.to_bitsandbytes()
-    assert set(state) == set(theirs.state_dict())
+    state = {**ours.state_dict(), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    assert set(state) == set(their_state)
     back.load_state_dict(state)
     torch.testing.assert_close(back(x), expected)
 
@@ -94,16 +97,15 @@ def test_nf4_state_of_bitsandbytes_converts():
     theirs = bnb.nn.Linear4bit(64, 48, quant_type="nf4", compress_statistics=False, compute_dtype=torch.float32)
     theirs.load_state_dict({"weight": torch.randn(48, 64), "bias": torch.randn(48)})
     theirs.to("cpu")
-    ours = NF4Linear.from_bitsandbytes(theirs.state_dict(), (48, 64))
+    state = theirs.state_dict()
+    ours = NF4Linear(64, 48, False)
+    ours.set_codes(state["weight"].view(torch.uint8).reshape(-1, 1), state["weight.absmax"])
+    ours.bias = torch.nn.Parameter(state["bias"])
     x = torch.randn(10, 64)
     assert error(ours(x).double(), theirs(x).double()) < 1e-5
 
 
-def test_states_that_do_not_convert_say_why():
-    with pytest.raises(ValueError, match="int8 weight and SCB"):
-        Int8Linear.from_bitsandbytes({"weight": torch.randn(4, 4)})
-    with pytest.raises(ValueError, match="without double quantisation"):
-        NF4Linear.from_bitsandbytes({"weight": torch.zeros(8, 1, dtype=torch.uint8)}, (4, 4))
+def test_codes_that_do_not_fit_and_modes_that_are_not():
     layer = Int8Linear.from_weight(torch.randn(4, 4), None)
     with pytest.raises(ValueError, match=r"SCB has shape \(3,\)"):
         layer.set_codes(layer.weight.data, torch.ones(3))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from tests.training.test_training import QUICK, x_target
 from xfactor_peft.checkpoint import checkpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
+from xfactor_peft.checkpoint.durable import write_atomically
 from xfactor_peft.checkpoint.interruption import Interrupted, Interruption
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
@@ -101,8 +104,8 @@ def test_without_its_state_a_resumed_run_differs(load_tiny, tmp_path, monkeypatc
         run(load_tiny(), tmp_path / "a", crash_at=7)
     restore = TrainingState.restore
 
-    def forgetful(self, tensors, facts):
-        restore(self, tensors, facts)
+    def forgetful(self, state, facts):
+        restore(self, state, facts)
         for moments in self.optimizer.state.values():
             moments["exp_avg"].zero_()
 
@@ -157,48 +160,78 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
     folder = Checkpoints(tmp_path)
     for step in (1, 2, 3):
         folder.save(step, {"a": torch.full((5,), float(step))}, {"n": step})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"step-{n:08d}.{kind}" for n in (2, 3) for kind in ("json", "safetensors")
-    ]
-    for kind in ("json", "safetensors"):
-        path = tmp_path / f"step-00000003.{kind}"
-        whole = path.read_bytes()
-        variants = [whole[:cut] for cut in range(len(whole))]
-        variants += [bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]) for at in range(len(whole))]
-        for content in variants:
-            path.write_bytes(content)
-            found = Checkpoints(tmp_path).latest()
-            assert found is not None
-            assert (found.step, found.facts["n"], float(found.tensors()["a"][0])) == (2, 2, 2.0)
-        path.unlink()
-        assert Checkpoints(tmp_path).latest().step == 2
-        path.write_bytes(whole)
+    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    (path,) = tmp_path.glob("step-00000003.*")
+    whole = path.read_bytes()
+    variants = [whole[:cut] for cut in range(len(whole))]
+    variants += [bytes([*whole[:at], whole[at] ^ 1 << at % 8, *whole[at + 1 :]]) for at in range(len(whole))]
+    for content in variants:
+        path.write_bytes(content)
+        found = Checkpoints(tmp_path).latest()
+        assert found is not None
+        assert (found.step, found.facts["n"], float(found.state()["a"][0])) == (2, 2, 2.0)
+    path.unlink()
+    assert Checkpoints(tmp_path).latest().step == 2
+    path.write_bytes(whole)
     assert Checkpoints(tmp_path).latest().step == 3
-    for path in tmp_path.glob("*.safetensors"):
+    for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     empty = Checkpoints(tmp_path)
     assert empty.latest() is None
     assert len(empty.damaged) == 2
 
 
+def test_a_checkpoint_saved_again_replaces_the_damaged_one(tmp_path):
+    folder = Checkpoints(tmp_path)
+    for step in (1, 2):
+        folder.save(step, {}, {"n": step})
+    (path,) = tmp_path.glob("step-00000002.*")
+    path.write_bytes(b"")
+    assert folder.latest().step == 1
+    folder.save(2, {}, {"n": 3})
+    assert folder.latest().facts["n"] == 3
+    assert [p.name.split(".")[0] for p in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+    assert not path.exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path(__import__('os').environ['PAYLOAD']).write_text('it ran')",)
+
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path, monkeypatch):
+    """With a name that is right, in every place of a checkpoint, as torch's format or as a bare pickle."""
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
+    for place in ("format", "step", "facts", "state", None):
+        content = {"format": checkpoints.FORMAT, "step": 9, "facts": {}, "state": {}, place: Payload()}
+        for save in (torch.save, pickle.dump):
+            folder = tmp_path / f"{place}-{save.__module__}"
+            folder.mkdir()
+            write_atomically(folder / "step-00000009.pt", partial(save, content), hashed=True)
+            found = Checkpoints(folder)
+            assert found.latest() is None
+            assert len(found.damaged) == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(load_tiny, tmp_path, monkeypatch):
     run(load_tiny(), tmp_path / "whole")
-    save, calls = checkpoints.save_file, []
+    save, calls = torch.save, []
 
-    def full(tensors, path):
-        calls.append(path)
+    def full(state, file):
+        calls.append(file)
         if len(calls) == 2:
-            path.write_bytes(b"half of it")
+            file.write(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(tensors, path)
+        save(state, file)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
         XFactorError, match=r"step 10 cannot be written .*No space left.*the last whole one is of step 5"
     ):
         run(load_tiny(), tmp_path / "a")
-    left = {path.name for path in (tmp_path / ".a.partial/checkpoints").iterdir()}
-    assert left == {"step-00000005.json", "step-00000005.safetensors"}
+    (left,) = (tmp_path / ".a.partial/checkpoints").iterdir()
+    assert left.name.startswith("step-00000005.")
     run(load_tiny(), tmp_path / "a", resume=True)
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")
 
@@ -244,7 +277,7 @@ def test_signals_wait_for_the_step_and_a_second_one_does_not():
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(tiny_folders, tmp_path, number, status):
+def test_a_signal_saves_and_says_how_to_resume(tiny_folders, tmp_path, number, status):
     """The whole command line: stopped by a signal, then the command that it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     command = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import TrainOptions
-from xfactor_peft.training.parallel import check_rows, own_output, own_rows, quiet_unless_first
+from xfactor_peft.training.parallel import check_rows, own_output, own_rows, process_group_ended, quiet_unless_first
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
@@ -59,6 +60,78 @@ def test_two_processes_make_the_steps_of_one(tiny_folders, tmp_path, words, more
             for vector in (tensor, two[key]):
                 vector.chunk(3)[1].zero_()
         torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+MACHINE = """
+import sys
+from pathlib import Path
+from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
+leave_out_bitsandbytes()
+import xfactor_peft as xf
+from xfactor_peft.training.parallel import process_group_ended
+
+def run(model, folder, method, fsdp):
+    base = xf.load(str(model), xf.LoadOptions("fp32", "cpu"))
+    tokens = xf.TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
+    options = xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp)
+    quick = xf.EvalOptions(("Once",), 1, xf.SamplingOptions(max_new_tokens=2))
+    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, options, evaluation=quick)
+
+if __name__ == "__main__":
+    with process_group_ended():
+        run(*sys.argv[1:], "lora", False)
+        run(*sys.argv[1:], "full", True)
+"""
+
+
+def test_two_machines_make_the_adapter_of_one(tiny_folders, tmp_path):
+    """The page's configuration, launched twice over loopback: LoRA's DDP, then FSDP, in the same processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (ROOT / "docs/configs/two-machines.yaml").read_text()
+    changes = {"192.0.2.10": "127.0.0.1", "29500": str(port), "use_cpu: false": "use_cpu: true",
+               "num_processes: 8": "num_processes: 2"}  # fmt: skip
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    script = tmp_path / "machine.py"
+    script.write_text(MACHINE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    launched = []
+    for rank in (0, 1):
+        config = tmp_path / f"machine{rank}.yaml"
+        config.write_text(text.replace("machine_rank: 0", f"machine_rank: {rank}"))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script]
+        output = (tmp_path / f"output{rank}").open("wb")
+        launched.append(
+            subprocess.Popen([*command, tiny_folders["llama"], tmp_path / f"on{rank}"], env=environment, stderr=output)
+        )
+    try:
+        codes = [process.wait(120) for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+    assert codes == [0, 0], "".join((tmp_path / f"output{rank}").read_text() for rank in (0, 1))
+    assert not (tmp_path / "on1").exists()
+    alone: dict = {"__name__": "machine"}
+    exec(MACHINE, alone)
+    for method, file in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
+        alone["run"](tiny_folders["llama"], tmp_path / "alone", method, False)
+        one, two = (load_file(tmp_path / name / method / file) for name in ("alone", "on0"))
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=1e-4)
+        assert json.loads((tmp_path / "on0" / method / "xfactor.json").read_text())["processes"] == 2
+
+
+def test_the_process_group_is_ended(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    with process_group_ended():
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()
+    with process_group_ended():
+        pass
 
 
 def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
@@ -112,8 +185,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"method": "lora"}, "needs --method full"),
-        ({"optimizer": "adam8bit"}, "--optimizer adam or adamw; got 'adam8bit'"),
+        ({"method": "lora"}, "needs `method=full`"),
+        ({"optimizer": "adam8bit"}, "`optimizer` adam or adamw; got 'adam8bit'"),
         ({}, "needs several processes: accelerate launch"),
     ],
 )
@@ -142,7 +215,7 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
     assert torch.equal(torch.cat(parts).sort(0).values, ids)
     assert capsys.readouterr().out == "from 0\n"
     check_rows(4)
-    with pytest.raises(XFactorError, match="--batch-size 3 must be a multiple of the 2 processes"):
+    with pytest.raises(XFactorError, match="`batch_size=3` must be a multiple of the 2 processes"):
         check_rows(3)
 
 
@@ -151,13 +224,12 @@ def test_accelerate_reads_the_configurations(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    names = {"deepspeed-zero2": "DEEPSPEED"}
-    assert config.distributed_type.value == names.get(path.stem, "MULTI_GPU")
+    assert config.distributed_type.value == "MULTI_GPU"
     assert config.num_processes % config.num_machines == 0
 
 
 def test_all_configurations_are_in_the_docs():
     page = (ROOT / "docs/parallel.md").read_text()
-    assert len(CONFIGS) == 4
+    assert len(CONFIGS) == 3
     for path in CONFIGS:
         assert f"docs/configs/{path.name}" in page

@@ -141,7 +141,7 @@ def test_steps_go_to_tensorboard(tmp_path):
     assert [event.value for event in events.Scalars("train/loss")] == [2.0, 1.5, 1.0]
     assert [event.step for event in events.Scalars("train/set_mass")] == [0, 1, 2]
     assert events.Scalars("R")[0].value == 0.25
-    with pytest.raises(XFactorError, match=r"--log-with nope: unknown tracker; accelerate knows .*tensorboard"):
+    with pytest.raises(XFactorError, match=r"`trackers=nope`: unknown tracker; accelerate knows .*tensorboard"):
         Tracking(["nope"], "run", tmp_path)
     with pytest.raises(XFactorError, match="its package is not installed; pip install aim"):
         Tracking(["aim"], "run", tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +18,9 @@ from transformers import (
 )
 
 from ..errors import XFactorError
-from ..lowmem import UnsupportedCheckpoint, load_streaming, quantize_linears, quantized_layers
 from ..lowmem.memory import peaks
+from ..lowmem.streaming import QUANTIZED, UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
-from ..training.parallel import process
 from .identity import BaseIdentity, identify
 from .resolve import ModelChoice, resolve_model
 
@@ -48,8 +49,8 @@ class Base:
     @property
     def quantization(self) -> str | None:
         """ "int8", "nf4" or None, whoever quantised."""
-        kinds = {"Int8Linear": "int8", "Linear8bitLt": "int8", "NF4Linear": "nf4", "Linear4bit": "nf4"}
-        return next((kinds[name] for name in self.quantized), None)
+        kinds = quantized_types()
+        return next((kinds[type(module)] for module in self.model.modules() if type(module) in kinds), None)
 
     def describe(self) -> str:
         """One line: name, why, dtype, device, and the quantised layers by kind."""
@@ -71,20 +72,36 @@ class Base:
         }
 
 
+def quantized_types() -> dict[type[torch.nn.Module], str]:
+    """Types of quantised layers and what each is: this package's and, once it is imported, bitsandbytes'."""
+    types: dict[type[torch.nn.Module], str] = {layer: name for name, layer in QUANTIZED.items()}
+    bitsandbytes = sys.modules.get("bitsandbytes")  # without it, no layer is of its types
+    if bitsandbytes is not None:
+        types |= {bitsandbytes.nn.Linear8bitLt: "int8", bitsandbytes.nn.Linear4bit: "nf4"}
+    return types
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
+    """How many layers of each quantised type `model` has, by the type's name, e.g. {"Int8Linear": 96}; {} for none."""
+    types = quantized_types()
+    return dict(Counter(type(module).__name__ for module in model.modules() if type(module) in types))
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """Resolve "auto" to CUDA where there is one, else the CPU; raises XFactorError for one that is not there."""
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if process()[1] > 1 else torch.device("cuda")
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if several else torch.device("cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise XFactorError(f"--device {device!r} is unknown; use auto, cpu or cuda") from error
+        raise XFactorError(f"`device={device}` is unknown; use auto, cpu or cuda") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise XFactorError(f"--device {device}: no such CUDA device here; use --device cpu")
+        raise XFactorError(f"`device={device}`: there is no such CUDA device; use `device=cpu`")
     if chosen.type not in ("cpu", "cuda"):
-        raise XFactorError(f"--device {device!r} is not supported; use auto, cpu or cuda")
+        raise XFactorError(f"`device={device}` is not supported; use auto, cpu or cuda")
     return chosen
 
 

@@ -40,15 +40,15 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
         XFactorError: the model is missing, unreachable, gated, or has no safetensors; says what to do next.
     """
     if model == "demo":
-        return _demo("asked for with --model demo")
+        return _demo("asked for with `model=demo`")
     if model == "auto":
         return _auto(offline)
     if not model.strip():
-        raise XFactorError("--model is empty; give a Hub id such as gpt2, a folder, or demo")
+        raise XFactorError("`model` is empty; give a Hub id such as gpt2, a folder, or demo")
     if Path(model).is_dir():
         return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise XFactorError(f"--model {model}: no such folder; give a folder with config.json and *.safetensors")
+        raise XFactorError(f"`model={model}`: no such folder; give a folder with config.json and *.safetensors")
     return _from_hub(model, revision, offline)
 
 
@@ -60,7 +60,7 @@ def _auto(offline: bool) -> ModelChoice:
     try:
         return _from_hub(DEFAULT_MODEL, None, offline)
     except XFactorError as error:
-        why = "is not in the local cache, and --offline" if offline else f"cannot be had: {error.__cause__ or error}"
+        why = "is not in the local cache, and `offline`" if offline else f"cannot be had: {error.__cause__ or error}"
         return _demo(f"{DEFAULT_MODEL} {why}".split("\n")[0][:160])
 
 
@@ -70,8 +70,8 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
         return ModelChoice(name, cached, cached.name, "in the local cache")
     if offline:
         raise XFactorError(
-            f"--model {name} is not in the local cache and --offline forbids the network; "
-            "run once without --offline, or use --model demo or a folder"
+            f"`model={name}` is not in the local cache and `offline` forbids the network; "
+            "run once without `offline`, or use `model=demo` or a folder"
         )
     folder = _checked(_download(name, revision), name)
     _check_hashes(folder, name)
@@ -101,23 +101,23 @@ def _download(name: str, revision: str | None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", etag_timeout=5)
         )
     except hub.HFValidationError as error:
-        raise XFactorError(f"--model {name!r} is neither a folder nor a Hub id (owner/name)") from error
+        raise XFactorError(f"`model={name}` is neither a folder nor a Hub id (owner/name)") from error
     except hub.GatedRepoError as error:
         raise XFactorError(
-            f"--model {name} is gated: accept its terms on its page, then log in with `hf auth login`"
+            f"`model={name}` is gated: accept its terms on its page, then log in with `hf auth login`"
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise XFactorError(
-            f"--model {name}: no such repository on the Hub, or it is private (log in with `hf auth login`)"
+            f"`model={name}`: no such repository on the Hub, or it is private (log in with `hf auth login`)"
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise XFactorError(f"--model {name} has no revision {revision!r}") from error
+        raise XFactorError(f"`model={name}` has no revision {revision!r}") from error
     except Exception as error:  # the client's network errors have no common base of their own
         if not isinstance(error, OSError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
             raise
         raise XFactorError(
-            f"--model {name} cannot be downloaded ({_in_words(error)}); {_advice(error)}, "
-            "or use --model demo or a local folder"
+            f"`model={name}` cannot be downloaded ({_in_words(error)}); {_advice(error)}, "
+            "or use `model=demo` or a local folder"
         ) from error
 
 
@@ -171,7 +171,7 @@ def _check_hashes(folder: Path, name: str) -> None:
             path.unlink()
             blob.unlink()
             raise XFactorError(
-                f"--model {name}: {path.name} arrived damaged (wrong SHA-256) and was removed; try again"
+                f"`model={name}`: {path.name} arrived damaged (wrong SHA-256) and was removed; try again"
             )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
+from types import ModuleType
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,8 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
-from ..lowmem import prepare_for_training
-from ..lowmem.activations import checkpointed_blocks
+from ..lowmem.activations import checkpointed_blocks, prepare_for_training
 from ..lowmem.peft_parts import unwrapped
 from ..lowmem.streaming import QUANTIZED, replace_layers
 from ..options import LoraOptions
@@ -29,7 +29,7 @@ from ..options import LoraOptions
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a run's memory and time, besides the model.
+    """What decides a run's memory and time, apart from the model.
 
     Attributes:
         batch: sequences in a micro-batch.
@@ -165,8 +165,8 @@ def _saved_bytes(base: PreTrainedModel, shape: Shape) -> tuple[dict[int | None, 
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=full_bf16),
-            _no_look_at_positions(),
-            mock.patch.object(functional, "scaled_dot_product_attention", _flash_attention),
+            _replaced(masking_utils, "find_packed_sequence_indices", lambda positions: None),
+            _replaced(functional, "scaled_dot_product_attention", _flash_attention),
         ):
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
     finally:
@@ -175,10 +175,19 @@ def _saved_bytes(base: PreTrainedModel, shape: Shape) -> tuple[dict[int | None, 
     return saved, hidden.numel() * hidden.element_size()
 
 
-def _no_look_at_positions():
-    """transformers looks for packed sequences in the values of the positions, which a meta tensor has none of."""
-    name = "find_packed_sequence_indices"
-    return mock.patch.object(masking_utils, name, return_value=None) if hasattr(masking_utils, name) else nullcontext()
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Another function under this name, inside.
+
+    Two cannot run on the meta device: transformers looks for packed sequences in the positions' values, and torch
+    chooses an attention kernel that saves more than the one on a CPU.
+    """
+    before = getattr(module, name, None)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):

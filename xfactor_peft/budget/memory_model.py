@@ -1,6 +1,6 @@
 """Peak memory of a training run, from what a dry run of one step counts.
 
-    peak = here + weights + 16 n + saved + workspace
+    peak = baseline + weights + 16 n + saved + workspace
 
 n numbers train with a float32 value, a gradient and Adam's two moments each (4 + 4 + 8 bytes; in full fine-tuning the
 value is among the weights already). A recomputed block keeps its input alone, and one of them at a time is whole again:
@@ -8,7 +8,7 @@ value is among the weights already). A recomputed block keeps its input alone, a
     saved = rest + sum over the last blocks of what they save + k block_input + (one block, if k > 0)
 
 `workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
-way through a block. On a CPU `here` is what the process holds before it loads anything.
+way through a block. On a CPU `baseline` is what the process holds before it loads anything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RUNTIME = 48 * 2**20
 class Prediction:
     """Bytes, part by part; `total` is the peak."""
 
-    here: int
+    baseline: int
     weights: int
     trained: int
     saved: int
@@ -43,11 +43,11 @@ class Prediction:
 
     @property
     def total(self) -> int:
-        return self.here + self.weights + self.trained + self.saved + self.workspace
+        return self.baseline + self.weights + self.trained + self.saved + self.workspace
 
 
-def predict(step: StepMemory, shape: Shape, recomputed: int, *, here: int, teacher: bool = False) -> Prediction:
-    """Peak of a run in which the first `recomputed` blocks are checkpointed; `here` is 0 on CUDA."""
+def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, teacher: bool = False) -> Prediction:
+    """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA."""
     blocks = step.blocks[recomputed:]
     again = max(step.blocks[:recomputed], default=0)
     saved = step.rest + sum(blocks) + recomputed * step.block_input + again
@@ -55,7 +55,8 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, here: int, teach
     trained = step.trainable * (12 if full else 16)
     if full and shape.dtype == "bf16":
         trained += 2 * step.trainable  # the bf16 copies that autocast makes and keeps through the step
-    return Prediction(here, step.weights, trained, saved, _workspace(step, shape, teacher) + (RUNTIME if here else 0))
+    workspace = _workspace(step, shape, teacher) + (RUNTIME if baseline else 0)
+    return Prediction(baseline, step.weights, trained, saved, workspace)
 
 
 def _workspace(step: StepMemory, shape: Shape, teacher: bool) -> int:
@@ -101,9 +102,11 @@ def _control_group() -> list[int]:
         return []
 
 
-def blocks_to_recompute(step: StepMemory, shape: Shape, budget: int, *, here: int, teacher: bool = False) -> int | None:
+def blocks_to_recompute(
+    step: StepMemory, shape: Shape, budget: int, *, baseline: int, teacher: bool = False
+) -> int | None:
     """The smallest number of checkpointed blocks whose predicted peak is within `budget` bytes; None if none is."""
     for count in range(len(step.blocks) + 1):
-        if predict(step, shape, count, here=here, teacher=teacher).total <= budget:
+        if predict(step, shape, count, baseline=baseline, teacher=teacher).total <= budget:
             return count
     return None

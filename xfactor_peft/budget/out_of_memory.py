@@ -1,4 +1,4 @@
-"""When memory runs out in training: what counts as that, and which flags would have fitted."""
+"""When memory runs out in training: what counts as that, and which settings would have fitted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(
     base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: BaseException, resume_hint: str = ""
 ) -> str:
-    """One line: where memory ran out, and the mildest change of flags that is predicted to need less.
+    """One line: where memory ran out, and the mildest change of settings that is predicted to need less.
 
     Args:
         shape: the run that did not fit; what is advised needs less than 90 % of what is predicted for it.
@@ -42,9 +42,9 @@ def explain(
         smaller = MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))
         advice = make_plan(
             base.choice.folder, shape, smaller, grad_accum=grad_accum, teacher=teacher, time=False
-        ).advice or ((f"--checkpointing on --batch-size {max(1, shape.batch // 2)} --grad-accum {2 * grad_accum}", 0),)
+        ).advice or ((f"`checkpointing=on` `batch_size={max(1, shape.batch // 2)}` `grad_accum={2 * grad_accum}`", 0),)
     except XFactorError:
         halves = "halve `batch_size`, double `grad_accum`, or pass `auto_batch=True`"
         return f"{start}, {mib(budget)} free now; {halves}{resume_hint}"
-    flags = " or ".join(f"`{flags}`" + (f" (about {mib(total)})" if total else "") for flags, total in advice)
-    return f"{start}, {mib(budget)} free now; try {flags}, or `auto_batch=True`{resume_hint}"
+    changes = " or ".join(settings + (f" (about {mib(total)})" if total else "") for settings, total in advice)
+    return f"{start}, {mib(budget)} free now; try {changes}, or `auto_batch=True`{resume_hint}"

@@ -1,4 +1,4 @@
-"""A plan: predicted memory and time of a run, whether it fits, and which flags would make it fit."""
+"""A plan: predicted memory and time of a run, whether it fits, and which settings would make it fit."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Plan:
 
     Attributes:
         memory: predicted peak, bytes, part by part.
-        budget: bytes it may take in all: `--memory-budget`, or what the process has and the machine has free.
+        budget: bytes it may take in all: `memory.budget`, or what the process has and the machine has free.
         recomputed: checkpointed blocks, of `blocks`.
         seconds: a step; None when it was not measured.
-        advice: flags that would make it fit, with their predicted peak in bytes; empty when it fits.
+        advice: settings that would make it fit, with their predicted peak in bytes; empty when it fits.
     """
 
     memory: Prediction
@@ -60,7 +60,7 @@ def make_plan(
     """Predict a run on the model in `folder`, of which only the configuration is read.
 
     Args:
-        teacher: the objective holds the base's states beside the model's (a rate, or `--kl-to-base`).
+        teacher: the objective holds the base's states beside the model's (a rate, or `kl_to_base`).
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
 
     Raises:
@@ -69,11 +69,11 @@ def make_plan(
     config = read_config(folder)
     check_length(config, shape.length)
     step = measure_step(config, shape)
-    here = resident() if device.type == "cpu" else 0
-    budget = options.budget or here + free_memory(device)
-    count = chosen_blocks(step, shape, options, budget, here=here, teacher=teacher)
-    memory = predict(step, shape, count, here=here, teacher=teacher)
-    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, here, teacher))
+    baseline = resident() if device.type == "cpu" else 0
+    budget = options.budget or baseline + free_memory(device)
+    count = chosen_blocks(step, shape, options, budget, baseline=baseline, teacher=teacher)
+    memory = predict(step, shape, count, baseline=baseline, teacher=teacher)
+    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, baseline, teacher))
     seconds = None
     if time and device.type == "cpu" and not teacher:
         seconds = probe(config, shape, recompute=count > 0).step(len(step.blocks), count, grad_accum)
@@ -81,14 +81,14 @@ def make_plan(
 
 
 def chosen_blocks(
-    step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, here: int, teacher: bool
+    step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int, teacher: bool
 ) -> int:
-    """How many blocks `--checkpointing` recomputes; with "auto" all of them when no number is enough."""
+    """How many blocks `checkpointing` recomputes; with "auto" all of them when no number is enough."""
     if isinstance(options.checkpointing, int):
         return options.checkpointing
     if options.checkpointing != "auto":
         return len(step.blocks) if options.checkpointing == "on" else 0
-    count = blocks_to_recompute(step, shape, budget, here=here, teacher=teacher)
+    count = blocks_to_recompute(step, shape, budget, baseline=baseline, teacher=teacher)
     return len(step.blocks) if count is None else count
 
 
@@ -108,22 +108,22 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions, *, teacher: b
         if options.checkpointing == "auto" and options.budget is None:
             return 0
         raise
-    here = max(1, resident() - step.weights) if base.device.type == "cpu" else 0
+    baseline = max(1, resident() - step.weights) if base.device.type == "cpu" else 0
     budget = options.budget or resident() + free_memory(base.device)
-    return chosen_blocks(step, shape, options, budget, here=here, teacher=teacher)
+    return chosen_blocks(step, shape, options, budget, baseline=baseline, teacher=teacher)
 
 
 def _advice(
-    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, here: int, teacher: bool
+    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, baseline: int, teacher: bool
 ) -> Iterator[tuple[str, int]]:
-    """Changes of flags that fit, the mildest first, at most three; with none, the smallest there is."""
+    """Changes of settings that fit, the mildest first, at most three; with none, the smallest there is."""
     found, smallest = 0, ("", 1 << 62)
-    for flags, changed in _candidates(shape, grad_accum):
+    for settings, changed in _candidates(shape, grad_accum):
         step = measure_step(config, changed)
-        total = predict(step, changed, len(step.blocks), here=here, teacher=teacher).total
-        smallest = min(smallest, (flags, total), key=lambda pair: pair[1])
+        total = predict(step, changed, len(step.blocks), baseline=baseline, teacher=teacher).total
+        smallest = min(smallest, (settings, total), key=lambda pair: pair[1])
         if total <= budget:
-            yield flags, total
+            yield settings, total
             found += 1
         if found == 3:
             return
@@ -132,35 +132,32 @@ def _advice(
 
 
 def _candidates(shape: Shape, grad_accum: int) -> Iterator[tuple[str, Shape]]:
-    """(flags, shape) with every block recomputed: as asked, quantised, with micro-batches, shorter."""
+    """(settings, shape) with every block recomputed: as asked, quantised, with micro-batches, shorter."""
     lora = replace(shape, method="lora")
-    start = "--checkpointing on" if shape.method == "lora" else "--method lora --checkpointing on"
-    kinds = [("", shape.quantization)]
-    kinds += [(flag, kind) for flag, kind in ((" --load-in-8bit", "int8"), (" --load-in-4bit", "nf4"))]
-    kinds = kinds[: 1 if shape.quantization == "nf4" else 3]
-    for flag, kind in kinds:
-        if flag and kind == shape.quantization:
-            continue
-        yield start + flag, replace(lora, quantization=kind)
-    flag, kind = kinds[-1]
+    settings = "`checkpointing=on`" if shape.method == "lora" else "`method=lora` `checkpointing=on`"
+    yield settings, lora
+    start, kind = settings, shape.quantization
+    for smaller in ("int8", "nf4") if kind is None else ("nf4",) if kind == "int8" else ():
+        settings, kind = f"{start} `quantization={smaller}`", smaller
+        yield settings, replace(lora, quantization=kind)
     batch = shape.batch
     while batch > 1:
         batch //= 2
         accumulation = -(-shape.batch * grad_accum // batch)
-        flags = f"{start}{flag} --batch-size {batch} --grad-accum {accumulation}"
-        yield flags, replace(lora, quantization=kind, batch=batch)
+        changed = replace(lora, quantization=kind, batch=batch)
+        yield f"{settings} `batch_size={batch}` `grad_accum={accumulation}`", changed
     if shape.length > 64:
-        flags = f"{start}{flag} --batch-size 1 --grad-accum {shape.batch * grad_accum} --seq-len 64"
-        yield flags, replace(lora, quantization=kind, batch=1, length=64)
+        changed = replace(lora, quantization=kind, batch=1, length=64)
+        yield f"{settings} `batch_size=1` `grad_accum={shape.batch * grad_accum}` `seq_len=64`", changed
 
 
 def require_fit(plan: Plan) -> None:
-    """Raises XFactorError, with the flags that would help, for a plan that does not fit its budget."""
+    """Raises XFactorError, with the settings that would help, for a plan that does not fit its budget."""
     if plan.fits:
         return
-    best = "; ".join(f"`{flags}` (about {mib(total)})" for flags, total in plan.advice)
+    best = "; ".join(f"{settings} (about {mib(total)})" for settings, total in plan.advice)
     enough = any(total <= plan.budget for _, total in plan.advice)
-    hint = f"these flags would fit: {best}" if enough else f"the smallest that this model can do is {best}"
+    hint = f"these settings would fit: {best}" if enough else f"the smallest that this model can do is {best}"
     raise XFactorError(
         f"the run needs about {mib(plan.memory.total)}, more than the {mib(plan.budget)} allowed; {hint}"
     )

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..base.split_model import SplitModel
-from ..lowmem import prepare_for_training
+from ..lowmem.activations import prepare_for_training
 from ..lowmem.allocator import reuse_pages
 from ..lowmem.peft_parts import unwrapped
 from ..lowmem.quantized import QuantizedLinear

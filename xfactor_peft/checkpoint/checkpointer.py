@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
-
 from ..errors import XFactorError
 from .checkpoints import Checkpoint, Checkpoints
 from .interruption import Interrupted, Interruption
@@ -21,9 +19,9 @@ class State(Protocol):
     @property
     def history(self) -> list[Any]: ...
 
-    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
+    def capture(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
 
-    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any], facts: dict[str, Any]) -> None: ...
 
 
 class NoCheckpoints:
@@ -53,13 +51,13 @@ class NoCheckpoints:
     def restore(self, state: State) -> None:
         """Bring a fresh run to where the checkpoint was made, if that is in this phase."""
         if self.start is not None and self.start_phase == self.phase:
-            state.restore(self.start.tensors(), self.start.facts)
+            state.restore(self.start.state(), self.start.facts)
 
     def deferred(self) -> AbstractContextManager[None]:
         """Inside, a signal waits for the end of the step."""
         return nullcontext()
 
-    def save(self, made: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def save(self, made: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Save after `made` steps."""
 
     def after_step(self, state: State, *, last: bool, every: int | None = None) -> None:
@@ -89,9 +87,9 @@ class Checkpointer(NoCheckpoints):
     def deferred(self) -> AbstractContextManager[None]:
         return self._interruption.deferred()
 
-    def save(self, made: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def save(self, made: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Save after `made` steps; raises XFactorError when it cannot be written."""
-        self.checkpoints.save(made, tensors, {**self.facts, **facts, "phase": self.phase})
+        self.checkpoints.save(made, state, {**self.facts, **facts, "phase": self.phase})
 
     def after_step(self, state: State, *, last: bool, every: int | None = None) -> None:
         """Save when it is time to; a phase with longer steps has its own `every`.

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ..errors import XFactorError
-from .durable import write_atomically
+from .durable import file_hash, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole: the number of steps made, and what is not a tensor."""
+    """One that was found whole: the number of steps made, and what is known of the run besides its state."""
 
     step: int
     facts: dict[str, Any]
     path: Path
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return load_file(self.path)
+    def state(self) -> dict[str, Any]:
+        """What `Checkpoints.save` was given, read anew."""
+        return _load(self.path)["state"]
 
 
 class Checkpoints:
-    """A folder of pairs `step-N.safetensors` and `step-N.json`.
+    """A folder of files `step-N.SHA256.pt`.
 
-    The JSON file is written last and holds the SHA-256 of the tensors' file and of itself, so a pair that a crash, a
-    full disk or a bad sector left incomplete is told from a whole one, and the one before it is used.
+    Each is written beside its place and named when it is whole, and its name holds its content's SHA-256. So one that
+    a crash, a full disk or a bad sector has damaged is recognised, and the one before it is used. The files are read
+    with torch's restricted unpickler, which makes tensors and plain values and runs nothing.
 
     Attributes:
         saved: the newest step that was saved or found; None without one.
@@ -46,64 +44,53 @@ class Checkpoints:
         self.saved: int | None = None
         self.damaged: list[str] = []
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Write a checkpoint, then remove all but the newest `keep`.
+    def save(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write a checkpoint of tensors and plain values, then remove all but the newest `keep`.
 
         Raises:
             XFactorError: it cannot be written; those before it stay.
         """
-        name = f"step-{step:08d}"
-        weights = self.folder / f"{name}.safetensors"
+        content = {"format": FORMAT, "step": step, "facts": facts, "state": state}
+        path = self.folder / f"step-{step:08d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(weights, lambda path: save_file(tensors, path))
-            body = {"format": FORMAT, "step": step, "sha256": _file_hash(weights), "facts": facts}
-            write_atomically(self.folder / f"{name}.json", json.dumps({**body, "digest": _digest(body)}).encode())
-        except (OSError, SafetensorError) as error:
+            path = write_atomically(path, lambda file: torch.save(content, file), hashed=True)
+        except (OSError, RuntimeError) as error:
             last = "no checkpoint is there yet" if self.saved is None else f"the last whole one is of step {self.saved}"
             reason = getattr(error, "strerror", None) or str(error)
             raise XFactorError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); {last}"
             ) from error
         self.saved = step
-        for old in self._manifests()[: -self.keep]:
+        of_other_steps = [old for old in self._files() if old.name.split(".")[0] != path.name.split(".")[0]]
+        for old in {*self._files()} - {path, *of_other_steps[1 - self.keep :]}:
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None."""
         self.damaged = []
-        for path in reversed(self._manifests()):
+        for path in reversed(self._files()):
             try:
                 found = _read(path)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except Exception as error:  # whatever torch makes of a file of somebody else's
                 self.damaged.append(f"{path.stem}: {error}")
                 continue
             self.saved = found.step
             return found
         return None
 
-    def _manifests(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.json"))
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
 
 
 def _read(path: Path) -> Checkpoint:
-    body = json.loads(path.read_bytes())
-    digest = body.pop("digest")
-    if digest != _digest(body):
-        raise ValueError("its description is damaged")
-    if body["format"] != FORMAT:
-        raise ValueError(f"format {body['format']}, which this version does not read")
-    weights = path.with_suffix(".safetensors")
-    if _file_hash(weights) != body["sha256"]:
-        raise ValueError("its tensors are damaged")
-    return Checkpoint(body["step"], body["facts"], weights)
+    if file_hash(path) != path.stem.rpartition(".")[2]:
+        raise ValueError("it is damaged")
+    content = _load(path, mmap=True)  # of the state, no more than its description
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, which this version does not read")
+    return Checkpoint(content["step"], content["facts"], path)
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)

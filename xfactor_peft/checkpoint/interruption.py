@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run finishes its step, saves, and says how to go on."""
+"""Ctrl-C and SIGTERM: a run finishes its step, saves, and says how to resume it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by a signal; the message says what was saved and how to go on.
+    """A run was stopped by a signal; the message says what was saved and how to resume.
 
     Attributes:
         status: the exit status that shells expect, 128 + the signal's number.

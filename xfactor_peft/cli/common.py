@@ -106,10 +106,11 @@ def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
     from transformers.utils import logging
 
     from ..base.loading import load_base
+    from .flags import as_flags
 
     logging.disable_progress_bar()
     base = load_base(choice, options)
-    click.echo(base.describe())
+    click.echo(as_flags(base.describe()))
     return base
 
 

@@ -21,11 +21,12 @@ def command(**flags: Any) -> None:  # fmt: skip
     Exit status 1 when the run does not fit.
     """
     from ..base.resolve import resolve_model
+    from .flags import as_flags
     from .plan_text import print_plan
 
     check_rate_flags(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    click.echo(f"model {choice.name} ({choice.reason})")
+    click.echo(as_flags(f"model {choice.name} ({choice.reason})"))
     load = load_options(flags, master_weights=flags["method"] == "full")
     plan = plan_run(flags, choice, load, make_recipe(flags))
     print_plan(plan)

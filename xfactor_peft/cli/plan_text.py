@@ -8,9 +8,10 @@ from ..budget.plan import Plan
 from ..lowmem.memory import mib
 from ..training.train import TrainResult
 from .console import console
+from .flags import as_flags
 
 _PARTS = {
-    "here": "Python and its libraries",
+    "baseline": "Python and its libraries",
     "weights": "weights of the base",
     "trained": "trained weights, gradients, Adam",
     "saved": "activations saved for backward",
@@ -36,9 +37,9 @@ def print_plan(plan: Plan) -> None:
         console.print(f"it fits into {mib(plan.budget)}", style="green")
         return
     console.print(f"it does not fit into {mib(plan.budget)}", style="bold red")
-    for flags, total in plan.advice:
+    for settings, total in plan.advice:
         verdict = "would fit" if total <= plan.budget else "is the smallest, and does not fit either"
-        console.print(f"  {flags}: about {mib(total)}, {verdict}", markup=False)
+        console.print(f"  {as_flags(settings)}: about {mib(total)}, {verdict}", markup=False)
 
 
 def print_expectation(plan: Plan) -> None:

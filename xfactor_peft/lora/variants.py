@@ -1,6 +1,6 @@
 """Variants of LoRA: DoRA, rsLoRA and PiSSA as PEFT has them, and LoRA+.
 
-- dora (Liu et al. 2024, arXiv:2402.09353): direction and magnitude of the weight's columns are trained apart.
+- dora (Liu et al. 2024, arXiv:2402.09353): direction and magnitude of the weight's columns are trained separately.
 - rslora (Kalajdzievski 2023, arXiv:2312.03732): scaling alpha / sqrt(r) in place of alpha / r.
 - pissa (Meng et al. 2024, arXiv:2404.02948): B A starts as the r largest singular directions of W, which leave W.
 - lora+ (Hayou et al. 2024, arXiv:2402.12354): B learns `B_RATIO` times as fast as A.
@@ -42,7 +42,7 @@ def finish_variant(model: nn.Module) -> None:
         W_res + s B A = W + s (B A - B_0 A_0) = W + s [B, -B_0] [A; A_0],      W_res = W - s B_0 A_0
 
     PiSSA takes B_0 A_0 out of the base. An adapter that needs the base changed could not be swapped, and switching it
-    off would not give the base; so W_res + s B_0 A_0 is put back (equal to W up to rounding).
+    off would not give the base; so W_res + s B_0 A_0 replaces it (equal to W up to rounding).
     """
     start = getattr(model, _START, None)
     if not start or not isinstance(model, PeftModel):

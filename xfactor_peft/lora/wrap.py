@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..base.loading import quantized_layers
 from ..errors import XFactorError
-from ..lowmem import custom_modules, quantized_layers
+from ..lowmem.peft_layers import custom_modules
 from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
 from .variants import start_variant
@@ -36,14 +37,16 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
     head = model.get_output_embeddings()
     names = []
     for name, module in model.named_modules():
-        if module is head or not _is_linear(module) or not re.search(r"\.\d+\.", name):
+        if module is head or not isinstance(module, nn.Linear | Conv1D) or not re.search(r"\.\d+\.", name):
             continue
         inside = _below_block(name)
         is_attention, is_mlp = bool(_ATTENTION.search(inside)), bool(_MLP.search(inside))
         if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
             names.append(name)
     if not names:
-        raise XFactorError(f"--target {target} matches no layer of {type(model).__name__}; nothing could be trained")
+        raise XFactorError(
+            f"`lora.target={target}` matches no layer of {type(model).__name__}; nothing could be trained"
+        )
     return names
 
 
@@ -64,7 +67,9 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
     targets = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
     if options.head:
         if sets < 1:
-            raise XFactorError(f"--target {options.target} needs a rate: give --target-rate, --lambda or --goal")
+            raise XFactorError(
+                f"`lora.target={options.target}` needs a rate: give `goal.rate`, `goal.strength` or `goal`"
+            )
         targets.append(head_name(model))
     conv1d = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(
@@ -98,7 +103,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
         XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose.
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
-        raise XFactorError(f"--lora-variant {options.variant} needs the base unquantised; drop --load-in-8bit / -4bit")
+        raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
     freeze_block_biases(wrapped)
     start_variant(wrapped, options.variant)
@@ -107,7 +112,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """`disable_adapter`, which on leaving makes every adapter weight trainable again; here frozen ones stay frozen."""
+    """`disable_adapter`, which on leaving makes every adapter weight trainable again, but frozen ones stay frozen."""
     frozen = [p for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad]
     with model.disable_adapter():
         yield
@@ -130,10 +135,6 @@ def lora_b_norm(model: nn.Module) -> float:
     """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
     values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
     return float(torch.stack(values).max()) if values else 0.0
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) or type(module).__name__ in ("Int8Linear", "NF4Linear")
 
 
 def _below_block(name: str) -> str:

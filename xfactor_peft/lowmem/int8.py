@@ -7,9 +7,6 @@ Dettmers et al. 2022, arXiv:2208.07339, section 2. CB is `weight`, (out, in) int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
-
 import torch
 from torch import nn
 
@@ -41,27 +38,6 @@ class Int8Linear(QuantizedLinear):
         shape = (self.out_features, self.in_features)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
         self.register_buffer("SCB", torch.empty(self.out_features, dtype=torch.float32))
-
-    @classmethod
-    def from_bitsandbytes(cls, state: Mapping[str, torch.Tensor], *, from_conv1d: bool = False) -> Self:
-        """From the `state_dict` of a bitsandbytes Linear8bitLt: "weight" (int8), "SCB" and perhaps "bias".
-
-        Raises:
-            ValueError: the weight is not int8, or the scales are missing.
-        """
-        if "SCB" not in state or state["weight"].dtype != torch.int8:
-            raise ValueError("an 8-bit bitsandbytes state needs an int8 weight and SCB; was the layer quantised yet?")
-        rows, columns = state["weight"].shape
-        layer = cls(columns, rows, False, from_conv1d=from_conv1d)
-        layer.set_codes(state["weight"].clone(), state["SCB"].float().clone())
-        if "bias" in state:
-            layer.bias = nn.Parameter(state["bias"].clone(), requires_grad=False)
-        return layer
-
-    def to_bitsandbytes(self) -> dict[str, torch.Tensor]:
-        """The state that a bitsandbytes Linear8bitLt would save."""
-        state = {"weight": self.weight.data, "SCB": self.SCB, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-        return state if self.bias is None else {**state, "bias": self.bias.data}
 
     def quantize_(self, weight: torch.Tensor) -> None:
         self.set_codes(*quantize_rows(weight))

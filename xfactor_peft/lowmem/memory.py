@@ -1,12 +1,11 @@
-"""Peak memory of this process: resident set on Linux and macOS, allocator peak on CUDA. All in MiB."""
+"""Peak memory of this process: resident set, and on CUDA the allocator's peak. All in MiB."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from .allocator import give_back_pages
@@ -15,13 +14,16 @@ _MIB = 2**20
 
 
 def peak_rss() -> float:
-    """Highest resident set size since the start, or since `reset_peak`; VmHWM where /proc has it."""
+    """Highest resident set size since the start, or since `reset_peak`: VmHWM of /proc on Linux.
+
+    Elsewhere what psutil has: the peak since the start on Windows, the present size on macOS.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+    now = psutil.Process().memory_info()
+    return getattr(now, "peak_wset", now.rss) / _MIB
 
 
 def reset_peak(device: torch.device) -> bool:

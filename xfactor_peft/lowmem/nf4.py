@@ -8,27 +8,19 @@ q is 4 bits: the even entry of a pair in the high half of its byte. Dettmers et 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from . import nf4_kernel
+from .nf4_kernel import CODE
 from .quantized import QuantizedLinear
 from .scratch import scratch
 
 BLOCK = 64
 _CELLS = 1024
-# Quantiles of the normal distribution, normalised to [-1, 1], with an exact 0 (appendix E of the paper).
-CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,25 +86,6 @@ class NF4Linear(QuantizedLinear):
         entries = self.out_features * self.in_features
         self.weight = nn.Parameter(torch.empty((entries + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("absmax", torch.empty(-(-entries // BLOCK), dtype=torch.float32))
-
-    @classmethod
-    def from_bitsandbytes(
-        cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int], *, from_conv1d: bool = False
-    ) -> Self:
-        """From the `state_dict` of a bitsandbytes Linear4bit of `shape` (out, in), NF4 in blocks of 64.
-
-        Raises:
-            ValueError: the state is FP4, doubly quantised, or in blocks of another size.
-        """
-        if any("nested_absmax" in key for key in state) or "weight.quant_state.bitsandbytes__nf4" not in state:
-            raise ValueError("only NF4 without double quantisation converts; load with bnb_4bit_use_double_quant=False")
-        layer = cls(shape[1], shape[0], "bias" in state, from_conv1d=from_conv1d)
-        layer.set_codes(
-            state["weight"].view(torch.uint8).reshape(-1, 1).clone(), state["weight.absmax"].float().clone()
-        )
-        if "bias" in state:
-            layer.bias = nn.Parameter(state["bias"].clone(), requires_grad=False)
-        return layer
 
     def quantize_(self, weight: torch.Tensor) -> None:
         self.set_codes(*quantize_nf4(weight))

@@ -1,4 +1,4 @@
-"""bitsandbytes' compiled NF4 dequantisation, called without importing bitsandbytes.
+"""The 16 values of NF4, and bitsandbytes' compiled NF4 dequantisation, called without importing bitsandbytes.
 
 Its Python package takes 45 MiB of memory once imported; the shared library beside it takes none to speak of and
 dequantises about ten times as fast as torch operations can. The entry point is not a public interface, so it is
@@ -23,6 +23,13 @@ _SYMBOLS = {
     torch.float32: "cdequantize_blockwise_cpu_nf4_fp32",
     torch.bfloat16: "cdequantize_blockwise_cpu_nf4_bf16",
 }
+# Quantiles of the normal distribution, normalised to [-1, 1], with an exact 0 (appendix E of the paper).
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 _enabled = True
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
@@ -63,8 +70,6 @@ def _load(dtype: torch.dtype) -> Kernel | None:
 
 def _reproduces(kernel: Kernel, dtype: torch.dtype) -> bool:
     """Whether every code comes out right in two blocks of different scale."""
-    from .nf4 import CODE
-
     byte = torch.arange(64, dtype=torch.int64) * 4 + torch.arange(64) % 4
     packed, absmax = byte.to(torch.uint8), torch.tensor([1.0, 0.5])
     code = torch.tensor(CODE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,8 +24,31 @@ from .fused_lora import FrozenWeight, frozen_linear
 from .int8 import Int8Linear
 from .nf4 import NF4Linear
 from .peft_parts import side_a, side_b
-from .plain import PlainWeight
 from .quantized import QuantizedLinear
+from .scratch import scratch
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A `FrozenWeight` in full precision, (out, in); `transposed` says that it is stored as Conv1D's, (in, out)."""
+
+    weight: torch.Tensor
+    transposed: bool = False
+
+    def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        weight = self._in(x.dtype)
+        weight = weight if self.transposed else weight.T
+        return x @ weight if addend is None else addend.addmm_(x, weight)
+
+    def transposed_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        weight = self._in(gradient.dtype)
+        return gradient @ (weight.T if self.transposed else weight)
+
+    def _in(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype`: itself, or a converted copy in the scratch buffer (under autocast)."""
+        if self.weight.dtype == dtype:
+            return self.weight.detach()
+        return scratch("weight", self.weight.shape, dtype, self.weight.device).copy_(self.weight.detach())
 
 
 class FusedLoraLinear(PeftLinear):

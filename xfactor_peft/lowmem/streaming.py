@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
-from unittest import mock
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -69,7 +67,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedCheckpoint(f"{folder} is quantised already")
     try:
-        with no_init_weights(), _parameters_on_meta():
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedCheckpoint(f"{folder}: {str(error).strip().splitlines()[0]}") from error
@@ -79,20 +77,6 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
     return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, a module's parameters lose their storage as soon as they are registered; buffers stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    with mock.patch.object(nn.Module, "register_parameter", on_meta):
-        yield
 
 
 def _renamings(model: PreTrainedModel) -> list:

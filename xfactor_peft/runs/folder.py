@@ -72,7 +72,7 @@ class RunFolder:
     @contextmanager
     def log(self) -> Iterator[Callable[[Step], None]]:
         """A function that adds a step to `metrics.jsonl`, which first loses what came after the checkpoint."""
-        steps = steps_of(self.start.tensors()) if self.start else []
+        steps = steps_of(self.start.state()["history"]) if self.start else []
         write_atomically(self.path / METRICS, b"".join([_line(self.header), *(_line(asdict(step)) for step in steps)]))
         with (self.path / METRICS).open("ab") as file:
 

@@ -1,4 +1,4 @@
-"""Training curves in TensorBoard, or any tracker that accelerate knows (`--log-with`)."""
+"""Training curves in TensorBoard, or any other tracker that accelerate knows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import XFactorError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
-    from ..training.train import Step
+    from ..checkpoint.state import Step
 
 
 class Tracking:
@@ -21,7 +22,7 @@ class Tracking:
     Trackers start with the first step, when accelerate knows which process it is; only the main one writes.
 
     Args:
-        names: accelerate's names, e.g. "tensorboard", "wandb", "mlflow", or its `GeneralTracker` objects.
+        trackers: accelerate's names, e.g. "tensorboard", "wandb", "mlflow", or its `GeneralTracker` objects.
         run: the run's name.
         folder: where trackers that write files write them.
         settings: flat settings to store with the run.
@@ -31,11 +32,11 @@ class Tracking:
     """
 
     def __init__(
-        self, names: Sequence[str | GeneralTracker], run: str, folder: Path, settings: dict[str, Any] | None = None
+        self, trackers: Sequence[str | GeneralTracker], run: str, folder: Path, settings: dict[str, Any] | None = None
     ) -> None:
-        self._run, self._folder, self._settings = run, folder, settings or {}
-        self._names = check_trackers(names)
-        self._trackers: list[GeneralTracker] | None = None
+        check_trackers(trackers)
+        self._trackers, self._run, self._folder, self._settings = list(trackers), run, folder, settings or {}
+        self._accelerator: Accelerator | None = None
 
     def __call__(self, step: Step) -> None:
         values = asdict(step)
@@ -43,45 +44,29 @@ class Tracking:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Send any values."""
-        for tracker in self._started():
-            tracker.log(values, step=step)
+        if not self._trackers:
+            return
+        if self._accelerator is None:
+            from accelerate import Accelerator
+
+            self._accelerator = Accelerator(log_with=self._trackers, project_dir=self._folder)
+            self._accelerator.init_trackers(self._run, self._settings)
+        self._accelerator.log(values, step=step)
 
     def finish(self) -> None:
-        for tracker in self._trackers or ():
+        for tracker in self._accelerator.trackers if self._accelerator else ():
             tracker.finish()
 
-    def _started(self) -> list[GeneralTracker]:
-        if self._trackers is None:
-            self._trackers = [self._start(name) for name in self._names]
-        return self._trackers
 
-    def _start(self, name: str | GeneralTracker) -> GeneralTracker:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+def check_trackers(trackers: Sequence[str | GeneralTracker]) -> None:
+    """Raises XFactorError for a tracker that accelerate does not know, or whose package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-        tracker: GeneralTracker
-        if isinstance(name, str):
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            tracker = kind(self._run, str(self._folder)) if kind.requires_logging_directory else kind(self._run)
-        else:
-            tracker = name
-        if hasattr(tracker, "start"):
-            tracker.start()
-        tracker.store_init_configuration(self._settings)
-        return tracker
-
-
-def check_trackers(names: Sequence[str | GeneralTracker]) -> list[str | GeneralTracker]:
-    """The names, when accelerate knows them and their packages are installed; raises XFactorError otherwise."""
-    return [_checked(name) for name in names]
-
-
-def _checked(name: str | GeneralTracker) -> str | GeneralTracker:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    if not isinstance(name, str):
-        return name
-    if name not in LOGGER_TYPE_TO_CLASS:
-        raise XFactorError(f"--log-with {name}: unknown tracker; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
-    if name not in {str(getattr(found, "value", found)) for found in get_available_trackers()}:
-        raise XFactorError(f"--log-with {name}: its package is not installed; pip install {name}")
-    return name
+    for name in trackers:
+        try:
+            found = filter_trackers([name], logging_dir=".")
+        except ValueError as error:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise XFactorError(f"`trackers={name}`: unknown tracker; accelerate knows {known}") from error
+        if not found:
+            raise XFactorError(f"`trackers={name}`: its package is not installed; pip install {name}")

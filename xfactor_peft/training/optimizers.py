@@ -24,7 +24,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser called `name`.
 
-    - "adam", "adamw": Kingma and Ba 2014, and Loshchilov and Hutter 2019 (decay apart from the gradient); fused.
+    - "adam", "adamw": Kingma and Ba 2014, and Loshchilov and Hutter 2019 (decay separate from the gradient); fused.
     - "adam8bit": Adam with both moments in blocks of 8-bit codes, from bitsandbytes (Dettmers et al. 2021,
       arXiv:2110.02861). On a CPU it dequantises a whole parameter's moments at a time, so a large embedding costs a
       few times its own size for a moment, and steps are slow.
@@ -49,7 +49,7 @@ def build_optimizer(
         return Adam8bit(groups, lr=lr, weight_decay=weight_decay)
     if name == "adafactor":
         return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, foreach=False)
-    raise XFactorError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
+    raise XFactorError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
 
 
 def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:

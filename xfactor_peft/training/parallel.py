@@ -1,7 +1,7 @@
 """Several processes, as `accelerate launch` or torchrun start them: every one trains, one prints and writes.
 
 All processes hold the whole model and draw the same batches; each keeps its rows, and DistributedDataParallel averages
-the gradients. So N processes make the steps of one process with the same --batch-size, which counts all of them.
+the gradients. So N processes make the steps of one process with the same `batch_size`, which counts all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_rows(batch_size: int) -> None:
     """Raises XFactorError when the batch cannot be divided evenly among the processes."""
     count = process()[1]
     if batch_size % count:
-        raise XFactorError(f"--batch-size {batch_size} must be a multiple of the {count} processes, which share it")
+        raise XFactorError(f"`batch_size={batch_size}` must be a multiple of the {count} processes, which share it")
 
 
 def own_rows(ids: torch.Tensor) -> torch.Tensor:
@@ -55,6 +55,16 @@ def own_output(output: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / output.name
+
+
+@contextlib.contextmanager
+def process_group_ended() -> Iterator[None]:
+    """The processes part when the work inside is done; one that just exits can leave the others waiting for it."""
+    yield
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Solve:
         rate, run = self._rate, self._rate.run
         if start := run.hooks.checkpointer.start:
             rate.restore(start.facts["rate"])
-            load_random(start.tensors())
+            load_random(start.state()["random"])
         else:
             rate.strengths = self._solved()
         rate.enter(SOLVED)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from ..checkpoint.state import history_tensor, keep_random
+from ..checkpoint.state import random_states
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
 from ..objective.targets import TiltedTarget
@@ -107,9 +107,7 @@ class RateRun:
         self.run.enter(phase, rate=self.facts())
         checkpointer = self.run.hooks.checkpointer
         if phase == SOLVED and checkpointer.start is None:
-            tensors = {"history": history_tensor([])}
-            keep_random(tensors)
-            checkpointer.save(0, tensors, {})
+            checkpointer.save(0, {"history": [], "random": random_states()}, {})
 
     def correct_head(self) -> None:
         """Move the set head's offset until the sampled rates are the wanted ones."""

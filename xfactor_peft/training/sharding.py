@@ -1,4 +1,4 @@
-"""Full fine-tuning whose weights, gradients and moments are shared out among the processes: FSDP2 of torch.
+"""Full fine-tuning whose weights, gradients and moments are sharded over the processes: FSDP2 of torch.
 
 `fully_shard` (Zhao et al. 2023, arXiv:2304.11277, in its per-parameter form) keeps 1/N of every tensor in each of N
 processes and gathers a block's weights just before they are needed. It cannot be undone in place, so a copy of the

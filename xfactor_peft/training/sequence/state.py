@@ -10,12 +10,10 @@ import torch
 from ...checkpoint.state import (
     Step,
     check_finite,
-    distinct_copies,
-    history_tensor,
-    keep_optimizer,
-    keep_random,
     load_optimizer,
     load_random,
+    random_states,
+    rows_of,
     steps_of,
 )  # fmt: skip
 from .trainer import SequenceStep, SequenceTrainer
@@ -38,11 +36,11 @@ class SequenceState:
     def _policy(self) -> dict[str, torch.Tensor]:
         trainer = self._trainer
         named: dict[str, torch.Tensor] = {}
-        named |= {f"model/{name}": p for name, p in trainer.split_model.model.named_parameters() if p.requires_grad}
+        named |= {name: p for name, p in trainer.split_model.model.named_parameters() if p.requires_grad}
         return named if trainer.head is None else {**named, "offset": trainer.head.offset}
 
     def _value(self) -> dict[str, torch.Tensor]:
-        return {f"value/{name}": p for name, p in self._trainer.value.named_parameters()}
+        return dict(self._trainer.value.named_parameters())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the policy's tensors, for `load_weights`."""
@@ -56,35 +54,39 @@ class SequenceState:
         if self._trainer.head is not None:
             self._trainer.head.write()
 
-    def capture(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors, facts), from which `restore` makes the same state again.
+    def capture(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(state, facts), from which `restore` makes the same state again.
 
         Raises:
             XFactorError: a weight is not finite.
         """
-        tensors, facts = {**self._policy(), **self._value()}, {"threads": torch.get_num_threads()}
-        check_finite(tensors, len(self.history))
-        for name in _OPTIMIZERS:
-            keep_optimizer(name, getattr(self._trainer, name), tensors, facts)
-        tensors |= {"strengths": self._trainer.controller.strengths, "integral": self._trainer.controller.integral}
-        tensors["sequence"] = torch.tensor([astuple(step) for step in self._steps], dtype=torch.float64)
-        tensors |= {f"before/{name}": value for name, value in self.before.items()}
-        tensors["history"] = history_tensor(self.history)
-        keep_random(tensors)
-        return distinct_copies(tensors), facts
+        trainer = self._trainer
+        check_finite({**self._policy(), **self._value()}, len(self.history))
+        state = {
+            "policy": self.weights(),
+            "value": {name: parameter.detach() for name, parameter in self._value().items()},
+            "optimizers": {name: getattr(trainer, name).state_dict()["state"] for name in _OPTIMIZERS},
+            "strengths": trainer.controller.strengths,
+            "integral": trainer.controller.integral,
+            "sequence": [astuple(step) for step in self._steps],
+            "before": self.before,
+            "random": random_states(),
+            "history": rows_of(self.history),
+        }
+        return state, {"threads": torch.get_num_threads()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Become the captured state."""
         trainer = self._trainer
-        self.load_weights(tensors)
+        self.load_weights(state["policy"])
         with torch.no_grad():
             for name, parameter in self._value().items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(state["value"][name])
         for name in _OPTIMIZERS:
-            load_optimizer(name, getattr(trainer, name), tensors, facts)
-        trainer.controller.strengths = tensors["strengths"].to(trainer.rates)
-        trainer.controller.integral = tensors["integral"].to(trainer.rates)
-        self.before = {name: tensors[f"before/{name}"].to(value) for name, value in self.before.items()}
-        self.history[:] = steps_of(tensors)
-        self._steps[:] = [SequenceStep(int(row[0]), *row[1:]) for row in tensors["sequence"].tolist()]
-        load_random(tensors)
+            load_optimizer(getattr(trainer, name), state["optimizers"][name])
+        trainer.controller.strengths = state["strengths"].to(trainer.rates)
+        trainer.controller.integral = state["integral"].to(trainer.rates)
+        self.before = {name: state["before"][name].to(value) for name, value in self.before.items()}
+        self.history[:] = steps_of(state["history"])
+        self._steps[:] = [SequenceStep(*row) for row in state["sequence"]]
+        load_random(state["random"])
