@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.lowmem.test_lowmem_layers import SHAPES, error, make
+from tests.lowmem.layers import SHAPES, error, make
 from xfactor_peft.lowmem import Int8Linear, NF4Linear, int8_matmul, nf4_kernel
 from xfactor_peft.lowmem.int8 import quantize_rows
 from xfactor_peft.lowmem.nf4 import CODE, _grid, quantize_nf4
