@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import TrainOptions
-from xfactor_peft.training.parallel import check_rows, own_output, own_rows, quiet_unless_first
+from xfactor_peft.training.parallel import (
+    check_rows,
+    end_group,
+    end_group_at_exit,
+    own_output,
+    own_rows,
+    quiet_unless_first,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
@@ -86,6 +93,7 @@ import torch
 
 from xfactor_peft.base.loading import LoadOptions, load_base
 from xfactor_peft.base.resolve import resolve_model
+from xfactor_peft.training.parallel import end_group
 from xfactor_peft.training.sharding import ShardedCopy
 
 torch.distributed.init_process_group("gloo")
@@ -105,7 +113,7 @@ sharded.gather()
 shares["after"] = count(model.parameters())
 if torch.distributed.get_rank() == 0:
     (Path(sys.argv[0]).parent / "shares.json").write_text(json.dumps(shares))
-torch.distributed.destroy_process_group()
+end_group()
 """
 
 
@@ -144,6 +152,20 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
     check_rows(4)
     with pytest.raises(XFactorError, match="--batch-size 3 must be a multiple of the 2 processes"):
         check_rows(3)
+
+
+def test_the_group_ends_before_python_does(monkeypatch):
+    registered = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    end_group_at_exit()
+    assert registered == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    end_group_at_exit()
+    assert registered == [end_group]
+    end_group()  # without a group there is nothing to do
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    end_group()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
