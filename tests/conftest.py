@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; those of the Hub use their own stand-in
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in every process of a test
 
 import bitsandbytes  # noqa: F401 (first, so that no command line run in this process leaves it out)
 import pytest
@@ -22,8 +23,6 @@ from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
 SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
-
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
