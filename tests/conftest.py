@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 
 import bitsandbytes  # noqa: F401 (first, so that no command line run in this process leaves it out)
 import pytest
-import torch
 from click.testing import CliRunner
 
 from tests.tiny import KINDS, tiny_model_folder
