@@ -6,14 +6,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; those of the Hub use their own stand-in
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in every process of a test
 
 import bitsandbytes  # noqa: F401 (first, so that no command line run in this process leaves it out)
 import pytest
-import torch
+from click.testing import CliRunner
 
 from tests.tiny import KINDS, tiny_model_folder
 from xfactor_peft.base.loading import Base, load_base
 from xfactor_peft.base.resolve import resolve_model
+from xfactor_peft.cli import main
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
 from xfactor_peft.options import (
     EvalOptions,
@@ -28,8 +30,6 @@ from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
 SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
-
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +73,18 @@ def adapters_root(tiny_folders, tmp_path_factory):
 def tiny(load_tiny) -> Base:
     """A fresh tiny GPT-2 in float32."""
     return load_tiny()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the command line in an empty folder: run("train", ...) -> result; any exception but exit is a failure."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, code=0, **options):
+        result = CliRunner().invoke(main, [str(a) for a in arguments], **options)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return call

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tests.adapters.editing import edit_config, edit_weights, first, logits
 from tests.tiny import tiny_model_folder
-from tests.training.test_training import QUICK, x_target
+from tests.training.uniform import QUICK, x_target
 from xfactor_peft.adapters.adapter import check_fits, find_adapter, list_adapters, read_adapter
 from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
@@ -22,18 +23,12 @@ from xfactor_peft.options import LoadOptions, LoraOptions, Recipe, SamplingOptio
 from xfactor_peft.runs.run import FolderOptions, default_name, train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
-IDS = torch.arange(12)[None]
 SHORT = TrainOptions(steps=30, seq_len=16, lr=1e-2)
 
 
 @pytest.fixture
 def root(adapters_root):
     return adapters_root
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def test_plain_peft_gives_the_same_logits(tiny, root, tiny_folders):
@@ -154,27 +149,6 @@ def damaged(root, tmp_path, change):
     folder = shutil.copytree(root / "x", tmp_path / "x")
     change(folder)
     return folder
-
-
-def edit_weights(change):
-    def apply(folder):
-        tensors = load_file(folder / "adapter_model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "adapter_model.safetensors")
-
-    return apply
-
-
-def edit_config(**values):
-    def apply(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return apply
-
-
-def first(tensors):
-    return next(iter(sorted(tensors)))
 
 
 UNREADABLE = "cannot be read as safetensors"

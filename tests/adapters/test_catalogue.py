@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.test_adapters import edit_config, edit_weights, logits
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
+from tests.adapters.editing import edit_config, edit_weights, logits
 from tests.tiny import tiny_model
 from xfactor_peft.adapters.adapter import find_adapter, read_adapter
 from xfactor_peft.adapters.combine import combine, compare, read_factors
@@ -144,7 +143,7 @@ def test_merging_into_quantised_weights_is_refused(load_tiny, root):
         merge(bank, "x")
 
 
-def test_the_commands(root, run, tiny_folders):  # noqa: F811
+def test_the_commands(root, run, tiny_folders):
     assert "contains 'X'" in run("adapters", "list").output
     (root / "z/adapter_model.safetensors").write_bytes(b"")
     listed = " ".join(run("adapters", "list").output.split())
@@ -178,7 +177,7 @@ def test_the_commands(root, run, tiny_folders):  # noqa: F811
         assert message in run("adapters", *words, code=2).output
 
 
-def test_mixes_on_the_command_line(root, run, tiny_folders):  # noqa: F811
+def test_mixes_on_the_command_line(root, run, tiny_folders):
     model = ["--model", tiny_folders["gpt2"], "--dtype", "fp32", "--max-new-tokens", "16"]
     output = run("generate", *model, "--adapter", "none", "--adapter", "x:0.7", "--adapter", "z:0.3", "The fox").output
     titles = [line for line in output.splitlines() if line.startswith("╭")]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.test_adapters import edit_config, edit_weights, first, logits
+from tests.adapters.editing import edit_config, edit_weights, first, logits
 from xfactor_peft.adapters.record import slow_regex
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base

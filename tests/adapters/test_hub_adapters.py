@@ -10,8 +10,7 @@ import torch
 from huggingface_hub import HfApi, close_session, constants, snapshot_download
 from peft import PeftModel
 
-from tests.adapters.test_adapters import logits
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
+from tests.adapters.editing import logits
 from tests.tiny import tiny_model
 from xfactor_peft.adapters.hub import check_push, pull
 from xfactor_peft.errors import XFactorError
@@ -35,7 +34,7 @@ def online(hub, monkeypatch, tmp_path):
     close_session()
 
 
-def test_push_and_pull(online, hub, run, adapters_root, tmp_path):  # noqa: F811
+def test_push_and_pull(online, hub, run, adapters_root, tmp_path):
     shutil.copytree(adapters_root, tmp_path / "adapters")
     pushed = run("adapters", "push", "x", REPO).output
     assert f"{hub.url}/{REPO}" in pushed
@@ -60,7 +59,7 @@ def test_push_and_pull(online, hub, run, adapters_root, tmp_path):  # noqa: F811
     assert "exists; pass --force" in run("adapters", "pull", REPO, "--as", "again", code=2).output
 
 
-def test_what_cannot_be_pulled_leaves_nothing(online, hub, run, adapters_root, tiny_folders, tmp_path):  # noqa: F811
+def test_what_cannot_be_pulled_leaves_nothing(online, hub, run, adapters_root, tiny_folders, tmp_path):
     hub.add("someone/model", tiny_folders["gpt2"])
     broken = shutil.copytree(adapters_root / "x", tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"\x08" * 40)
@@ -76,7 +75,7 @@ def test_what_cannot_be_pulled_leaves_nothing(online, hub, run, adapters_root, t
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == []
 
 
-def test_a_refused_push_is_one_line(online, hub, run, adapters_root, monkeypatch):  # noqa: F811
+def test_a_refused_push_is_one_line(online, hub, run, adapters_root, monkeypatch):
     hub.fail("/api/repos/create", methods=("POST",), status=403, message="You don't have the rights")
     root = ["--adapters-dir", adapters_root]
     output = run("adapters", "push", "x", REPO, *root, code=2).output
@@ -86,14 +85,14 @@ def test_a_refused_push_is_one_line(online, hub, run, adapters_root, monkeypatch
     assert "needs a token" in run("adapters", "push", "x", REPO, *root, code=2).output
 
 
-def test_training_with_push(online, hub, run, tiny_folders):  # noqa: F811
+def test_training_with_push(online, hub, run, tiny_folders):
     brief = ["--steps", 2, "--seq-len", 8, "--eval-tokens", 4, "--eval-repeats", 1, "--dtype", "fp32"]
     words = ["train", "--model", tiny_folders["gpt2"], *brief, "--push-to-hub", "someone/new", "--output", "adapters/n"]
     assert "pushed to" in run(*words).output
     assert json.loads(hub.repos["someone/new"].files["xfactor.json"].read_text())["name"] == "n"
 
 
-def test_checks_before_any_work(run, tiny_folders, monkeypatch, tmp_path):  # noqa: F811
+def test_checks_before_any_work(run, tiny_folders, monkeypatch, tmp_path):
     monkeypatch.setattr("xfactor_peft.adapters.hub.get_token", lambda: None)
     model = ["--model", tiny_folders["gpt2"]]
     assert "a repository is OWNER/NAME" in run("train", *model, "--push-to-hub", "name", code=2).output

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from tests.adapters.test_adapters import logits
+from tests.adapters.editing import logits
 from xfactor_peft.adapters.mix import Mix, parse_mix, parse_mixes
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError

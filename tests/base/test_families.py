@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.adapters.test_adapters import logits
+from tests.adapters.editing import logits
 from tests.families import FAMILIES, family_folder
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.training.test_training import QUICK, x_target
+from tests.training.uniform import QUICK, x_target
 from xfactor_peft import LoadOptions, LoraOptions, TrainOptions, XFactorError, train
 from xfactor_peft.base.loading import load_base, quantized_by
 from xfactor_peft.base.resolve import resolve_model

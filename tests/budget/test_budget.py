@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import KINDS, tiny_tokenizer
+from tests.tiny import KINDS
 from xfactor_peft import LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, XFactorError, train
 from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.budget.dry_run import Shape, measure_step
@@ -24,6 +24,7 @@ from xfactor_peft.lowmem.activations import checkpointed_blocks, prepare_for_tra
 from xfactor_peft.options import EvalOptions, SamplingOptions
 from xfactor_peft.sampling.sampler import rows_at_once
 
+ROOT = Path(__file__).parents[2]
 SHAPE = Shape("fp32", None, 4, 32, "lora", LoraOptions())
 QUICK = EvalOptions(prompts=("Once upon a time",), repeats=1, sampling=SamplingOptions(max_new_tokens=4))
 
@@ -152,57 +153,14 @@ def test_samples_take_a_bounded_cache(load_tiny):
     assert rows_at_once(SplitModel(model), 10_000) == 1
 
 
-MEASURED = """
-import json, sys
-from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
-leave_out_bitsandbytes()
-from dataclasses import asdict
-from pathlib import Path
-import torch
-from xfactor_peft import LoadOptions, LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, load, train
-from xfactor_peft.budget.dry_run import Shape
-from xfactor_peft.budget.plan import make_plan
-from xfactor_peft.sampling_options import SamplingOptions
-from xfactor_peft.lowmem.memory import peak_rss
-from xfactor_peft.sampling.metrics import EvalOptions
-
-torch.set_num_threads(2)
-folder, quantization, checkpointing = sys.argv[1], sys.argv[2] or None, sys.argv[3]
-shape = Shape("bf16", quantization, 4, 64, "lora", LoraOptions())
-plan = make_plan(Path(folder), shape, MemoryOptions(checkpointing))
-base = load(folder, LoadOptions("bf16", "cpu", quantization))
-tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
-quick = EvalOptions(("Once",), 1, SamplingOptions(max_new_tokens=1))
-options, memory = TrainOptions(steps=12), MemoryOptions(checkpointing)
-result = train(base, UniformTarget(tokens), options, LoraOptions(), quick, memory=memory)
-measured = max(base.load_peak["rss_mib"], result.train_peak["rss_mib"])
-seconds = sorted(step.seconds for step in result.history[2:])[5]
-print(json.dumps({"memory": plan.memory.total / 2**20 / measured, "time": plan.seconds / seconds, "peak": measured}))
-"""
-
-
-@pytest.fixture(scope="module")
-def medium(tmp_path_factory):
-    """Random weights in a shape large enough that the model, not Python, decides the peak: 8 x 768, V = 20 000."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("medium")
-    end = tiny_tokenizer().eos_token_id
-    config = GPT2Config(vocab_size=20_000, n_embd=768, n_layer=8, n_head=12, bos_token_id=end, eos_token_id=end)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("quantization", "checkpointing"), [("", "off"), ("int8", "on")])
-def test_predicted_against_measured(medium, quantization, checkpointing):
-    """Memory within 10 % at once; time within 25 % in one of three processes, as other work may disturb any one."""
-    ratios = []
-    for _ in range(3):
-        command = [sys.executable, "-c", MEASURED, str(medium), quantization, checkpointing]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-        ratios.append(json.loads(done.stdout.splitlines()[-1]))
-        assert ratios[-1]["memory"] == pytest.approx(1, abs=0.10), ratios
-        if ratios[-1]["time"] == pytest.approx(1, abs=0.25):
-            return
-    pytest.fail(f"time is off by more than 25 % in three runs: {ratios}")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_memory_is_the_measured_one():
+    """Within 10 %, every run in a process of its own; benchmarks/plan_accuracy.py compares the time as well."""
+    script = [sys.executable, ROOT / "benchmarks/plan_accuracy.py", "--steps", "3", "--memory-only"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["quantization"], line["checkpointing"]) for line in found] == [(None, "off"), ("int8", "on")]
+    for line in found:
+        assert line["memory"] == pytest.approx(1, abs=0.10), found
+    assert found[1]["peak_mib"] < found[0]["peak_mib"]

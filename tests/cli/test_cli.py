@@ -6,27 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from xfactor_peft.cli import main
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--steps", "30", "--seq-len", "16", "--lr", "1e-2", "--eval-tokens", "16", "--eval-repeats", "1"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Call the command line in an empty folder: run("train", ...) -> result; any exception but exit is a failure."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, code=0, **options):
-        result = CliRunner().invoke(main, [str(a) for a in arguments], **options)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
-
 BRIEF = ["--steps", "20", "--seq-len", "24", "--eval-tokens", "32", "--eval-repeats", "4"]
 
 
-def test_a_rate_from_flags_to_text(run, tiny_folders):  # noqa: F811
+def test_a_rate_from_flags_to_text(run, tiny_folders):
     model = ["--model", tiny_folders["gpt2"], "--dtype", "fp32"]
     flat = " ".join(run("train", *model, "--target-rate", "0.2", *BRIEF).output.split())
     for words in (
@@ -33,7 +31,7 @@ def test_a_rate_from_flags_to_text(run, tiny_folders):  # noqa: F811
     assert "x that of an exact logit bias" in " ".join(scores.output.split())
 
 
-def test_goals_and_sequence_level(run, tiny_folders):  # noqa: F811
+def test_goals_and_sequence_level(run, tiny_folders):
     model = ["--model", tiny_folders["gpt2"], "--dtype", "fp32"]
     output = run(
         "train", *model, "--goal", "contains:X=0.2", "--goal", "contains:e=0", "--sequence-level",
@@ -67,7 +65,7 @@ def test_goals_and_sequence_level(run, tiny_folders):  # noqa: F811
         (["--kl-to-base", "-1"], "--kl-to-base must be at least 0"),
     ],
 )
-def test_mistakes_are_one_line(run, tiny_folders, flags, message):  # noqa: F811
+def test_mistakes_are_one_line(run, tiny_folders, flags, message):
     output = run("train", "--model", tiny_folders["gpt2"], *BRIEF, *flags, code=2).output
     assert message in " ".join(output.split())
     assert "Traceback" not in output

@@ -5,7 +5,6 @@ import socket
 
 import pytest
 
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
@@ -120,5 +119,5 @@ def test_the_port_is_taken(bank):
             launch(bank, "127.0.0.1", taken.getsockname()[1], block=False)
 
 
-def test_help_says_where_it_listens(run):  # noqa: F811
+def test_help_says_where_it_listens(run):
     assert "127.0.0.1" in run("playground", "--help").output

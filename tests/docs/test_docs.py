@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
-
 DOCS = Path(__file__).parents[2] / "docs"
 # page -> optional packages that it needs
 PAGES = {
@@ -25,7 +23,7 @@ PAGES = {
 
 
 @pytest.fixture
-def workplace(run, tiny_folders, adapters_root, tmp_path):  # noqa: F811
+def workplace(run, tiny_folders, adapters_root, tmp_path):
     """An empty folder with the adapters that the pages speak of."""
     for name, source in (("X-lora-r8", "x"), ("Z-lora-r4", "z"), ("X-head", "head")):
         shutil.copytree(adapters_root / source, tmp_path / "adapters" / name)
@@ -38,7 +36,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_does_what_it_says(page, workplace, run, tiny_folders, capsys):  # noqa: F811
+def test_a_page_does_what_it_says(page, workplace, run, tiny_folders, capsys):
     for package in PAGES[page]:
         pytest.importorskip(package)
     done = 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.adapters.test_adapters import IDS, logits
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
+from tests.adapters.editing import IDS, logits
+from tests.bank.loaded import bank_of
 from tests.conftest import SHORT_EVALUATION
 from xfactor_peft.adapters.mix import Mix, parse_mix
 from xfactor_peft.bank.bank import AdapterBank
@@ -20,13 +20,6 @@ from xfactor_peft.objective.targets import UniformTarget
 from xfactor_peft.options import LoraOptions, Recipe, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
-
-
-def bank_of(base, root, *names):
-    bank = AdapterBank(base, root)
-    for name in names:
-        bank.load(name)
-    return bank
 
 
 @pytest.mark.parametrize("text", ["x", "x:0.7+z:0.3", "head", "x+head:0.5"])
@@ -185,7 +178,7 @@ def test_a_missing_package_is_one_line(tiny, adapters_root, tmp_path, monkeypatc
             export(bank, Mix(), kind, tmp_path / "m")
 
 
-def test_the_command(run, tiny_folders, adapters_root, tmp_path):  # noqa: F811
+def test_the_command(run, tiny_folders, adapters_root, tmp_path):
     from xfactor_peft.cli.export import FORMATS as OFFERED
 
     assert list(FORMATS) == OFFERED

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.export.test_export import bank_of
+from tests.bank.loaded import bank_of
 from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.base.loading import load_base

@@ -7,8 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.adapters.test_adapters import edit_config, logits
-from tests.cli.test_cli import run  # noqa: F401 (a fixture)
+from tests.adapters.editing import edit_config, logits
 from tests.conftest import SHORT_EVALUATION
 from tests.tiny import tiny_model
 from xfactor_peft.adapters.adapter import read_adapter
@@ -87,7 +86,7 @@ def test_lora_plus_has_two_learning_rates():
     assert by_side == {(False, 1e-3), (True, 1.6e-2)}
 
 
-def test_what_variants_cannot_do(load_tiny, run, tiny_folders):  # noqa: F811
+def test_what_variants_cannot_do(load_tiny, run, tiny_folders):
     with pytest.raises(XFactorError, match=r"`lora\.variant` must be one of"):
         LoraOptions(variant="qlora")
     with pytest.raises(XFactorError, match="the set head is plain LoRA"):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 
-from tests.lowmem.test_lowmem_layers import error, saved_bytes
-from tests.lowmem.test_lowmem_peft import config, randomise
+from tests.lowmem.layers import error, saved_bytes
+from tests.lowmem.wrapped import config, randomise
 from tests.tiny import KINDS, tiny_model
 from xfactor_peft.base.loading import switch_off_dropout
 from xfactor_peft.lowmem.activations import TanhGELU, checkpointed_blocks, prepare_for_training

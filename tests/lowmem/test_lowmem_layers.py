@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from tests.lowmem.layers import SHAPES, error, make, saved_bytes
 from xfactor_peft.lowmem import int8_matmul
 from xfactor_peft.lowmem.fused_lora import frozen_linear
 from xfactor_peft.lowmem.int8 import Int8Linear
@@ -14,7 +15,6 @@ from xfactor_peft.lowmem.nf4 import NF4Linear
 from xfactor_peft.lowmem.peft_layers import PlainWeight
 from xfactor_peft.lowmem.scratch import release_scratch, scratch, scratch_bytes
 
-SHAPES = [(7, 13), (507, 13), (13, 507), (64, 128)]
 KINDS = ["linear", "conv1d", "int8", "nf4"]
 SCALING = 2.0
 
@@ -25,21 +25,6 @@ def mode(request):
     previous = int8_matmul.set_mode(request.param)
     yield request.param
     int8_matmul.set_mode(previous)
-
-
-def make(kind: str, out_features: int, in_features: int, dtype: torch.dtype, seed: int = 0):
-    """A frozen weight and its exact value (out, in) in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    if kind == "int8":
-        layer = Int8Linear.from_weight(weight, None)
-        return layer, layer.dequantize(torch.float64)
-    if kind == "nf4":
-        layer = NF4Linear.from_weight(weight, None)
-        return layer, layer.dequantize(torch.float64)
-    weight = weight.to(dtype)
-    stored = weight.T.contiguous() if kind == "conv1d" else weight
-    return PlainWeight(stored, transposed=kind == "conv1d"), weight.double()
 
 
 def inputs(out_features: int, in_features: int, dtype: torch.dtype, rank: int = 3) -> dict[str, torch.Tensor]:
@@ -70,10 +55,6 @@ def run(function, values: dict[str, torch.Tensor], upstream: torch.Tensor) -> di
     y = function(**values)
     y.backward(upstream.to(y.dtype))
     return {"y": y.detach().double(), **{name: v.grad.double() for name, v in values.items()}}
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,19 +100,6 @@ def test_gradcheck_would_notice_a_wrong_gradient():
     x = torch.randn(3, 13, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(lambda x: frozen_linear(x, weight), (x,))
-
-
-def saved_bytes(function) -> int:
-    """Bytes that a call keeps for backward, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address repeats
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

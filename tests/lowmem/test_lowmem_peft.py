@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.lowmem.wrapped import config, randomise
 from tests.tiny import tiny_model
 from xfactor_peft.base.loading import switch_off_dropout
 from xfactor_peft.lowmem import int8_matmul
@@ -19,27 +20,8 @@ from xfactor_peft.lowmem.nf4 import NF4Linear
 from xfactor_peft.lowmem.peft_layers import FusedLoraLinear, QuantizedLoraLinear, custom_modules
 from xfactor_peft.lowmem.streaming import load_streaming
 
-TARGETS = {"gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
 QUANTIZATIONS = [None, "int8", "nf4"]
 IDS = torch.arange(24).view(2, 12)
-
-
-def config(kind: str = "gpt2", *, ours: bool = True, **options) -> LoraConfig:
-    made = LoraConfig(
-        r=4, lora_alpha=8, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM", **options
-    )
-    if ours:
-        made._register_custom_module(custom_modules())
-    return made
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Adapters far from zero, so that every comparison sees them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def dequantized(model: nn.Module) -> nn.Module:

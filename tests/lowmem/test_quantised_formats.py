@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.lowmem.test_lowmem_layers import SHAPES, error, make
+from tests.lowmem.layers import SHAPES, error, make
 from xfactor_peft.lowmem import int8_matmul, nf4_kernel
 from xfactor_peft.lowmem.int8 import Int8Linear, quantize_rows
 from xfactor_peft.lowmem.nf4 import CODE, NF4Linear, _grid, quantize_nf4

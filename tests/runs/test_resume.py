@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pickle
 import signal
@@ -16,52 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_training import QUICK, x_target
+from tests.runs.crashing import Crash, metrics, run, scores, weights
 from xfactor_peft.checkpoint import checkpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.durable import write_atomically
 from xfactor_peft.checkpoint.interruption import Interrupted, Interruption
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
-from xfactor_peft.runs.run import FolderOptions, train_to_folder
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=8, lr=1e-2)
-FOLDER = {"force", "resume", "save_every", "settings"}
-FILES = ("adapter_model.safetensors", "adapter_config.json")
-
-
-class Crash(BaseException):
-    """The process is gone: nothing catches this."""
-
-
-def run(base, output, options=OPTIONS, crash_at=None, **more):
-    def on_step(step):
-        if step.step == crash_at:
-            raise Crash
-
-    folder = FolderOptions(**{"save_every": 5, **{k: more.pop(k) for k in FOLDER & more.keys()}})
-    recipe = Recipe(options, evaluation=QUICK, **{"lora": LoraOptions(r=2), **more})
-    return train_to_folder(base, x_target(base), output, recipe, folder, on_step=on_step)
-
-
-def weights(folder):
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()} or {
-        "model": (folder / "model.safetensors").read_bytes()
-    }
-
-
-def metrics(folder):
-    """The lines of metrics.jsonl without the times, which no two runs share."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def scores(folder):
-    record = json.loads((folder / "xfactor.json").read_text())
-    return [record[key] for key in ("before", "after", "loss", "train", "sha256")]
-
-
 CASES = {
     "adam": {},
     "adamw": {"options": TrainOptions(steps=12, batch_size=2, seq_len=8, optimizer="adamw", weight_decay=0.1)},
@@ -239,7 +201,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(load_tiny, tmp_path, monkeypatc
 def test_a_write_that_the_system_refuses(load_tiny, tmp_path):
     """No stand-in: the kernel ends every file at 32 KiB, and then it does not any more."""
     script = (
-        "import resource, sys; from pathlib import Path; from tests.runs import test_resume as t; "
+        "import resource, sys; from pathlib import Path; from tests.runs import crashing as t; "
         "from xfactor_peft.base.loading import LoadOptions, load_base; "
         "from xfactor_peft.base.resolve import resolve_model; "
         "base = load_base(resolve_model(sys.argv[1]), LoadOptions('fp32')); "

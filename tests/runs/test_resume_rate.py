@@ -7,8 +7,8 @@ import signal
 import pytest
 import torch
 
-from tests.runs.test_resume import Crash, metrics, scores, weights
-from tests.training.test_training import QUICK
+from tests.runs.crashing import Crash, metrics, scores, weights
+from tests.training.uniform import QUICK
 from xfactor_peft.checkpoint.checkpointer import Checkpointer
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted

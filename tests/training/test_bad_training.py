@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from tests.runs.test_resume import OPTIONS, Crash, metrics, run, weights
-from tests.training.test_training import QUICK, x_target
+from tests.runs.crashing import OPTIONS, Crash, metrics, run, weights
+from tests.training.uniform import QUICK, x_target
 from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.budget.out_of_memory import is_out_of_memory
 from xfactor_peft.checkpoint.checkpoints import Checkpoints

@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import TrainOptions
-from xfactor_peft.training.parallel import check_rows, own_output, own_rows, process_group_ended, quiet_unless_first
+from xfactor_peft.training.parallel import (
+    check_rows,
+    end_group,
+    end_group_at_exit,
+    own_output,
+    own_rows,
+    quiet_unless_first,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
@@ -68,19 +75,17 @@ from pathlib import Path
 from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
 leave_out_bitsandbytes()
 import xfactor_peft as xf
-from xfactor_peft.training.parallel import process_group_ended
 
 def run(model, folder, method, fsdp):
     base = xf.load(str(model), xf.LoadOptions("fp32", "cpu"))
     tokens = xf.TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
     options = xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp)
     quick = xf.EvalOptions(("Once",), 1, xf.SamplingOptions(max_new_tokens=2))
-    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, options, evaluation=quick)
+    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, xf.Recipe(options, evaluation=quick))
 
 if __name__ == "__main__":
-    with process_group_ended():
-        run(*sys.argv[1:], "lora", False)
-        run(*sys.argv[1:], "full", True)
+    run(*sys.argv[1:], "lora", False)
+    run(*sys.argv[1:], "full", True)
 """
 
 
@@ -125,15 +130,6 @@ def test_two_machines_make_the_adapter_of_one(tiny_folders, tmp_path):
         assert json.loads((tmp_path / "on0" / method / "xfactor.json").read_text())["processes"] == 2
 
 
-def test_the_process_group_is_ended(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    with process_group_ended():
-        assert torch.distributed.is_initialized()
-    assert not torch.distributed.is_initialized()
-    with process_group_ended():
-        pass
-
-
 def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
     """Weights, gradients and moments; and what is gathered at the end is what a plain step gives."""
     script = tmp_path / "split_model.py"
@@ -159,6 +155,7 @@ import torch
 
 from xfactor_peft.base.loading import LoadOptions, load_base
 from xfactor_peft.base.resolve import resolve_model
+from xfactor_peft.training.parallel import end_group
 from xfactor_peft.training.sharding import ShardedCopy
 
 torch.distributed.init_process_group("gloo")
@@ -178,7 +175,7 @@ sharded.gather()
 shares["after"] = count(model.parameters())
 if torch.distributed.get_rank() == 0:
     (Path(sys.argv[0]).parent / "shares.json").write_text(json.dumps(shares))
-torch.distributed.destroy_process_group()
+end_group()
 """
 
 
@@ -217,6 +214,20 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
     check_rows(4)
     with pytest.raises(XFactorError, match="`batch_size=3` must be a multiple of the 2 processes"):
         check_rows(3)
+
+
+def test_the_group_ends_before_python_does(monkeypatch):
+    registered = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    end_group_at_exit()
+    assert registered == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    end_group_at_exit()
+    assert registered == [end_group]
+    end_group()  # without a group there is nothing to do
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    end_group()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

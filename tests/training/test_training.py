@@ -7,17 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from tests.tiny import KINDS
+from tests.training.uniform import QUICK, x_target
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.lora.wrap import add_lora, matched_modules
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.objective import reference
-from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import EvalOptions, LoraOptions, SamplingOptions, TrainOptions
-from xfactor_peft.tokens.token_set import TokenSet
+from xfactor_peft.options import LoraOptions, TrainOptions
 from xfactor_peft.training.train import train
 
-QUICK = EvalOptions(("Once upon a time", "The fox"), 4, SamplingOptions(max_new_tokens=16))
 SHORT = TrainOptions(steps=60, batch_size=4, seq_len=16, lr=1e-2)
 EXPECTED = {
     "gpt2": {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 2, "mlp.c_proj": 2},
@@ -26,10 +24,6 @@ EXPECTED = {
     | {f"mlp.{n}": 2 for n in ("dense_h_to_4h", "dense_4h_to_h")},
     "opt": {f"self_attn.{n}_proj": 2 for n in ("k", "v", "q", "out")} | {"fc1": 2, "fc2": 2},
 }
-
-
-def x_target(base, **levels):
-    return UniformTarget(TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size), **levels)
 
 
 def state(model):

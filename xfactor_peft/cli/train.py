@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..options import OPTIMIZERS, EvalOptions, SamplingOptions
-from ..training.parallel import process_group_ended, quiet_unless_first
+from ..training.parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, rate_options
 from .resuming import name_resume_command, resumed, resuming_options, to_settings
@@ -72,7 +72,7 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
         flags = resumed(ctx, flags)
     elif flags["preset"] == "source":
         _apply_preset(ctx, flags)
-    with quiet_unless_first(), process_group_ended():
+    with quiet_unless_first():
         run(flags)
 
 

@@ -19,7 +19,7 @@ from ..errors import XFactorError
 from ..lora.wrap import lora_b_norm
 from ..options import TrainOptions
 from .optimizers import build_optimizer
-from .parallel import check_rows, mean_over_processes, own_rows
+from .parallel import check_rows, end_group_at_exit, mean_over_processes, own_rows
 from .run import TrainingRun
 from .sharding import ShardedCopy, whole_tensor
 
@@ -46,6 +46,7 @@ def optimise(
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     AcceleratorState._reset_state()  # it would hold on to the precision of the first run in this process
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
+    end_group_at_exit()
     if sharded:
         sharded.shard(objective, accelerator.device)
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}

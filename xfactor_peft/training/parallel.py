@@ -6,9 +6,12 @@ the gradients. So N processes make the steps of one process with the same `batch
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +50,28 @@ def mean_over_processes(accelerator: Accelerator, *values: float) -> list[float]
     return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "mean").tolist()
 
 
+def end_group() -> None:
+    """End the process group, if there is one, with time for its threads to free the tensors that they still hold.
+
+    destroy_process_group does not join gloo's threads while anything refers to the group, and DTensor's caches do. A
+    thread frees a tensor of Python's under the interpreter's lock; when it asks for that after Python has ended, the
+    whole process dies of "terminate called without an active exception".
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
+        time.sleep(0.2)  # without the lock, so that a thread that waits for it has it
+
+
+def end_group_at_exit() -> None:
+    """Have `end_group` called before Python ends; nothing in a process that nobody launched with others."""
+    if process()[1] > 1:
+        atexit.unregister(end_group)
+        atexit.register(end_group)
+
+
 @contextlib.contextmanager
 def own_output(output: Path) -> Iterator[Path]:
     """Where this process writes: `output` for the first one, a folder that is thrown away for the others."""
@@ -55,16 +80,6 @@ def own_output(output: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / output.name
-
-
-@contextlib.contextmanager
-def process_group_ended() -> Iterator[None]:
-    """The processes part when the work inside is done; one that just exits can leave the others waiting for it."""
-    yield
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
