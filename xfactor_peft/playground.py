@@ -138,5 +138,5 @@ def launch(bank: AdapterBank, host: str, port: int, *, block: bool = True) -> st
             prevent_thread_lock=not block,
         )  # fmt: skip
     except OSError as error:
-        raise XFactorError(f"port {port} of {host} cannot be opened; choose another --port") from error
+        raise XFactorError(f"port {port} of {host} cannot be opened; choose another `port`") from error
     return address

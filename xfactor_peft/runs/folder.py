@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.files import RECORD
-from ..adapters.output import prepare_output, publish, save_result, staging_of
+from ..adapters.output import prepare_output, publish, staging_of
 from ..checkpoint.checkpointer import resume_command
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
 from ..errors import XFactorError
+from .save_result import save_result
 
 if TYPE_CHECKING:
     from ..training.loop import Step
