@@ -14,7 +14,7 @@ from .adapters.mix import Mix
 from .bank.bank import AdapterBank
 from .errors import XFactorError
 from .options import SamplingOptions
-from .sampling.generation import generate_in_pieces
+from .sampling.generation import stream
 from .sampling.metrics import rate_per_sequence
 from .tokens.highlight import marked_parts
 from .tokens.token_set import TokenSet
@@ -53,7 +53,7 @@ def continuations(
     columns: list[tuple[list[tuple[str, str | None]], str]] = [([], ""), ([], "")]
     for index, what in enumerate((Mix(), mix)):
         bank.use(what)
-        for ids in generate_in_pieces(bank.model, bank.base.tokenizer, prompt, options):
+        for ids in stream(bank.model, bank.base.tokenizer, prompt, options):
             columns[index] = (_marked(bank, ids, sets), _rates(ids, sets, "base" if index == 0 else str(mix)))
             yield (*columns[0], *columns[1])
 
@@ -138,5 +138,5 @@ def launch(bank: AdapterBank, host: str, port: int, *, block: bool = True) -> st
             prevent_thread_lock=not block,
         )  # fmt: skip
     except OSError as error:
-        raise XFactorError(f"port {port} of {host} cannot be opened; choose another --port") from error
+        raise XFactorError(f"port {port} of {host} cannot be opened; choose another `port`") from error
     return address

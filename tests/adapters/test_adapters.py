@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.adapters.editing import edit_config, edit_weights, first, logits
 from tests.tiny import tiny_model_folder
 from tests.training.uniform import QUICK, x_target
-from xfactor_peft.adapters.adapter import check_fits, find_adapter, list_adapters, read_adapter
+from xfactor_peft.adapters.adapter import find_adapter, list_adapters, read_adapter
+from xfactor_peft.adapters.fit import check_fits
 from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
@@ -155,7 +156,7 @@ UNREADABLE = "cannot be read as safetensors"
 UNKNOWN_LAYER = {"base_model.model.foo.lora_A.weight": torch.zeros(8, 64)}
 DAMAGE = {
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x08" * 40), UNREADABLE),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), UNREADABLE),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "safetensors cannot be read: No such"),
     "not json": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     "json list": (lambda f: (f / "xfactor.json").write_text("[]"), "must hold a JSON object"),
     "no identity": (lambda f: (f / "xfactor.json").write_text('{"base": {}}'), "is damaged"),
@@ -189,12 +190,12 @@ def test_an_adapter_of_plain_peft_loads_without_a_record(tiny, root, tmp_path):
 
 
 def test_existing_output_is_kept(tiny, root, tmp_path):
-    with pytest.raises(XFactorError, match="exists; pass --force"):
+    with pytest.raises(XFactorError, match="exists; pass `force=True`"):
         train_to_folder(tiny, x_target(tiny), root / "x", Recipe(SHORT, evaluation=QUICK))
     precious = tmp_path / "notes"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(XFactorError, match="--force does not replace it"):
+    with pytest.raises(XFactorError, match="`force=True` does not replace it"):
         train_to_folder(
             tiny, x_target(tiny), precious, Recipe(SHORT, evaluation=QUICK), folder=FolderOptions(force=True)
         )
@@ -245,12 +246,12 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     trained = dict(result.model.named_parameters())
     assert all(torch.equal(p, trained[name]) for name, p in again.model.named_parameters())
     torch.testing.assert_close(logits(again.model), logits(result.model))  # memory lies elsewhere, so not bit by bit
-    with pytest.raises(XFactorError, match="a whole model, not an adapter; use it as --model"):
+    with pytest.raises(XFactorError, match="a whole model, not an adapter; use it as `model="):
         find_adapter(str(tmp_path / "full"))
 
 
 def test_read_adapter_touches_no_model(root, tiny):
     info = read_adapter(root / "x")
     check_fits(info, tiny)
-    assert info.token_rule["value"] == "X"
+    assert info.token_rule.value == "X"
     assert not any("lora" in name for name, _ in tiny.model.named_modules())

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.editing import edit_config, edit_weights, logits
 from tests.tiny import tiny_model
 from xfactor_peft.adapters.adapter import find_adapter, read_adapter
-from xfactor_peft.adapters.combine import combine, compare, read_factors
+from xfactor_peft.adapters.combine import combine
+from xfactor_peft.adapters.compare import compare
+from xfactor_peft.adapters.factors import read_factors
 from xfactor_peft.adapters.mix import Mix, parse_mix
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.adapters.editing import edit_config, edit_weights, first, logits
-from xfactor_peft.adapters.record import slow_regex
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import LoadOptions
+from xfactor_peft.tokens.regex_guard import slow_regex
 from xfactor_peft.tokens.token_set import TokenSet
 
 ROOT = Path(__file__).parents[2]

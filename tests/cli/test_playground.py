@@ -9,7 +9,6 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
 from xfactor_peft.playground import MARK, continuations, launch
-from xfactor_peft.sampling.generation import generate_in_pieces
 
 OPTIONS = SamplingOptions(max_new_tokens=24)
 
@@ -44,13 +43,6 @@ def test_scale_rate_and_mixes(bank):
         next(continuations(bank, "The fox", ["x", "none"], [1.0, 1.0], 0.2, OPTIONS))
     with pytest.raises(XFactorError, match="a rate picks the scale of one adapter"):
         next(continuations(bank, "The fox", ["x", "z"], [1.0, 1.0], 0.2, OPTIONS))
-
-
-def test_pieces_stop_at_the_end_of_text(tiny, monkeypatch):
-    end = tiny.tokenizer.eos_token_id
-    monkeypatch.setattr("xfactor_peft.sampling.generation._sample", lambda model, ids, *a, **k: __import__("torch").cat(
-        [ids, __import__("torch").tensor([[5, end, end]])], 1))  # fmt: skip
-    assert list(generate_in_pieces(tiny.model, tiny.tokenizer, "The", OPTIONS, 3)) == [[5]]
 
 
 def test_gradio_missing_is_one_line(bank, monkeypatch):

@@ -157,7 +157,7 @@ def test_goals_as_text():
     "text", ["X=0.1", "contains:X", "contains:=0.1", "likes:X=0.1", "contains:X=lots", "contains:X=2"]
 )
 def test_bad_goals(text):
-    with pytest.raises(XFactorError, match="--goal"):
+    with pytest.raises(XFactorError, match=r"^`goal`"):
         parse_goal(text, tiny_tokenizer())
 
 
@@ -171,7 +171,7 @@ def test_dial_inverts_its_pairs():
         scale_for_rate(dial, 0.9)
     with pytest.raises(XFactorError, match="holds no dial"):
         scale_for_rate([], 0.1)
-    with pytest.raises(XFactorError, match="--rate must be above 0"):
+    with pytest.raises(XFactorError, match=r"^`rate` must be above 0"):
         scale_for_rate(dial, 0.0)
 
 

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
 from xfactor_peft.errors import XFactorError
+from xfactor_peft.tokens.rule import Rule, read_token_ids, read_words
 from xfactor_peft.tokens.token_bytes import token_bytes, token_texts
-from xfactor_peft.tokens.token_set import TokenSet, read_token_ids, read_words
+from xfactor_peft.tokens.token_set import TokenSet
 
 GPT2_TOKENIZER = Path(__file__).parents[3] / "shared" / "gpt2-tokenizer"
 
@@ -70,7 +71,7 @@ def test_regex_and_words(tokenizer):
     )
     words = TokenSet.words(tokenizer, ["X", "the", "Xylophonist"])
     assert {"X", " X", " the"} <= set(words.texts)
-    assert words.rule["without_token"] == ["Xylophonist"]
+    assert words.without_token == words.record()["rule"]["without_token"] == ["Xylophonist"]
 
 
 def test_rule_makes_the_same_set_again(tokenizer):
@@ -80,12 +81,12 @@ def test_rule_makes_the_same_set_again(tokenizer):
         TokenSet.words(tokenizer, ["the", "X"], ignore_case=True),
         TokenSet.token_ids(tokenizer, [5, 9]),
     ):
-        again = TokenSet.from_rule(tokenizer, tokens.rule)
+        again = TokenSet.from_rule(tokenizer, Rule.from_record(tokens.record()["rule"]))
         assert again == tokens
         assert again.hash == tokens.hash
     assert TokenSet.contains(tokenizer, "X").hash != TokenSet.contains(tokenizer, "x").hash
     with pytest.raises(XFactorError, match="unknown token-set rule"):
-        TokenSet.from_rule(tokenizer, {"kind": "magic"})
+        Rule.from_record({"kind": "magic"})
 
 
 def test_mask(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -10,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XFactorError
-from ..tokens.token_set import _describe as describe_rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
-from .files import RECORD
-from .output import write_record
+from .files import CARD, RECORD, WEIGHTS, write_json
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,26 @@ def _entry(folder: Path) -> Entry:
     return Entry(
         info.name,
         base=info.identity.name if info.identity else info.config.get("base_model_name_or_path") or "",
-        tokens=describe_rule(rule) if rule else "",
-        rate=info.record.get("after", {}).get("rate"),
+        tokens=rule.describe() if rule else "",
+        rate=info.section("after").get("rate"),
         parameters=parameter_count(info),
     )
 
 
 def parameter_count(info: AdapterInfo) -> int:
     """Numbers stored in the adapter."""
-    total = 0
-    for shape in info.shapes.values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in info.shapes.values())
 
 
 def facts(info: AdapterInfo) -> dict[str, Any]:
     """What `adapters show` prints, by label; only what is known."""
     record, config = info.record, info.config
-    after, train, rule = record.get("after", {}), record.get("train", {}), info.token_rule
+    after, train, rule = info.section("after"), info.section("train"), info.token_rule
     ranks = sorted({shape[0] for key, shape in info.shapes.items() if key.endswith("lora_A.weight")})
     found = {
         "folder": str(info.folder),
         "base": str(info.identity) if info.identity else config.get("base_model_name_or_path"),
-        "tokens": rule and f"{describe_rule(rule)}, {record['tokens']['size']} of {record['tokens']['vocab_size']}",
+        "tokens": rule and f"{rule.describe()}, {record['tokens']['size']} of {record['tokens']['vocab_size']}",
         "layers": ", ".join(sorted(config["target_modules"])),
         "rank": ", ".join(map(str, ranks)),
         "alpha": config.get("lora_alpha"),
@@ -75,9 +68,9 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
         "training": train and "{steps} steps of {batch_size} x {seq_len} tokens, learning rate {lr:g}".format(**train),
         "R": after and f"{after['rate']:.4f} ({after['interval'][0]:.4f} to {after['interval'][1]:.4f})",
         "KL from base": after and f"{after['kl_from_base']:.4f} nats/token",
-        "mixed from": ", ".join(f"{part['name']}:{part['weight']:g}" for part in record.get("mixed_from", ())),
+        "mixed from": ", ".join(f"{part['name']}:{part['weight']:g}" for part in record.get("mixed_from") or ()),
         "created": record.get("created"),
-        "sha256": record.get("sha256", {}).get("adapter_model.safetensors"),
+        "sha256": info.section("sha256").get(WEIGHTS),
     }
     return {label: value for label, value in found.items() if value}
 
@@ -88,15 +81,18 @@ def rename_adapter(name: str, new: str, root: Path) -> Path:
     Raises:
         XFactorError: there is no such adapter, the name is taken or is not a plain folder name.
     """
-    folder, target = _inside(name, root), root / new
+    folder, target = _below(name, root), root / new
     if not re.fullmatch(r"[\w.+-]+", new, flags=re.ASCII) or new.startswith("."):
         raise XFactorError(f"{new!r} is no name for an adapter; use letters, digits, and . + - _ inside")
     if target.exists():
         raise XFactorError(f"{target} exists; remove it first, or choose another name")
     info = read_adapter(folder)
     os.rename(folder, target)
-    if (target / RECORD).is_file():
-        write_record(target, {**info.record, "name": new})
+    if info.record:
+        write_json(target / RECORD, {**info.record, "name": new})
+    if (target / CARD).is_file():
+        card = (target / CARD).read_text(encoding="utf-8")
+        (target / CARD).write_text(card.replace(f"\n# {name}\n", f"\n# {new}\n", 1), encoding="utf-8")
     return target
 
 
@@ -106,15 +102,15 @@ def remove_adapter(name: str, root: Path) -> Path:
     Raises:
         XFactorError: there is no such adapter, or the folder holds folders of its own, which no adapter has.
     """
-    folder = _inside(name, root)
+    folder = _below(name, root)
     if any(path.is_dir() for path in folder.iterdir()):
         raise XFactorError(f"{folder} holds other folders, so it is more than an adapter; delete it yourself")
     shutil.rmtree(folder)
     return folder
 
 
-def _inside(name: str, root: Path) -> Path:
+def _below(name: str, root: Path) -> Path:
     if name not in list_adapters(root):
         find_adapter(name, root)  # raises for an unknown one
-        raise XFactorError(f"{name} is not in {root}/; --adapters-dir names the folder whose adapters are changed")
+        raise XFactorError(f"{name} is not in {root}/; `root` names the folder whose adapters are changed")
     return root / name

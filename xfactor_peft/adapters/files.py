@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 import struct
@@ -13,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import XFactorError
 
-RECORD, CONFIG, WEIGHTS = "xfactor.json", "adapter_config.json", "adapter_model.safetensors"
+RECORD, CARD = "xfactor.json", "README.md"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's own names."""
 JSON_LIMIT = 16 * 2**20
 HEADER_LIMIT = 16 * 2**20
 """Bytes; a thousand layers of LoRA take a fiftieth of it."""
@@ -51,15 +54,24 @@ def read_json(path: Path) -> dict[str, Any]:
         if target.stat().st_size > JSON_LIMIT:
             raise XFactorError(f"{path} is larger than {JSON_LIMIT >> 20} MiB")
         value = json.loads(target.read_text(encoding="utf-8"))
-    except (OSError, RecursionError) as error:
-        raise XFactorError(f"{path} cannot be read as JSON: {error}") from error
-    except ValueError as error:
-        if isinstance(error, XFactorError):
-            raise
+    except XFactorError:
+        raise
+    except (OSError, RecursionError, ValueError) as error:
         raise XFactorError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise XFactorError(f"{path} must hold a JSON object")
     return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Indented, for people too."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read a piece at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -82,11 +94,9 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 tensor = file.get_tensor(key)
                 _check_tensor(path, key, tensor)
                 shapes[key] = tuple(tensor.shape)
-    except (OSError, SafetensorError, RuntimeError, TypeError, OverflowError) as error:
-        raise XFactorError(f"{path} cannot be read as safetensors: {error}") from error
-    except ValueError as error:
-        if isinstance(error, XFactorError) and "cannot be read:" not in str(error):
-            raise
+    except XFactorError:
+        raise
+    except (OSError, SafetensorError, RuntimeError, TypeError, OverflowError, ValueError) as error:
         raise XFactorError(f"{path} cannot be read as safetensors: {error}") from error
     if not shapes:
         raise XFactorError(f"{path} holds no tensor")

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
 from huggingface_hub import errors as hub
 
 from ..errors import XFactorError
 from .adapter import read_adapter
-from .files import CONFIG, RECORD, WEIGHTS
+from .files import CARD, CONFIG, RECORD, WEIGHTS
 from .output import prepare_output, publish
 
-FILES = (CONFIG, WEIGHTS, RECORD, "README.md", "metrics.jsonl", "training.png")
+METRICS, CURVE = "metrics.jsonl", "training.png"
+FILES = (CONFIG, WEIGHTS, RECORD, CARD, METRICS, CURVE)
 
 
 def check_push(repo: str) -> None:
     """Raises XFactorError for a name that is no repository, or without a token: before any work is done."""
     owner, slash, name = repo.partition("/")
     if not (slash and owner and name) or "/" in name:
-        raise XFactorError(f"--push-to-hub {repo!r}: a repository is OWNER/NAME")
+        raise XFactorError(f"`repo` {repo!r}: a repository is OWNER/NAME")
     if get_token() is None:
         raise XFactorError("pushing to the Hub needs a token; log in with `hf auth login`")
 
@@ -37,19 +38,14 @@ def push(folder: Path, repo: str, *, private: bool | None = None) -> str:
     """
     check_push(repo)
     read_adapter(folder)
-    with tempfile.TemporaryDirectory() as copy:
-        for name in FILES:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, copy)
-        _add_curve(Path(copy))
-        api = HfApi()
-        try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=copy, commit_message=f"Adapter {folder.name}")
-        except (hub.HfHubHTTPError, OSError) as error:
-            raise XFactorError(
-                f"{repo} cannot be pushed: {_short(error)}; check the name and `hf auth whoami`"
-            ) from error
+    contents: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, value) for name, value in (contents | _with_curve(folder)).items()]
+        api.create_commit(repo, operations, commit_message=f"Adapter {folder.name}")
+    except (hub.HfHubHTTPError, OSError) as error:
+        raise XFactorError(f"{repo} cannot be pushed: {_short(error)}; check the name and `hf auth whoami`") from error
     return f"{api.endpoint}/{repo}"
 
 
@@ -65,9 +61,9 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
     staging = prepare_output(folder, force=force)
     try:
         found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), etag_timeout=5))
-        for name_of_file in FILES:
-            if (found / name_of_file).is_file():
-                shutil.copy((found / name_of_file).resolve(), staging / name_of_file)
+        for path in (found / file for file in FILES):
+            if path.is_file():
+                shutil.copy(path, staging)
         if not (staging / CONFIG).is_file():
             raise XFactorError(f"{repo} holds no {CONFIG}, so it is not an adapter")
         read_adapter(staging)
@@ -85,27 +81,27 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
     return folder
 
 
-def _add_curve(folder: Path) -> None:
-    """training.png from metrics.jsonl, and a line in the card that shows it; nothing without matplotlib."""
+def _with_curve(folder: Path) -> dict[str, bytes]:
+    """A picture of metrics.jsonl, and the card with a line that shows it; nothing without matplotlib."""
+    metrics, card = folder / METRICS, folder / CARD
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return
-    metrics, card = folder / "metrics.jsonl", folder / "README.md"
+        return {}
     if not (metrics.is_file() and card.is_file()):
-        return
+        return {}
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line and "step" in line]
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure, picture = Figure(figsize=(6, 3), layout="constrained"), io.BytesIO()
     loss = figure.subplots()
     loss.plot([s["step"] for s in steps], [s["loss"] for s in steps], color="tab:blue")
     loss.set(xlabel="step", ylabel="KL loss, nats", ylim=(0, None))
     mass = loss.twinx()
     mass.plot([s["step"] for s in steps], [s["set_mass"] for s in steps], color="tab:orange")
     mass.set(ylabel="mass on the set", ylim=(0, 1))
-    figure.savefig(folder / "training.png", dpi=120)
-    picture = "\n![KL loss (blue) and mass on the set (orange) while training](training.png)\n"
-    card.write_text(card.read_text(encoding="utf-8") + picture, encoding="utf-8")
+    figure.savefig(picture, dpi=120, format="png")
+    shown = f"\n![KL loss (blue) and mass on the set (orange) while training]({CURVE})\n"
+    return {CURVE: picture.getvalue(), CARD: card.read_bytes() + shown.encode()}
 
 
 def _short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Adapters with weights, added up: W + sum_i w_i s_i B_i A_i."""
+"""What is active: the base, one adapter or a weighted mix of several, W + sum_i w_i s_i B_i A_i."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def parse_mix(text: str, known: Iterable[str] = ()) -> Mix:
 
 
 def parse_mixes(texts: Iterable[str], known: Iterable[str] = ()) -> list[Mix]:
-    """What several --adapter options mean: each a column of its own, but those of one NAME:WEIGHT are added up.
+    """What several texts mean side by side: each is a column of its own, but all single NAME:WEIGHT make up one mix.
 
-    `--adapter none --adapter x` are the base and x side by side; `--adapter x:0.7 --adapter z:0.3` is one mix, the same
-    as `--adapter x:0.7+z:0.3`. Several mixes side by side are several options with "+".
+    "none", "x" are the base and x side by side; "x:0.7", "z:0.3" is one mix, the same as "x:0.7+z:0.3". Several mixes
+    side by side are several texts with "+".
 
     Raises:
         XFactorError: as `parse_mix`.
@@ -99,7 +99,7 @@ def _part(part: str, text: str, known: set[str]) -> tuple[str, float]:
     try:
         weight = float(number)
     except ValueError as error:
-        raise XFactorError(f"--adapter {text}: {number!r} is not a weight; write NAME:WEIGHT, e.g. x:0.7") from error
+        raise XFactorError(f"`adapter={text}`: {number!r} is not a weight; write NAME:WEIGHT, e.g. x:0.7") from error
     if not name or name == BASE:
-        raise XFactorError(f"--adapter {text}: a part has no adapter; write NAME:WEIGHT, e.g. x:0.7")
+        raise XFactorError(f"`adapter={text}`: a part has no adapter; write NAME:WEIGHT, e.g. x:0.7")
     return name, weight

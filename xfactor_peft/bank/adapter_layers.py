@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from ..adapters.adapter import AdapterInfo, layers_of
-from ..adapters.config import peft_config
 from ..errors import XFactorError
 from ..lora.wrap import register_layers
 from ..lowmem.peft_parts import tuner
@@ -83,7 +82,7 @@ class AdapterLayers:
             tuner(self.peft).active_adapter = keys
 
     def _load(self, info: AdapterInfo, key: str) -> None:
-        config = register_layers(peft_config(info.config, layers_of(info)))
+        config = register_layers(peft_config(info))
         if self.peft is None:
             self.peft = PeftModel.from_pretrained(
                 self._model, info.folder, adapter_name=key, config=config, torch_device=self._device
@@ -103,3 +102,23 @@ class AdapterLayers:
             name = sorted(made ^ stored)[0]
             what = "no weights for" if name in made else "weights for a layer that its configuration leaves out,"
             raise XFactorError(f"adapter {info.name} is damaged: it holds {what} {name}")
+
+
+def peft_config(info: AdapterInfo) -> LoraConfig:
+    """PEFT's configuration made anew for the stored layers, from the values that `adapters.config` checks alone."""
+    config, layers = info.config, layers_of(info)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config.get("lora_dropout") or 0.0,
+        target_modules=sorted(layers),
+        fan_in_fan_out=config.get("fan_in_fan_out") or False,
+        use_rslora=config.get("use_rslora") or False,
+        use_dora=config.get("use_dora") or False,
+        lora_bias=config.get("lora_bias") or False,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        inference_mode=True,
+    )

@@ -11,7 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from ..adapters.adapter import AdapterInfo, check_fits, find_adapter, read_adapter
+from ..adapters.adapter import AdapterInfo, find_adapter, read_adapter
+from ..adapters.fit import check_fits
 from ..adapters.mix import Mix
 from ..base.loading import Base
 from ..errors import XFactorError
@@ -167,7 +168,7 @@ class AdapterBank:
         Raises:
             XFactorError: the adapter has no dial, or the rate is outside it.
         """
-        return scale_for_rate((self.adapters[name].record.get("rate") or {}).get("dial", ()), rate, f"adapter {name}")
+        return scale_for_rate(self.adapters[name].section("rate").get("dial") or (), rate, f"adapter {name}")
 
     def token_set(self, name: str) -> TokenSet | None:
         """The set an adapter was trained for, made again from its rule and checked against its hash.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.adapter import AdapterInfo, check_fits, find_adapter, read_adapter
+from ..adapters.adapter import AdapterInfo, find_adapter, read_adapter
+from ..adapters.fit import check_fits
 from ..adapters.output import hashes
 from ..base.loading import Base
 from ..base.split_model import split
@@ -37,7 +38,7 @@ def verify_files(reference: str, root: Path = Path("adapters")) -> tuple[Adapter
     except XFactorError as error:
         return None, [Check("files", FAILED, str(error))]
     checks = [Check("files", OK, f"{len(info.shapes)} tensors, all finite")]
-    recorded = info.record.get("sha256")
+    recorded = info.section("sha256")
     if not recorded:
         return info, [*checks, Check("sha256", UNKNOWN, "no hash was recorded when it was saved")]
     found = hashes(folder)
@@ -100,7 +101,7 @@ def _check_zero(bank: AdapterBank, name: str, plain: torch.Tensor) -> Check:
 
 
 def _check_rate(bank: AdapterBank, name: str) -> Check:
-    after = bank.adapters[name].record.get("after")
+    after = bank.adapters[name].section("after")
     if not after or bank.adapters[name].token_rule is None:
         return Check("R", UNKNOWN, "no R was recorded")
     decoding = dict(after["decoding"])

@@ -128,7 +128,7 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
     from rich.table import Table
 
     from ..adapters.adapter import find_adapter, read_adapter
-    from ..adapters.combine import compare
+    from ..adapters.compare import compare
     from .console import console
 
     result = compare(*(read_adapter(find_adapter(name, adapters_dir)) for name in (first, second)))

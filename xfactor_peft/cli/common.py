@@ -121,23 +121,17 @@ def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
         XFactorError: more than one rule, or --ignore-case where it has no meaning.
     """
     from ..errors import XFactorError
-    from ..tokens.token_set import TokenSet, read_token_ids, read_words
+    from ..tokens.rule import Rule
+    from ..tokens.token_set import TokenSet
 
     given = [name for name in ("contains", "regex", "words", "token_ids") if flags[name] is not None]
     if len(given) > 1:
         raise XFactorError(f"give one of --{', --'.join(given).replace('_', '-')}, not {len(given)}")
-    fold, size = flags["ignore_case"], base.vocab_size
-    if not given:
-        return TokenSet.contains(base.tokenizer, "X", ignore_case=True, vocab_size=size) if fold else None
-    if given == ["contains"]:
-        return TokenSet.contains(base.tokenizer, flags["contains"], ignore_case=fold, vocab_size=size)
-    if given == ["regex"]:
-        return TokenSet.regex(base.tokenizer, flags["regex"], ignore_case=fold, vocab_size=size)
-    if given == ["words"]:
-        return TokenSet.words(base.tokenizer, read_words(flags["words"]), ignore_case=fold, vocab_size=size)
-    if fold:
-        raise XFactorError("--ignore-case has no meaning with --token-ids; drop it")
-    return TokenSet.token_ids(base.tokenizer, read_token_ids(flags["token_ids"]), vocab_size=size)
+    if not (given or flags["ignore_case"]):
+        return None
+    kind = given[0] if given else "contains"
+    rule = Rule.read(kind.replace("_", "-"), flags[kind] if given else "X", ignore_case=flags["ignore_case"])
+    return TokenSet.from_rule(base.tokenizer, rule, vocab_size=base.vocab_size)
 
 
 def default_set(base: Base) -> TokenSet:

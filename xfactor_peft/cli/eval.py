@@ -72,7 +72,7 @@ def command(**flags: Any) -> None:  # fmt: skip
     print_scores(columns)
     for (name, scores), mix, (own, *_) in list(zip(columns.items(), mixes, sets, strict=True))[1:]:
         print_goals(name, scores)
-        if len(mix.parts) == 1 and (wanted := (bank.adapters[mix.names[0]].record.get("rate") or {}).get("wanted")):
+        if len(mix.parts) == 1 and (wanted := bank.adapters[mix.names[0]].section("rate").get("wanted")):
             console.print(f"{name}: wanted R {wanted[0]:g}, sampled {scores.rate:.4f}", markup=False)
         if flags["frontier"]:
             bank.use(None)

@@ -13,7 +13,7 @@ from ..objective.targets import Target
 from ..options import Recipe
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
-from ..tokens.token_set import _describe as describe_rule
+from ..tokens.rule import Rule
 from ..training.rate import RateReport
 from ..training.train import TrainResult
 from .console import console
@@ -110,7 +110,7 @@ def print_goals(name: str, scores: Evaluation) -> None:
     """R of every set of a mix (or of several goals)."""
     for goal in scores.goals:
         low, high = goal["interval"]
-        rule = describe_rule(goal["rule"])
+        rule = Rule.from_record(goal["rule"]).describe()
         console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})", markup=False)
 
 

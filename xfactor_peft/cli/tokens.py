@@ -28,8 +28,8 @@ def command(**flags: Any) -> None:
     console.print(f"{tokens.describe()}: {len(tokens)} of {tokens.vocab_size} tokens", markup=False)
     shown = ", ".join(repr(text) for text in tokens.texts[: flags["examples"]])
     console.print(shown + (" …" if len(tokens) > flags["examples"] else ""), markup=False)
-    if tokens.rule.get("without_token"):
-        console.print(f"no single token: {', '.join(tokens.rule['without_token'])}", markup=False)
+    if tokens.without_token:
+        console.print(f"no single token: {', '.join(tokens.without_token)}", markup=False)
     scores = evaluate(split(base.model), base.tokenizer, tokens, options)
     console.print(f"the model's own mass on the set {scores.set_mass:.6f}, R {rate_text(scores)}")
     console.print(f"over samples: {decoding_text(scores.decoding)}", style="dim")

@@ -39,7 +39,7 @@ def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool 
             architecture has no place in the format.
     """
     if kind != "merged" and output.exists() and not force:
-        raise XFactorError(f"{output} exists; pass --force to replace it, or --output for another place")
+        raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
     output.parent.mkdir(parents=True, exist_ok=True)
     module, function = {
         "merged": ("folder", "write_folder"),

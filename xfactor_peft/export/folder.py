@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ..adapters.files import RECORD, WEIGHTS
+from ..adapters.files import RECORD, WEIGHTS, write_json
 from ..adapters.mix import Mix
 from ..adapters.output import hashes, prepare_output, publish
 from ..bank.bank import AdapterBank
@@ -23,7 +22,7 @@ def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> s
     model.save_pretrained(staging)
     bank.base.tokenizer.save_pretrained(staging)
     parts = [
-        {"name": name, "weight": weight, "sha256": bank.adapters[name].record.get("sha256", {}).get(WEIGHTS)}
+        {"name": name, "weight": weight, "sha256": bank.adapters[name].section("sha256").get(WEIGHTS)}
         for name, weight in mix.parts
     ]
     record = {
@@ -33,7 +32,7 @@ def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> s
         "base": bank.base.record(),
         "sha256": hashes(staging),
     }
-    (staging / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(staging / RECORD, record)
     publish(staging, output)
     tied = "tied to the input embedding" if model.config.tie_word_embeddings else "a tensor of its own"
     return f"merged {mix} into {output}; the output embedding is {tied}"

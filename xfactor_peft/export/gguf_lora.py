@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..adapters.combine import mixed_factors
+from ..adapters.factors import mixed_factors
 from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..errors import XFactorError
@@ -36,7 +36,7 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
     factors = mixed_factors(infos, [weight for _, weight in mix.parts])
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if head in factors:
-        raise XFactorError("a set head has no place in a GGUF adapter; export --format gguf or logit-bias instead")
+        raise XFactorError("a set head has no place in a GGUF adapter; export as gguf or logit-bias instead")
     writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[_architecture(model)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(str(mix))
@@ -69,7 +69,7 @@ def _architecture(model: PreTrainedModel) -> Any:
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         raise XFactorError(
-            f"GGUF is written for {', '.join(ARCHITECTURES)}, not {kind}; export --format merged and use llama.cpp's "
+            f"GGUF is written for {', '.join(ARCHITECTURES)}, not {kind}; export as merged and use llama.cpp's "
             "convert_hf_to_gguf.py"
         )
     return gguf.MODEL_ARCH[ARCHITECTURES[kind]]

@@ -85,7 +85,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     splitting = spec.get("pre_tokenizer") or {}
     if spec.get("model", {}).get("type") != "BPE" or splitting.get("type") != "ByteLevel":
         raise XFactorError(
-            "GGUF export knows byte-level BPE tokenizers of GPT-2's kind; for others export --format merged and use "
+            "GGUF export knows byte-level BPE tokenizers of GPT-2's kind; for others export as merged and use "
             "llama.cpp's convert_hf_to_gguf.py"
         )
 

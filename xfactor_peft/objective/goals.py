@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import XFactorError
-from ..tokens.token_set import TokenSet, read_token_ids, read_words
+from ..tokens.rule import KINDS, Rule
+from ..tokens.token_set import TokenSet
 from .targets import Goal, TiltedTarget
-
-KINDS = ("contains", "regex", "words", "token-ids")
 
 
 def parse_goal(
@@ -25,22 +23,15 @@ def parse_goal(
     kind, colon, rest = text.partition(":")
     value, equals, number = rest.rpartition("=")
     if not (colon and equals and value) or kind not in KINDS:
-        raise XFactorError(f"--goal {text!r}: expected KIND:VALUE=RATE with KIND one of {', '.join(KINDS)}")
+        raise XFactorError(f"`goal` {text!r}: expected KIND:VALUE=RATE with KIND one of {', '.join(KINDS)}")
     try:
         rate = float(number)
     except ValueError as error:
-        raise XFactorError(f"--goal {text!r}: {number!r} is not a rate between 0 and 1") from error
+        raise XFactorError(f"`goal` {text!r}: {number!r} is not a rate between 0 and 1") from error
     if not 0 <= rate < 1:
-        raise XFactorError(f"--goal {text!r}: the rate must be at least 0 and below 1; got {number}")
-    if kind == "contains":
-        tokens = TokenSet.contains(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
-    elif kind == "regex":
-        tokens = TokenSet.regex(tokenizer, value, vocab_size=vocab_size, ignore_case=ignore_case)
-    elif kind == "words":
-        tokens = TokenSet.words(tokenizer, read_words(Path(value)), vocab_size=vocab_size, ignore_case=ignore_case)
-    else:
-        tokens = TokenSet.token_ids(tokenizer, read_token_ids(Path(value)), vocab_size=vocab_size)
-    return Goal(tokens, rate)
+        raise XFactorError(f"`goal` {text!r}: the rate must be at least 0 and below 1; got {number}")
+    rule = Rule.read(kind, value, ignore_case=ignore_case and kind != "token-ids")
+    return Goal(TokenSet.from_rule(tokenizer, rule, vocab_size=vocab_size), rate)
 
 
 def parse_goals(

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import RECORD
-from ..adapters.output import prepare_output, publish, save_result, staging_of
+from ..adapters.output import prepare_output, publish, staging_of
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
 from ..checkpoint.state import Step, steps_of
 from ..errors import XFactorError
 from ..training.train import TrainResult
+from .save_result import save_result
 
 METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
 _VOLATILE = ("why", "name")

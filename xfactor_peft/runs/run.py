@@ -42,16 +42,16 @@ class FolderOptions:
 
 def default_name(target: Target, options: TrainOptions, lora: LoraOptions) -> str:
     """A folder name from the rule and the method, e.g. "X-lora-r8" or, for a rate, "X-rate-0.1-head"."""
-    rule, tokens = target.tokens.rule, target.tokens
-    value = rule["value"] if isinstance(rule.get("value"), str) else f"{rule.get('kind')}-{tokens.hash[:8]}"
-    plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.get('kind')}-{tokens.hash[:8]}"
+    tokens, rule = target.tokens, target.tokens.rule
+    value = rule.value if isinstance(rule.value, str) else ""
+    plain = re.sub(r"[^\w-]+", "_", value, flags=re.ASCII).strip("_") or f"{rule.kind}-{tokens.hash[:8]}"
     method = f"{lora.variant.replace('+', '-plus')}-r{lora.r}" if options.method == "lora" else "full"
     if target.goals:
         goal = target.goals[0]
         wanted = f"rate-{goal.rate:g}" if goal.rate is not None else f"lambda-{goal.strength:g}"
         several = f"-and-{len(target.goals) - 1}-more" if len(target.goals) > 1 else ""
         method = f"{wanted}{several}-{lora.target.replace(',', '-')}"
-    return f"{plain}{'-any-case' if rule.get('ignore_case') else ''}-{method}"
+    return f"{plain}{'-any-case' if rule.ignore_case else ''}-{method}"
 
 
 def train_to_folder(

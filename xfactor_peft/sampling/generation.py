@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pr
     context = getattr(model.config, "max_position_embeddings", None)
     if context and len(ids) + new > context:
         raise XFactorError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {new} exceed the model's context of "
+            f"the prompt's {len(ids)} tokens and `max_new_tokens={new}` exceed the model's context of "
             f"{context}; shorten one of them"
         )
     return ids
@@ -37,31 +38,34 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions
 ) -> list[int]:
     """Continue one prompt; returns the generated ids (EOS, if reached, is left out)."""
-    ids = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
-    output = _sample(model, torch.tensor([ids]), options, pad_token_id=tokenizer.pad_token_id)
-    new = output[0, len(ids) :].tolist()
-    return [i for i in new if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+    *_, ids = stream(model, tokenizer, prompt, options, options.max_new_tokens)
+    return ids
 
 
-def generate_in_pieces(
+def stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions, piece: int = 8
 ) -> Iterator[list[int]]:
     """Continue one prompt and yield the generated ids so far, `piece` more each time, until EOS or the full length.
 
-    Every piece reads the text again and has a seed of its own, so the text differs from that of `generate`.
+    The ids are those of `generate`: a piece begins with the key-value cache and the random state of the one before.
+    Between pieces nothing runs and nothing global is changed, so the iterator may be left at any time.
     """
     start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
-    new: list[int] = []
-    while len(new) < options.max_new_tokens:
-        part = replace(options, max_new_tokens=min(piece, options.max_new_tokens - len(new)))
-        seed = options.seed * 1_000_003 + len(new)
-        ids = torch.tensor([start + new])
-        more = _sample(model, ids, part, seed=seed, pad_token_id=tokenizer.pad_token_id)[0, ids.shape[1] :].tolist()
-        if tokenizer.eos_token_id in more:
-            yield new + more[: more.index(tokenizer.eos_token_id)]
+    ids, cache, random = torch.tensor([start]), None, _RandomState(options.seed)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    left = options.max_new_tokens
+    while left > 0:
+        part = replace(options, max_new_tokens=min(piece, left))
+        left -= part.max_new_tokens
+        output = _sample(
+            model, ids, part, random, pad_token_id=tokenizer.pad_token_id, past_key_values=cache,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        ids, cache = output.sequences, output.past_key_values
+        yield _without_ends(tokenizer, ids[0, len(start) :])
+        if int(ids[0, -1]) in ends:
             return
-        new = new + more
-        yield new
 
 
 def generate_batch(
@@ -78,13 +82,36 @@ def generate_batch(
     rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens) for prompt in prompts]
     if not rows:
         return []
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    output = _sample(model, ids, options, pad_token_id=pad, attention_mask=mask.to(model.device), **extra)
-    stops = (tokenizer.eos_token_id, pad)
-    return [[i for i in new if i not in stops] for new in output[:, width:].tolist()]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_attention_mask=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"].to(model.device)
+    random = _RandomState(options.seed)
+    output = _sample(model, ids, options, random, pad_token_id=tokenizer.pad_token_id, attention_mask=mask, **extra)
+    return [_without_ends(tokenizer, row) for row in output[:, ids.shape[1] :]]
+
+
+def _without_ends(tokenizer: PreTrainedTokenizerBase, new: torch.Tensor) -> list[int]:
+    return [i for i in new.tolist() if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+
+
+class _RandomState:
+    """A random state beside the global one; each `active` block begins where the last one ended."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: list[torch.Tensor] = []
+
+    @contextmanager
+    def active(self, device: torch.device) -> Iterator[None]:
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if self._states:
+                torch.set_rng_state(self._states[0])
+                for state in self._states[1:]:
+                    torch.cuda.set_rng_state(state, device)
+            else:
+                torch.manual_seed(self._seed)
+            yield
+            self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
 
 @torch.no_grad()
@@ -92,18 +119,17 @@ def _sample(
     model: PreTrainedModel,
     ids: torch.Tensor,
     options: SamplingOptions,
-    seed: int | None = None,
+    random: _RandomState,
     **kwargs: Any,
-) -> torch.Tensor:
-    """`generate` under its own random state, in eval mode; both are put back afterwards."""
+) -> Any:
+    """`generate` under `random`, in eval mode; the global random state and the model's mode are put back afterwards."""
     was_training = model.training
     model.eval()
-    device = model.device
-    continued = cast(Callable[..., torch.Tensor], model.generate)  # from GenerationMixin, which every causal model has
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(options.seed if seed is None else seed)
-        ids = ids.to(device)
-        kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        output = continued(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
-    model.train(was_training)
-    return output
+    generate = cast(Callable[..., Any], model.generate)  # from GenerationMixin, which every causal model has
+    try:
+        with random.active(model.device):
+            ids = ids.to(model.device)
+            kwargs.setdefault("attention_mask", torch.ones_like(ids))
+            return generate(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
+    finally:
+        model.train(was_training)

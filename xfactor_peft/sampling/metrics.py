@@ -142,7 +142,7 @@ def evaluate(
 
 def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
     rate = rate_per_sequence(rows, tokens.mask())
-    return {"rule": tokens.rule, "rate": float(rate.mean()), "interval": bootstrap_interval(rate)}
+    return {"rule": tokens.record()["rule"], "rate": float(rate.mean()), "interval": bootstrap_interval(rate)}
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,11 @@ import json
 import re
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes (Radford et al. 2019): character -> byte."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    alphabet = {chr(b): b for b in printable}
-    others = [b for b in range(256) if b not in set(printable)]
-    return alphabet | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_ALPHABET = _byte_level_alphabet()
+_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
+"""GPT-2's printable stand-ins for bytes (Radford et al. 2019)."""
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,0 +1,68 @@
+"""An adapter's update of each layer as factors, s B A: read from its files, and added up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+
+from ..errors import XFactorError
+from .adapter import AdapterInfo, layers_of
+from .files import WEIGHTS
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's update: scaling * B A, and scaling * bias of lora_B."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    scaling: float
+
+
+def read_factors(info: AdapterInfo) -> dict[str, Factors]:
+    """Layer name -> factors, float32.
+
+    Raises:
+        XFactorError: the adapter is a variant of LoRA (DoRA) whose update is not scaling * B A.
+    """
+    if info.config.get("use_dora"):
+        raise XFactorError(f"adapter {info.name} is DoRA, whose update is not a product of two factors")
+    tensors, found = load_file(info.folder / WEIGHTS), {}
+    for name in sorted(layers_of(info)):
+        prefix = f"base_model.model.{name}.lora_"
+        a, b = tensors[f"{prefix}A.weight"].float(), tensors[f"{prefix}B.weight"].float()
+        bias = tensors.get(f"{prefix}B.bias")
+        found[name] = Factors(a, b, None if bias is None else bias.float(), layer_scaling(info.config, name, len(a)))
+    return found
+
+
+def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), after PEFT's pattern for the layer."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def mixed_factors(infos: list[AdapterInfo], weights: list[float]) -> dict[str, Factors]:
+    """sum_i w_i s_i B_i A_i of every layer as factors with scaling 1, and the sum of the biases (0 without one).
+
+    Raises:
+        XFactorError: an adapter is a variant of LoRA.
+    """
+    parts, mixed = [read_factors(info) for info in infos], {}
+    for name in sorted({name for part in parts for name in part}):
+        held = [(w * part[name].scaling, part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
+        biases = [scale * factors.bias for scale, factors in held if factors.bias is not None]
+        mixed[name] = Factors(
+            torch.cat([factors.a for _, factors in held]).contiguous(),
+            torch.cat([scale * factors.b for scale, factors in held], dim=1).contiguous(),
+            sum(biases, torch.zeros(len(held[0][1].b))),
+            1.0,
+        )
+    return mixed
