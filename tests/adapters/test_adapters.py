@@ -207,7 +207,7 @@ def test_a_run_that_fails_leaves_only_what_is_worth_keeping(load_tiny, tmp_path)
     with pytest.raises(XFactorError, match="longer than the model's context"):
         train_to_folder(base, x_target(base), tmp_path / "a", Recipe(TrainOptions(seq_len=999), evaluation=QUICK))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(XFactorError, match="lower --lr"):
+    with pytest.raises(XFactorError, match="lower `lr`"):
         train_to_folder(
             base, x_target(base), tmp_path / "a", Recipe(TrainOptions(lr=1e30, seq_len=8), evaluation=QUICK)
         )
