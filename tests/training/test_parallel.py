@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import TrainOptions
-from xfactor_peft.training.parallel import check_rows, own_output, own_rows, process_group_ended, quiet_unless_first
+from xfactor_peft.training.parallel import (
+    check_processes,
+    own_output,
+    own_rows,
+    process_group_ended,
+    quiet_unless_first,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
@@ -73,9 +79,9 @@ from xfactor_peft.training.parallel import process_group_ended
 def run(model, folder, method, fsdp):
     base = xf.load(str(model), xf.LoadOptions("fp32", "cpu"))
     tokens = xf.TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
-    options = xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp)
     quick = xf.EvalOptions(("Once",), 1, xf.SamplingOptions(max_new_tokens=2))
-    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, options, evaluation=quick)
+    recipe = xf.Recipe(xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp), evaluation=quick)
+    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, recipe)
 
 if __name__ == "__main__":
     with process_group_ended():
@@ -187,15 +193,16 @@ torch.distributed.destroy_process_group()
     [
         ({"method": "lora"}, "needs `method=full`"),
         ({"optimizer": "adam8bit"}, "`optimizer` adam or adamw; got 'adam8bit'"),
-        ({}, "needs several processes: accelerate launch"),
     ],
 )
 def test_sharding_says_what_it_needs(monkeypatch, more, message):
     with pytest.raises(XFactorError, match=message):
         TrainOptions(**{"method": "full", "fsdp": True, **more})
-    if not more:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert TrainOptions(method="full", fsdp=True).fsdp
+    sharded = TrainOptions(method="full", fsdp=True)
+    with pytest.raises(XFactorError, match="needs several processes: accelerate launch"):
+        check_processes(sharded)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(sharded)
 
 
 def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
@@ -214,9 +221,9 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
         assert output.exists() is (rank == "0")
     assert torch.equal(torch.cat(parts).sort(0).values, ids)
     assert capsys.readouterr().out == "from 0\n"
-    check_rows(4)
+    check_processes(TrainOptions(batch_size=4))
     with pytest.raises(XFactorError, match="`batch_size=3` must be a multiple of the 2 processes"):
-        check_rows(3)
+        check_processes(TrainOptions(batch_size=3))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
