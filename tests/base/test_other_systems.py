@@ -22,9 +22,9 @@ import xfactor_peft as xf
 
 base = xf.load(sys.argv[1], xf.LoadOptions("fp32"))
 tokens = xf.TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
-recipe = dict(options=xf.TrainOptions(steps=2, batch_size=2, seq_len=8), save_every=1)
 quick = xf.EvalOptions(("Once",), 1, xf.SamplingOptions(max_new_tokens=2))
-result, record = xf.train_to_folder(base, xf.UniformTarget(tokens), Path(sys.argv[2]), evaluation=quick, **recipe)
+recipe = xf.Recipe(xf.TrainOptions(steps=2, batch_size=2, seq_len=8), evaluation=quick)
+result, record = xf.train_to_folder(base, xf.UniformTarget(tokens), Path(sys.argv[2]), recipe)
 assert len(result.history) == 2 and result.train_peak["rss_mib"] > 50
 """
 

@@ -16,7 +16,7 @@ from xfactor_peft.bank.merging import merge
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.objective.targets import UniformTarget
-from xfactor_peft.options import LORA_VARIANTS, LoraOptions, TrainOptions
+from xfactor_peft.options import LORA_VARIANTS, LoraOptions, Recipe, TrainOptions
 from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training.optimizers import build_optimizer
@@ -29,7 +29,7 @@ def test_each_variant_trains_saves_and_merges(variant, load_tiny, tmp_path):
     base = load_tiny()
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
     lora = LoraOptions(r=4, variant=variant)
-    result, record = train_to_folder(base, target, tmp_path / "v", OPTIONS, lora, SHORT_EVALUATION)
+    result, record = train_to_folder(base, target, tmp_path / "v", Recipe(OPTIONS, lora, SHORT_EVALUATION))
     assert result.history[-1].loss < result.history[0].loss - 0.2
     assert record["lora"]["variant"] == variant
     adapted = logits(result.model)
@@ -69,7 +69,7 @@ def test_pissa_gives_the_base_back(load_tiny, tmp_path):
     base = load_tiny()
     target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
     result, _ = train_to_folder(
-        base, target, tmp_path / "p", OPTIONS, LoraOptions(r=4, variant="pissa"), SHORT_EVALUATION
+        base, target, tmp_path / "p", Recipe(OPTIONS, LoraOptions(r=4, variant="pissa"), SHORT_EVALUATION)
     )
     with result.model.disable_adapter():
         torch.testing.assert_close(logits(result.model), before, atol=1e-4, rtol=1e-4)
@@ -80,7 +80,7 @@ def test_pissa_gives_the_base_back(load_tiny, tmp_path):
 
 def test_lora_plus_has_two_learning_rates():
     model = add_lora(tiny_model("gpt2"), LoraOptions(r=4, variant="lora+"))
-    optimizer = build_optimizer("adam", [p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = build_optimizer("adam", model.parameters(), 1e-3, lora_plus=model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     by_side = {("lora_B" in name, rates[id(p)]) for name, p in model.named_parameters() if p.requires_grad}
     assert by_side == {(False, 1e-3), (True, 1.6e-2)}

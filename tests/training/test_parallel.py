@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import TrainOptions
 from xfactor_peft.training.parallel import (
-    check_rows,
+    check_processes,
     end_group,
     end_group_at_exit,
     own_output,
@@ -79,9 +79,9 @@ import xfactor_peft as xf
 def run(model, folder, method, fsdp):
     base = xf.load(str(model), xf.LoadOptions("fp32", "cpu"))
     tokens = xf.TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
-    options = xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp)
     quick = xf.EvalOptions(("Once",), 1, xf.SamplingOptions(max_new_tokens=2))
-    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, xf.Recipe(options, evaluation=quick))
+    recipe = xf.Recipe(xf.TrainOptions(method, steps=4, seq_len=16, lr=1e-3, fsdp=fsdp), evaluation=quick)
+    xf.train_to_folder(base, xf.UniformTarget(tokens), Path(folder) / method, recipe)
 
 if __name__ == "__main__":
     run(*sys.argv[1:], "lora", False)
@@ -184,15 +184,16 @@ end_group()
     [
         ({"method": "lora"}, "needs `method=full`"),
         ({"optimizer": "adam8bit"}, "`optimizer` adam or adamw; got 'adam8bit'"),
-        ({}, "needs several processes: accelerate launch"),
     ],
 )
 def test_sharding_says_what_it_needs(monkeypatch, more, message):
     with pytest.raises(XFactorError, match=message):
         TrainOptions(**{"method": "full", "fsdp": True, **more})
-    if not more:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert TrainOptions(method="full", fsdp=True).fsdp
+    sharded = TrainOptions(method="full", fsdp=True)
+    with pytest.raises(XFactorError, match="needs several processes: accelerate launch"):
+        check_processes(sharded)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(sharded)
 
 
 def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
@@ -211,9 +212,9 @@ def test_shares_of_a_process(monkeypatch, tmp_path, capsys):
         assert output.exists() is (rank == "0")
     assert torch.equal(torch.cat(parts).sort(0).values, ids)
     assert capsys.readouterr().out == "from 0\n"
-    check_rows(4)
+    check_processes(TrainOptions(batch_size=4))
     with pytest.raises(XFactorError, match="`batch_size=3` must be a multiple of the 2 processes"):
-        check_rows(3)
+        check_processes(TrainOptions(batch_size=3))
 
 
 def test_the_group_ends_before_python_does(monkeypatch):

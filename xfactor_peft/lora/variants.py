@@ -3,7 +3,7 @@
 - dora (Liu et al. 2024, arXiv:2402.09353): direction and magnitude of the weight's columns are trained separately.
 - rslora (Kalajdzievski 2023, arXiv:2312.03732): scaling alpha / sqrt(r) in place of alpha / r.
 - pissa (Meng et al. 2024, arXiv:2404.02948): B A starts as the r largest singular directions of W, which leave W.
-- lora+ (Hayou et al. 2024, arXiv:2402.12354): B learns `B_RATIO` times as fast as A.
+- lora+ (Hayou et al. 2024, arXiv:2402.12354): B learns faster than A (see `training.optimizers`).
 """
 
 from __future__ import annotations
@@ -17,32 +17,25 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..lowmem.peft_parts import side_a, side_b
-from ..training.optimizers import LR_RATIO
 
-B_RATIO = 16.0
-"""The ratio of learning rates that the authors of LoRA+ recommend."""
 _START = "pissa_start"
 
 
-def start_variant(model: PeftModel, variant: str) -> None:
-    """What a variant needs before the first step: LoRA+'s learning rates, PiSSA's A_0 and B_0 to remember."""
-    if variant == "lora+":
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                setattr(parameter, LR_RATIO, B_RATIO)  # which `build_optimizer` looks at
-    if variant == "pissa":
-        start = {name: tuple(side.detach().clone() for side in _sides(layer)) for name, layer in _layers(model)}
-        setattr(model, _START, start)
+def remember_start(model: PeftModel) -> None:
+    """Keep PiSSA's A_0 and B_0 for `pissa_to_lora`."""
+    start = {name: tuple(side.detach().clone() for side in _sides(layer)) for name, layer in _layers(model)}
+    setattr(model, _START, start)
 
 
 @torch.no_grad()
-def finish_variant(model: nn.Module) -> None:
-    """Turn PiSSA into plain LoRA of rank 2r on the base's own weights; nothing to do for the others.
+def pissa_to_lora(model: nn.Module) -> None:
+    """Turn PiSSA into plain LoRA of rank 2r on the base's own weights; nothing to do for other models.
 
         W_res + s B A = W + s (B A - B_0 A_0) = W + s [B, -B_0] [A; A_0],      W_res = W - s B_0 A_0
 
     PiSSA takes B_0 A_0 out of the base. An adapter that needs the base changed could not be swapped, and switching it
-    off would not give the base; so W_res + s B_0 A_0 replaces it (equal to W up to rounding).
+    off would not give the base; so W_res + s B_0 A_0 replaces it (equal to W up to rounding). PEFT's own conversion
+    (`save_pretrained(..., path_initial_model_for_weight_conversion)`) changes the file alone, not the model in memory.
     """
     start = getattr(model, _START, None)
     if not start or not isinstance(model, PeftModel):

@@ -18,7 +18,7 @@ from ..errors import XFactorError
 from ..lowmem.peft_layers import custom_modules
 from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
-from .variants import start_variant
+from .variants import remember_start
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
@@ -106,7 +106,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
     freeze_block_biases(wrapped)
-    start_variant(wrapped, options.variant)
+    if options.variant == "pissa":
+        remember_start(wrapped)
     return wrapped
 
 

@@ -19,7 +19,7 @@ from ..errors import XFactorError
 from ..lora.wrap import lora_b_norm
 from ..options import TrainOptions
 from .optimizers import build_optimizer
-from .parallel import check_rows, end_group_at_exit, mean_over_processes, own_rows
+from .parallel import end_group_at_exit, mean_over_processes, own_rows
 from .run import TrainingRun
 from .sharding import ShardedCopy, whole_tensor
 
@@ -42,7 +42,6 @@ def optimise(
         Interrupted: a signal came, and the state is saved.
     """
     options, hooks, base = run.recipe.train, run.hooks, run.base
-    check_rows(options.batch_size)
     full_bf16 = options.method == "full" and base.dtype == "bf16"
     AcceleratorState._reset_state()  # it would hold on to the precision of the first run in this process
     accelerator = Accelerator(mixed_precision="bf16" if full_bf16 else "no", cpu=base.device.type == "cpu")
@@ -50,7 +49,10 @@ def optimise(
     if sharded:
         sharded.shard(objective, accelerator.device)
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(options.optimizer, trainable.values(), options.learning_rate, options.weight_decay)
+    optimizer = build_optimizer(
+        options.optimizer, trainable.values(), options.learning_rate, options.weight_decay,
+        lora_plus=objective if options.method == "lora" and run.lora.variant == "lora+" else None,
+    )  # fmt: skip
     if not sharded:
         objective, optimizer = accelerator.prepare(objective, optimizer)
     state = TrainingState(trainable, optimizer, Stream(run.batches()), run.history)

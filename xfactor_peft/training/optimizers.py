@@ -6,21 +6,28 @@ Bytes of state a parameter: Adam and AdamW 8, `adam8bit` 2, `adafactor` next to 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from ..errors import XFactorError
 from ..lowmem.imports import allow_bitsandbytes
 from ..options import OPTIMIZERS
 
-LR_RATIO = "lr_ratio"
-"""Name of the attribute that gives a parameter a learning rate of its own."""
+B_RATIO = 16.0
+"""LoRA+ (Hayou et al. 2024, arXiv:2402.12354): how much faster B learns than A, as its authors recommend."""
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    lora_plus: nn.Module | None = None,
 ) -> torch.optim.Optimizer:
     """The optimiser called `name`.
 
@@ -32,28 +39,32 @@ def build_optimizer(
       arXiv:1804.04235), from torch. Its `lr` is relative: a step moves an entry by about
       min(lr, 1/sqrt(step)) * RMS(parameter).
 
-    A parameter with an attribute `LR_RATIO` learns at so many times `lr` (LoRA+).
+    Args:
+        lora_plus: the module that the parameters belong to, when its LoRA B is to learn `B_RATIO` times as fast.
 
     Raises:
         XFactorError: an unknown name.
     """
-    groups = _groups(parameters, lr)
+    kind, settings = _kind(name)
+    if lora_plus is not None:
+        return create_loraplus_optimizer(
+            cast(PeftModel, lora_plus), kind,
+            lr=lr, loraplus_lr_ratio=B_RATIO, loraplus_weight_decay=weight_decay, **settings,
+        )  # fmt: skip
+    return kind(parameters, lr=lr, weight_decay=weight_decay, **settings)
+
+
+def _kind(name: str) -> tuple[Any, dict[str, Any]]:
+    """(the class, its own settings)."""
     if name == "adam":
-        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam, {"fused": True}
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW, {"fused": True}
     if name == "adam8bit":
         allow_bitsandbytes()
         from bitsandbytes.optim import Adam8bit
 
-        return Adam8bit(groups, lr=lr, weight_decay=weight_decay)
+        return Adam8bit, {}
     if name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay, foreach=False)
+        return torch.optim.Adafactor, {"foreach": False}
     raise XFactorError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
-
-
-def _groups(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(getattr(parameter, LR_RATIO, 1.0), []).append(parameter)
-    return [{"params": members, "lr": lr * ratio} for ratio, members in groups.items()]

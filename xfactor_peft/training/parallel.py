@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import XFactorError
+from ..options import TrainOptions
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,15 @@ def process() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_rows(batch_size: int) -> None:
-    """Raises XFactorError when the batch cannot be divided evenly among the processes."""
+def check_processes(options: TrainOptions) -> None:
+    """Raises XFactorError for a batch that cannot be divided evenly, or for sharding in a single process."""
     count = process()[1]
-    if batch_size % count:
-        raise XFactorError(f"`batch_size={batch_size}` must be a multiple of the {count} processes, which share it")
+    if options.fsdp and count == 1:
+        raise XFactorError("`fsdp=True` needs several processes: accelerate launch --config_file ...")
+    if options.batch_size % count:
+        raise XFactorError(
+            f"`batch_size={options.batch_size}` must be a multiple of the {count} processes, which share it"
+        )
 
 
 def own_rows(ids: torch.Tensor) -> torch.Tensor:

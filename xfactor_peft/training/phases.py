@@ -16,7 +16,7 @@ from ..base.split_model import SplitModel
 from ..checkpoint.state import Step, load_random
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
-from ..lora.variants import finish_variant
+from ..lora.variants import pissa_to_lora
 from ..objective.objectives import TiltedObjective, UniformObjective
 from ..objective.targets import UniformTarget
 from ..sampling.calibration import RateController, calibrate, solve
@@ -68,7 +68,7 @@ class Uniform:
         trained = SplitModel(sharded.model) if sharded else run.split_model
         module = UniformObjective(trained, self._target, run.recipe.objective.kl_to_base, run.adapter_off)
         optimise(run, module, sharded=sharded)
-        finish_variant(run.model)
+        pissa_to_lora(run.model)
 
     def report(self, scores: Evaluation | None) -> None:
         return None

@@ -26,6 +26,7 @@ from ..objective.targets import Target
 from ..options import LoraOptions, Recipe
 from ..sampling.contexts import batches, check_length
 from ..sampling.metrics import Evaluation, evaluate
+from .parallel import check_processes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainingRun:
         lora, train = recipe.lora, recipe.train
         assert lora is not None  # `train_recipe` decides it
         target.check(train, lora, recipe.objective)
+        check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
         check_length(base.model.config, train.seq_len)
