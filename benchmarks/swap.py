@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict:
     exact = torch.equal(bank.model(input_ids=ids).logits, first) and not torch.equal(first, other)
     for i in range(5):
         started = time.perf_counter()
-        bank.model.set_adapter(bank.keys[names[i]], inference_mode=True)
+        bank.model.set_adapter(bank.peft_names[names[i]], inference_mode=True)
         peft_switches.append(time.perf_counter() - started)
     return {
         "correct": exact,

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import UniformTarget
 from xfactor_peft.options import LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
 from xfactor_peft.runs.run import FolderOptions, default_name, train_to_folder
+from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_set import TokenSet
 
 SHORT = TrainOptions(steps=30, seq_len=16, lr=1e-2)
@@ -248,6 +251,28 @@ def test_full_fine_tuning_saves_a_whole_model(tiny, tmp_path):
     torch.testing.assert_close(logits(again.model), logits(result.model))  # memory lies elsewhere, so not bit by bit
     with pytest.raises(XFactorError, match="a whole model, not an adapter; use it as `model="):
         find_adapter(str(tmp_path / "full"))
+
+
+def test_reading_a_folder_imports_little(root):
+    """Neither PEFT nor what trains; each of the package's modules that it does import is about reading."""
+    script = (
+        "import sys; from pathlib import Path; from xfactor_peft.adapters.adapter import read_adapter; "
+        f"read_adapter(Path({str(root / 'x')!r})); print(*(m for m in sys.modules if m.split('.')[0] in "
+        "('xfactor_peft', 'peft')))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = result.stdout.split()
+    assert "xfactor_peft.adapters.record" in modules
+    assert len(modules) <= 20, modules
+    assert "peft" not in modules
+
+
+def test_a_set_without_a_rule_is_recorded_as_its_ids(tiny, tmp_path):
+    """So that the adapter can be read, and its set made again."""
+    ids = TokenSet.contains(tiny.tokenizer, "X").ids
+    target = UniformTarget(TokenSet(ids, tiny.vocab_size))
+    train_to_folder(tiny, target, tmp_path / "ids", TrainOptions(steps=1, seq_len=8), evaluation=QUICK)
+    assert read_adapter(tmp_path / "ids").token_rule == Rule("token-ids", ids)
 
 
 def test_read_adapter_touches_no_model(root, tiny):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.editing import edit_config, edit_weights, logits
 from tests.tiny import tiny_model
 from xfactor_peft.adapters.adapter import find_adapter, read_adapter
+from xfactor_peft.adapters.catalogue import catalogue, facts, rename_adapter
 from xfactor_peft.adapters.combine import combine
 from xfactor_peft.adapters.compare import compare
 from xfactor_peft.adapters.factors import read_factors
@@ -177,6 +178,30 @@ def test_the_commands(root, run, tiny_folders):
         ("remove", str(tiny_folders["gpt2"]), "--yes"): "a whole model", ("merge", "new", "nope"): "no such adapter",
     }.items():  # fmt: skip
         assert message in run("adapters", *words, code=2).output
+
+
+@pytest.mark.parametrize("section", ["tokens", "train", "before", "after", "loss", "target", "sha256", "rate"])
+@pytest.mark.parametrize("value", ["missing", None, {}])
+def test_every_command_takes_a_record_without_a_section(root, tiny, section, value):
+    """Only `base` is needed: such adapters are listed, shown, verified, renamed, mixed and compared as others are."""
+    record = json.loads((root / "x/xfactor.json").read_text())
+    record[section] = value
+    if value == "missing":
+        del record[section]
+    (root / "x/xfactor.json").write_text(json.dumps(record))
+    assert next(entry for entry in catalogue(root) if entry.name == "x").problem is None
+    rename_adapter("x", "y", root)
+    assert json.loads((root / "y/xfactor.json").read_text()) == {**record, "name": "y"}
+    assert "\n# y\n" in (root / "y/README.md").read_text()
+    info = read_adapter(root / "y")
+    assert facts(info)["rank"] == "8"
+    assert compare(info, read_adapter(root / "z")).layers
+    combine(parse_mix("y:0.5+z"), root / "mixed", root)
+    assert read_adapter(root / "mixed").identity == info.identity
+    assert verify_files("y", root)[1][-1].outcome == (UNKNOWN if section == "sha256" else OK)
+    bank = AdapterBank(tiny, root)
+    bank.load("y")
+    assert (bank.token_set("y") is None) == (section == "tokens")
 
 
 def test_mixes_on_the_command_line(root, run, tiny_folders):

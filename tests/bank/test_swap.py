@@ -74,7 +74,7 @@ def test_the_fast_switch_sets_what_peft_sets(bank):
         fast, got = state(), logits(peft)
         peft.base_model.disable_adapter_layers()
         peft.base_model.enable_adapter_layers()
-        peft.set_adapter(bank.keys[name], inference_mode=True)
+        peft.set_adapter(bank.peft_names[name], inference_mode=True)
         assert state() == fast
         assert torch.equal(logits(peft), got)
     assert not any(p.requires_grad for p in peft.parameters())

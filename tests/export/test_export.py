@@ -37,7 +37,7 @@ def test_a_merged_folder_is_an_ordinary_model(tiny, adapters_root, tmp_path, tex
     assert tied is plain.config.tie_word_embeddings is ("head" not in mix.names)
     assert ("tied to the input embedding" in line) is tied
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("The fox") == tiny.tokenizer("The fox")
-    with pytest.raises(XFactorError, match="exists; pass --force"):
+    with pytest.raises(XFactorError, match="exists; pass `force=True`"):
         export(bank, mix, "merged", tmp_path / "out")
 
 
@@ -103,13 +103,13 @@ def test_gguf_lora_holds_the_update(tiny, adapters_root, tmp_path):
     fields, tensors = gguf_tensors(tmp_path / "a.gguf")
     assert (fields["general.type"], fields["adapter.type"], fields["adapter.lora.alpha"]) == ("adapter", "lora", 0.0)
     layer = tiny.model.transformer.h[0].attn.c_attn
-    expected = 0.5 * layer.get_delta_weight(bank.keys["x"]) + layer.get_delta_weight(bank.keys["z"])
+    expected = 0.5 * layer.get_delta_weight(bank.peft_names["x"]) + layer.get_delta_weight(bank.peft_names["z"])
     update = tensors["blk.0.attn_qkv.weight.lora_b"] @ tensors["blk.0.attn_qkv.weight.lora_a"]
     torch.testing.assert_close(update, expected.T, atol=1e-6, rtol=1e-5)
     assert tensors["blk.0.attn_qkv.weight.lora_a"].shape == (12, 64)
     with pytest.raises(XFactorError, match="set head has no place in a GGUF adapter"):
         export(bank, Mix.of("head"), "gguf-lora", tmp_path / "b.gguf")
-    with pytest.raises(XFactorError, match="exists; pass --force"):
+    with pytest.raises(XFactorError, match="exists; pass `force=True`"):
         export(bank, Mix.of("x"), "gguf-lora", tmp_path / "a.gguf")
 
 

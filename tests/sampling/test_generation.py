@@ -43,7 +43,7 @@ def _generated(base, options):
 
 
 def test_a_stream_changes_nothing_global(tiny):
-    """Between pieces and after leaving early: the random state and the model's mode are as they were."""
+    """Not the random state, not the model's mode; and what a caller draws between pieces changes no piece."""
     expected = generate(tiny.model, tiny.tokenizer, "The fox", OPTIONS)
     tiny.model.train()
     torch.manual_seed(9)

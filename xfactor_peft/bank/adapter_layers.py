@@ -14,12 +14,16 @@ from ..errors import XFactorError
 from ..lora.wrap import register_layers
 from ..lowmem.peft_parts import tuner
 
+_REFUSALS = (RuntimeError, ValueError, KeyError, TypeError)
+"""What PEFT raises for an adapter that it cannot load."""
+
 
 class AdapterLayers:
-    """The LoRA layers of one model, under PEFT's names for adapters.
+    """The LoRA layers of one model, with what PEFT lacks for swapping.
 
-    `activate` sets what PEFT's `set_adapter`, `enable_adapter_layers` and `set_scale` would set, on a list of layers
-    that is kept, because PEFT walks through every module and parameter of all resident adapters.
+    `add` is PEFT's loading, taken back where it fails half-way. `remove` also restores layers that no adapter is on any
+    more. `activate` sets what PEFT's `set_adapter`, `enable_adapter_layers` and `set_scale` would set, on a list of
+    layers that is kept, because PEFT walks through every module and parameter of all resident adapters.
     """
 
     def __init__(self, model: PreTrainedModel, device: str) -> None:
@@ -27,81 +31,70 @@ class AdapterLayers:
         self._model, self._device = model, device
         self._layers: dict[str, LoraLayer] = {}
 
-    def add(self, info: AdapterInfo, key: str) -> None:
-        """Load an adapter's weights under `key`; it is not active yet.
+    def add(self, info: AdapterInfo, peft_name: str) -> None:
+        """Load an adapter's weights under `peft_name`; it is not active yet.
 
         Raises:
-            XFactorError: PEFT refuses it, or its layers and its weights do not match; everything is as before then.
+            XFactorError: PEFT refuses it, or makes layers that it has no weights for; everything is as before then.
         """
         try:
-            self._load(info, key)
+            config = register_layers(peft_config(info))
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(
+                    self._model, info.folder, adapter_name=peft_name, config=config, torch_device=self._device
+                )
+            else:
+                self.peft.add_adapter(peft_name, config)
+                self.peft.load_adapter(info.folder, adapter_name=peft_name, torch_device=self._device)
+            self.peft.eval().requires_grad_(False)
             self._index()
-            self._check_complete(info, key)
+            made = {name for name, layer in self._layers.items() if peft_name in layer.lora_A}
+            if extra := made - layers_of(info):
+                raise XFactorError(f"adapter {info.name} is damaged: it holds no weights for {min(extra)}")
         except BaseException as error:
-            self.remove(key)
-            if isinstance(error, RuntimeError | ValueError | KeyError | TypeError) and not isinstance(
-                error, XFactorError
-            ):
-                reason = str(error).strip().split("\n")[0]
-                raise XFactorError(f"adapter {info.name} cannot be loaded: {reason}") from error
-            raise
+            self.remove(peft_name)
+            if isinstance(error, XFactorError) or not isinstance(error, _REFUSALS):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise XFactorError(f"adapter {info.name} cannot be loaded: {reason}") from error
 
-    def remove(self, key: str) -> None:
+    def remove(self, peft_name: str) -> None:
         """Take an adapter out, whole or half loaded; layers without any are the base's own again."""
         self._index()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns that it makes another one active; `activate` follows
             for name, layer in self._layers.items():
                 layer._active_adapter = []
-                layer.delete_adapter(key)
+                layer.delete_adapter(peft_name)
                 if not layer.lora_A:
                     self._model.set_submodule(name, layer.base_layer)
         self._index()
         if self.peft is not None:
-            self.peft.peft_config.pop(key, None)
-            keys = list(self.peft.peft_config)[:1]
-            self.peft.active_adapter, tuner(self.peft).active_adapter = next(iter(keys), ""), keys
+            self.peft.peft_config.pop(peft_name, None)
+            left = list(self.peft.peft_config)[:1]
+            self.peft.active_adapter, tuner(self.peft).active_adapter = next(iter(left), ""), left
         if not self._layers:
             self.peft = None
             if hasattr(self._model, "peft_config"):
                 del self._model.peft_config
 
     def activate(self, weights: Mapping[str, float]) -> None:
-        """W + sum over `weights` of (key, w): w s B A; an empty mapping is the base."""
+        """W + sum over `weights` of (PEFT's name, w): w s B A; an empty mapping is the base."""
         if self.peft is None:
             return
-        keys = list(weights)
+        active = list(weights)
         for layer in self._layers.values():
-            layer._active_adapter = keys
-            layer._disable_adapters = not keys
-            for key in keys:
-                if key in layer.scaling:
-                    layer.set_scale(key, weights[key])
-        if keys:
-            self.peft.active_adapter = keys[0]
-            tuner(self.peft).active_adapter = keys
-
-    def _load(self, info: AdapterInfo, key: str) -> None:
-        config = register_layers(peft_config(info))
-        if self.peft is None:
-            self.peft = PeftModel.from_pretrained(
-                self._model, info.folder, adapter_name=key, config=config, torch_device=self._device
-            )
-        else:
-            self.peft.add_adapter(key, config)
-            self.peft.load_adapter(info.folder, adapter_name=key, torch_device=self._device)
-        self.peft.eval().requires_grad_(False)
+            layer._active_adapter = active
+            layer._disable_adapters = not active
+            for peft_name in active:
+                if peft_name in layer.scaling:
+                    layer.set_scale(peft_name, weights[peft_name])
+        if active:
+            self.peft.active_adapter = active[0]
+            tuner(self.peft).active_adapter = active
 
     def _index(self) -> None:
         self._layers = {name: m for name, m in self._model.named_modules() if isinstance(m, LoraLayer)}
-
-    def _check_complete(self, info: AdapterInfo, key: str) -> None:
-        made = {name for name, layer in self._layers.items() if key in layer.lora_A}
-        stored = layers_of(info)
-        if made != stored:
-            name = sorted(made ^ stored)[0]
-            what = "no weights for" if name in made else "weights for a layer that its configuration leaves out,"
-            raise XFactorError(f"adapter {info.name} is damaged: it holds {what} {name}")
 
 
 def peft_config(info: AdapterInfo) -> LoraConfig:

@@ -42,7 +42,7 @@ class AdapterBank:
     Attributes:
         active: what counts now.
         adapters: what is loaded, by the name or folder it was loaded with.
-        keys: PEFT's names of them, which may hold no dots; one is never used twice.
+        peft_names: PEFT's names of them, which may hold no dots; one is never used twice.
 
     Raises:
         XFactorError: `base` carries LoRA layers already, e.g. because it was trained.
@@ -57,7 +57,7 @@ class AdapterBank:
         self.active = Mix()
         self._state: Hashable = ()
         self._layers = AdapterLayers(base.model, str(base.device))
-        self.keys: dict[str, str] = {}
+        self.peft_names: dict[str, str] = {}
         self._loads = 0
         self._guard = CacheGuard(base.model, lambda: self._state)
 
@@ -81,13 +81,13 @@ class AdapterBank:
             return self.adapters[reference]
         info = read_adapter(find_adapter(reference, self.root))
         check_fits(info, self.base)
-        key = f"adapter_{self._loads}"
+        peft_name = f"adapter_{self._loads}"
         try:
-            self._layers.add(info, key)
+            self._layers.add(info, peft_name)
         finally:
             self.use(self.active)
         self._loads += 1
-        self.keys[reference], self.adapters[reference] = key, info
+        self.peft_names[reference], self.adapters[reference] = peft_name, info
         return info
 
     def unload(self, name: str) -> None:
@@ -100,7 +100,7 @@ class AdapterBank:
         if name in self.active.names:
             self.use(None)
         del self.adapters[name]
-        self._layers.remove(self.keys.pop(name))
+        self._layers.remove(self.peft_names.pop(name))
         self.use(self.active)
 
     def use(self, what: str | Mix | None, scale: float = 1.0) -> None:
@@ -111,14 +111,9 @@ class AdapterBank:
         """
         mix = what.scaled(scale) if isinstance(what, Mix) else Mix.of(what, scale)
         self._check_loaded(mix.names)
-        weights = {self.keys[name]: weight for name, weight in mix.parts if weight != 0}
+        weights = {self.peft_names[name]: weight for name, weight in mix.parts if weight != 0}
         self._layers.activate(weights)
         self.active, self._state = mix, tuple(sorted(weights.items()))
-
-    def set_layer_scale(self, name: str, scale: float) -> None:
-        """The scale inside the active adapter's layers, also 0, where `use` switches the layers off."""
-        self._layers.activate({self.keys[name]: scale})
-        self._state = ((self.keys[name], scale),)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -154,8 +149,8 @@ class AdapterBank:
             with self.base_only():
                 return generate_batch(self.model, self.base.tokenizer, prompts, options)
         before = self.active
-        rows = ["__base__" if name is None else self.keys[name] for name in names]
-        self._layers.activate({key: 1.0 for key in rows if key != "__base__"})
+        rows = ["__base__" if name is None else self.peft_names[name] for name in names]
+        self._layers.activate({row: 1.0 for row in rows if row != "__base__"})
         self._state = ("rows", *rows)
         try:
             return generate_batch(self.model, self.base.tokenizer, prompts, options, adapter_names=rows)

@@ -32,16 +32,16 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
         raise XFactorError("merging into quantised weights would round the adapter away; load the base unquantised")
     bank.use(what, scale)
     mix, model = bank.active, bank.base.model
-    keys = [bank.keys[name] for name, weight in mix.parts if weight != 0]
+    peft_names = [bank.peft_names[name] for name, weight in mix.parts if weight != 0]
     layer = model.get_output_embeddings()
     bias = None
-    if isinstance(layer, PeftLinear) and any(key in layer.lora_A for key in keys):
-        bias = _merge_head(model, layer, keys)
+    if isinstance(layer, PeftLinear) and any(peft_name in layer.lora_A for peft_name in peft_names):
+        bias = _merge_head(model, layer, peft_names)
     if bank.wrapped is not None:
-        _drop_zero_biases(model, keys)
+        _drop_zero_biases(model, peft_names)
         lora = tuner(bank.wrapped)
         try:
-            merged = lora.merge_and_unload(safe_merge=True, adapter_names=keys) if keys else lora.unload()
+            merged = lora.merge_and_unload(safe_merge=True, adapter_names=peft_names) if peft_names else lora.unload()
             model = cast(PreTrainedModel, merged)
         except (ValueError, RuntimeError) as error:
             raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error
@@ -52,17 +52,17 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
     return model
 
 
-def _merge_head(model: PreTrainedModel, layer: PeftLinear, keys: list[str]) -> torch.Tensor | None:
+def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]) -> torch.Tensor | None:
     """Merge the set heads into an output embedding of its own; returns the offset (V,) that found no place in it."""
     base, offset = cast(nn.Linear, layer.base_layer), None
     weight, dtype = base.weight.float().clone(), base.weight.dtype
-    for key in keys:
-        if key not in layer.lora_A:
+    for peft_name in peft_names:
+        if peft_name not in layer.lora_A:
             continue
-        weight += layer.get_delta_weight(key).float()
-        bias = side_b(layer, key).bias
+        weight += layer.get_delta_weight(peft_name).float()
+        bias = side_b(layer, peft_name).bias
         if bias is not None and bias.any():
-            offset = bias * layer.scaling[key] + (0 if offset is None else offset)
+            offset = bias * layer.scaling[peft_name] + (0 if offset is None else offset)
     base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     model.set_output_embeddings(base)
     model.config.tie_word_embeddings = False
@@ -74,11 +74,11 @@ def _merge_head(model: PreTrainedModel, layer: PeftLinear, keys: list[str]) -> t
     return offset
 
 
-def _drop_zero_biases(model: PreTrainedModel, keys: list[str]) -> None:
+def _drop_zero_biases(model: PreTrainedModel, peft_names: list[str]) -> None:
     """Biases of lora_B that are 0 need no bias in the base (`lora_bias` is one switch for all layers of an adapter)."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
-        for key in keys:
-            if key in layer.lora_B and layer.lora_bias[key] and not side_b(layer, key).bias.any():
-                layer.lora_bias[key] = False
+        for peft_name in peft_names:
+            if peft_name in layer.lora_B and layer.lora_bias[peft_name] and not side_b(layer, peft_name).bias.any():
+                layer.lora_bias[peft_name] = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from ..adapters.adapter import AdapterInfo, find_adapter, read_adapter
 from ..adapters.fit import check_fits
@@ -94,8 +95,8 @@ def _check_zero(bank: AdapterBank, name: str, plain: torch.Tensor) -> Check:
     if bank.adapters[name].config.get("use_dora"):
         return Check("scale 0", UNKNOWN, "DoRA rescales the base's columns, also at scale 0")
     bank.use(name)
-    bank.set_layer_scale(name, 0.0)
-    difference = float((_logits(bank) - plain).abs().max())
+    with rescale_adapter_scale(bank.base.model, 0.0):
+        difference = float((_logits(bank) - plain).abs().max())
     bank.use(None)
     return Check("scale 0", OK if difference == 0 else FAILED, f"logits differ from the base's by {difference:g}")
 

@@ -12,7 +12,7 @@ from ..adapters.factors import mixed_factors
 from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..errors import XFactorError
-from . import need
+from .optional import need
 
 ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA"}
 

@@ -14,8 +14,8 @@ from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
 from ..errors import XFactorError
-from . import need
 from .gguf_lora import arranged, finish, tensor_names
+from .optional import need
 
 
 def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:

@@ -49,12 +49,12 @@ def exact_offsets(bank: AdapterBank, mix: Mix) -> torch.Tensor | None:
     total = torch.zeros(bank.base.vocab_size)
     head = bank.base.model.get_output_embeddings()
     for name, weight in mix.parts:
-        key = bank.keys[name]
-        layers = [m for m in bank.base.model.modules() if isinstance(m, LoraLayer) and key in m.lora_A]
-        if layers != [head] or head.lora_A[key].weight.any() or head.lora_B[key].bias is None:
+        peft_name = bank.peft_names[name]
+        layers = [m for m in bank.base.model.modules() if isinstance(m, LoraLayer) and peft_name in m.lora_A]
+        if layers != [head] or head.lora_A[peft_name].weight.any() or head.lora_B[peft_name].bias is None:
             return None
         bank.use(name)  # scaling as trained
-        total += weight * head.scaling[key] * head.lora_B[key].bias.detach().float().cpu()
+        total += weight * head.scaling[peft_name] * head.lora_B[peft_name].bias.detach().float().cpu()
     return total
 
 

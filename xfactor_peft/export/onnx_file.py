@@ -15,7 +15,7 @@ from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
 from ..errors import XFactorError
-from . import need
+from .optional import need
 
 
 class _Logits(nn.Module):
