@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import close_session, constants
 
+from tests.hub.hub_fixture import set_endpoint
 from tests.tiny import tiny_model_folder
 from xfactor_peft.base.resolve import resolve_model, without_secrets
 from xfactor_peft.errors import XFactorError
@@ -17,7 +15,6 @@ from xfactor_peft.errors import XFactorError
 pytest_plugins = ["tests.hub.hub_fixture"]
 
 NAME, TOKEN = "someone/tiny", "hf_averysecrettoken"
-PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +23,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def online(hub, model, tmp_path, monkeypatch, capfd):
-    """This process's client set to the stand-in, with a token and a cache of its own, and no pauses between tries."""
-    hub.add(NAME, model)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/{repo_id}")[1]
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}{template}")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def resolved(online, model, monkeypatch, capfd):
+    """A function that resolves the model of the stand-in, with a token and a cache of its own."""
+    online.add(NAME, model)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    close_session()
 
     def find() -> str:
         """The folder of the model, or what is said instead; never the token."""
@@ -65,22 +52,22 @@ def online(hub, model, tmp_path, monkeypatch, capfd):
         ({"status": 503}, "the Hub is in trouble: try again later"),
     ],
 )
-def test_refusals(hub, online, fault, words):
+def test_refusals(hub, resolved, fault, words):
     hub.fail("/*", **fault)
-    error = online()
+    error = resolved()
     assert f"Error: --model {NAME}" in error
     assert words in error
 
 
-def test_cut_off_then_resumed(hub, online, model, tmp_path, monkeypatch):
+def test_cut_off_then_resumed(hub, resolved, model, tmp_path, monkeypatch):
     """Cut off every time it is an error; cut off once, the rest of the file is asked for, not all of it."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 5_000)  # the client keeps whole chunks, usually of 10 MB
     hub.fail("/storage/*.safetensors", cut_after=0)
-    assert "check the connection and try again" in online()
+    assert "check the connection and try again" in resolved()
     hub.heal()
     hub.fail("/storage/*.safetensors", cut_after=20_000, times=1)
     before = len(hub.requests)
-    assert not online().startswith("Error")
+    assert not resolved().startswith("Error")
     asked = [r for r in hub.requests[before:] if r.method == "GET" and r.path.startswith("/storage")]
     assert [r.range for r in asked] == [None, "bytes=20000-"]
     kept = next((tmp_path / "cache").rglob("snapshots/*/model.safetensors"))
@@ -89,26 +76,28 @@ def test_cut_off_then_resumed(hub, online, model, tmp_path, monkeypatch):
     assert not any(TOKEN.encode() in path.read_bytes() for path in stored)
 
 
-def test_a_wrong_checksum_is_noticed_and_mended(hub, online, model):
+def test_a_wrong_checksum_is_noticed_and_mended(hub, resolved, model):
     wrong = bytearray((model / "model.safetensors").read_bytes())
     wrong[-1] ^= 1
     hub.fail("/storage/*.safetensors", content=bytes(wrong))
-    assert "model.safetensors arrived damaged (wrong SHA-256) and was removed; try again" in online()
+    assert "model.safetensors arrived damaged (wrong SHA-256) and was removed; try again" in resolved()
     hub.heal()
-    assert not online().startswith("Error")
+    assert not resolved().startswith("Error")
 
 
-def test_no_name_server(tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": "http://no-such-host.invalid", "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN, "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, PROJECT / "cli.py", "tokens", "--model", NAME],
-        env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    output = " ".join((result.stdout + result.stderr).split())
-    assert (result.returncode, "cannot be downloaded" in output) == (2, True), output
+def test_no_name_server(online, run, monkeypatch, capfd):
+    set_endpoint(monkeypatch, "http://no-such-host.invalid")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    close_session()
+    said = run("tokens", "--model", NAME, code=2).output
+    printed = capfd.readouterr()
+    output = " ".join((said + printed.out + printed.err).split())
+    assert "cannot be downloaded" in output
     assert "check the connection" in output
     assert TOKEN not in output
+    assert online.requests == []
 
 
 def test_secrets_are_taken_out_of_messages():

@@ -16,6 +16,7 @@ from tools.make_checkpoint import write_checkpoint
 pytest_plugins = ["tests.hub.hub_fixture"]
 
 NAME = "openai-community/gpt2-medium"
+TOKENS = ["tokens", "--max-new-tokens", "4"]
 PROJECT = Path(__file__).parents[2]
 TRAIN = ["train", "--lora-r", "8", "--steps", "3", "--seq-len", "8", "--eval-tokens", "4", "--eval-repeats", "1"]
 
@@ -39,45 +40,43 @@ def command(hub: HubStandIn, folder: Path, *words: str, code: int = 0, **variabl
     return result.stdout + result.stderr
 
 
-def test_train_by_name_then_offline(hub, checkpoint, tmp_path):
+def test_train_by_name_then_offline(online, checkpoint, run, tmp_path):
     """`train --lora-r 8` finds GPT-2 Medium on the Hub by itself; later the cache is enough."""
-    hub.add(NAME, checkpoint)
-    output = command(hub, tmp_path, *TRAIN)
+    online.add(NAME, checkpoint)
+    output = command(online, tmp_path, *TRAIN)
     assert output.startswith(f"model {NAME} (downloaded from the Hub), ")
     record = json.loads((tmp_path / "adapters/X-lora-r8/xfactor.json").read_text())
-    assert (record["base"]["name"], record["base"]["revision"]) == (NAME, hub.commit(NAME))
+    assert (record["base"]["name"], record["base"]["revision"]) == (NAME, online.commit(NAME))
     config = json.loads((tmp_path / "adapters/X-lora-r8/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == NAME
-    hub.close()
-    asked = len(hub.requests)
+    online.close()
+    asked = len(online.requests)
     offline = [*TRAIN, "--offline", "--load-in-8bit", "--output", "adapters/again"]
-    assert command(hub, tmp_path, *offline).startswith(f"model {NAME} (in the local cache), ")
-    shown = command(hub, tmp_path, "generate", "--offline", "--adapter", "X-lora-r8", "--max-new-tokens", "4")
+    assert run(*offline).output.startswith(f"model {NAME} (in the local cache), ")
+    shown = run("generate", "--offline", "--adapter", "X-lora-r8", "--max-new-tokens", "4").output
     assert "X-lora-r8 x 1" in shown
-    assert len(hub.requests) == asked
+    assert len(online.requests) == asked
 
 
-def test_the_demo_model_stands_in_only_unasked(hub, tmp_path):
+def test_the_demo_model_stands_in_only_unasked(online, run):
     """Nothing on the Hub: `auto` takes the demo model and says why; a model that was named is never replaced."""
-    output = command(hub, tmp_path, "tokens")
-    assert output.startswith(f"model demo ({NAME} ")
+    assert run(*TOKENS).output.startswith(f"model demo ({NAME} ")
     for name in (NAME, "someone/else"):
-        error = command(hub, tmp_path, "tokens", "--model", name, code=2)
+        error = run("tokens", "--model", name, code=2).output
         assert f"Error: --model {name}: no such repository on the Hub" in error
 
 
-def test_offline_touches_no_network(hub, tmp_path):
-    output = command(hub, tmp_path, "tokens", "--offline")
-    assert output.startswith(f"model demo ({NAME} is not in the local cache, and --offline)")
-    assert "--offline forbids the network" in command(
-        hub, tmp_path, "tokens", "--offline", "--model", "someone/else", code=2
-    )
-    assert hub.requests == []
+def test_offline_touches_no_network(online, run, tmp_path):
+    """In this process, and in one of its own, where nothing is left out of the account."""
+    for output in (run(*TOKENS, "--offline").output, command(online, tmp_path, *TOKENS, "--offline")):
+        assert output.startswith(f"model demo ({NAME} is not in the local cache, and --offline)")
+    assert "--offline forbids the network" in run("tokens", "--offline", "--model", "someone/else", code=2).output
+    assert online.requests == []
 
 
-def test_an_unreachable_hub_says_what_to_do(hub, checkpoint, tmp_path):
-    hub.add(NAME, checkpoint)
-    hub.close()
-    error = command(hub, tmp_path, "tokens", "--model", NAME, code=2)
+def test_an_unreachable_hub_says_what_to_do(online, checkpoint, run):
+    online.add(NAME, checkpoint)
+    online.close()
+    error = run("tokens", "--model", NAME, code=2).output
     assert "cannot be downloaded" in error
     assert "check the connection and try again, or use --model demo or a local folder" in error

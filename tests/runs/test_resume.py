@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -200,26 +201,19 @@ def test_a_full_disk_keeps_the_checkpoint_before(load_tiny, tmp_path, monkeypatc
 
 def test_a_write_that_the_system_refuses(load_tiny, tmp_path):
     """No stand-in: the kernel ends every file at 32 KiB, and then it does not any more."""
-    script = (
-        "import resource, sys; from pathlib import Path; from tests.runs import crashing as t; "
-        "from xfactor_peft.base.loading import LoadOptions, load_base; "
-        "from xfactor_peft.base.resolve import resolve_model; "
-        "base = load_base(resolve_model(sys.argv[1]), LoadOptions('fp32')); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); t.run(base, Path(sys.argv[2]))"
-    )
-    folder = tmp_path / "model"
-    load_tiny().model.save_pretrained(folder)
-    load_tiny().tokenizer.save_pretrained(folder)
-    result = subprocess.run(
-        [sys.executable, "-c", script, folder, tmp_path / "a"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    message = result.stderr.strip().splitlines()[-1]
-    assert "the checkpoint of step 5 cannot be written" in message, result.stderr
-    assert "File too large" in message
-    assert "no checkpoint is there yet" in message
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    base = load_tiny()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+        with pytest.raises(XFactorError, match="the checkpoint of step 5 cannot be written") as caught:
+            run(base, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(caught.value)
+    assert "no checkpoint is there yet" in str(caught.value)
     assert not list((tmp_path / ".a.partial/checkpoints").glob("*"))
+    run(load_tiny(), tmp_path / "a", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
 def test_signals_wait_for_the_step_and_a_second_one_does_not():
@@ -262,12 +256,6 @@ def test_a_signal_saves_and_says_how_to_resume(tiny_folders, tmp_path, number, s
     made = int(message.split("step ")[1].split(";")[0])
     found = Checkpoints(tmp_path / "runs/.a b.partial/checkpoints").latest()
     assert found.step == made < 3000
-    mistakes = [["--resume", "runs/a b", "--steps", "4"], ["--resume", "runs/none"]]
-    for words, text in zip(mistakes, ("drop --steps", "there is no interrupted run"), strict=True):
-        result = subprocess.run(
-            [*command[:3], *words], cwd=tmp_path, env=environment, text=True, capture_output=True, check=False
-        )
-        assert (result.returncode, text in result.stderr) == (2, True), result.stderr
 
 
 def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
@@ -292,6 +280,9 @@ def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
     stopped = CliRunner().invoke(main, [*words, "--output", "a"])
     assert stopped.exit_code == 130
     assert "stopped and saved after step 6; resume with xfactor train --resume a" in stopped.output
+    for mistake, text in ((["a", "--steps", "4"], "drop --steps"), (["none"], "there is no interrupted run")):
+        refused = CliRunner().invoke(main, ["train", "--resume", *mistake])
+        assert (refused.exit_code, text in refused.output) == (2, True), refused.output
     resumed = CliRunner().invoke(main, ["train", "--resume", "a"])
     assert resumed.exit_code == 0, resumed.output
     assert weights(Path("a")) == weights(Path("whole"))

@@ -29,38 +29,67 @@ LORA, FULL = ["--lora-r", "4"], ["--method", "full"]
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "docs/configs/two-cpu-processes.yaml"]
 
 
-def train(tmp_path, model, output, *words, launcher=()):
-    command = [ROOT / "cli.py", "train", "--model", model, "--dtype", "fp32", "--device", "cpu", *BRIEF, *words]
+JOBS = {"lora": LORA, "full": [*FULL, "--fsdp"]}
+
+
+def words_of(model, job, output):
+    return ["train", "--model", model, "--dtype", "fp32", "--device", "cpu", *BRIEF, *job, "--output", output]
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_folders, tmp_path_factory):
+    """The folder of two processes that ran cli.py for each of `JOBS` and then `HALVES`, and what they printed for each.
+
+    All in one launch: most of one is start-up.
+    """
+    folder, place = tmp_path_factory.mktemp("together"), tmp_path_factory.mktemp("script")
+    (place / "jobs.py").write_text(RUN_JOBS + HALVES)
+    jobs = {name: [str(word) for word in words_of(tiny_folders["gpt2"], job, name)] for name, job in JOBS.items()}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, *launcher, *command, "--output", output],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+        [sys.executable, *LAUNCHER, place / "jobs.py", ROOT / "cli.py", json.dumps(jobs), tiny_folders["llama"]],
+        capture_output=True, text=True, check=False, cwd=folder, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == sorted(JOBS)
+    texts = dict(part.split("\n", 1) for part in done.stdout.split("--- ")[1:])
+    return folder, texts, json.loads((place / "shares.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("words", "more"), [(LORA, []), (FULL, ["--fsdp"])], ids=["DDP of LoRA", "FSDP of all weights"]
-)
-def test_two_processes_make_the_steps_of_one(tiny_folders, tmp_path, words, more):
-    model = tiny_folders["gpt2"]
-    alone = train(tmp_path, model, "alone", *words)
-    together = train(tmp_path, model, "together", *words, *more, launcher=LAUNCHER)
+RUN_JOBS = """
+import json, os, runpy, sys
+
+cli, jobs, llama = sys.argv[1:]
+for name, words in json.loads(jobs).items():
+    if os.environ["RANK"] == "0":
+        print("---", name, flush=True)
+    sys.argv = [cli, *words]
+    try:
+        runpy.run_path(cli, run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (None, 0), end.code
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.parametrize(("job", "words"), [("lora", LORA), ("full", FULL)], ids=["DDP of LoRA", "FSDP of all weights"])
+def test_two_processes_make_the_steps_of_one(tiny_folders, launched, run, tmp_path, job, words):
+    folder, texts, _ = launched
+    alone, together = run(*words_of(tiny_folders["gpt2"], words, "alone")).output, texts[job]
     assert alone.count("saved to") == together.count("saved to") == 1
     assert together.count("step 8/8") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
-    records = [json.loads((tmp_path / name / "xfactor.json").read_text()) for name in ("alone", "together")]
+    outputs = [tmp_path / "alone", folder / job]
+    records = [json.loads((output / "xfactor.json").read_text()) for output in outputs]
     assert [record["processes"] for record in records] == [1, 2]
     curves = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[1:]]
-        for name in ("alone", "together")
+        [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()[1:]]
+        for output in outputs
     ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[0][-1] < curves[0][0] - 0.1
     assert records[1]["after"]["rate"] == pytest.approx(records[0]["after"]["rate"], abs=0.02)
     file = "adapter_model.safetensors" if words is LORA else "model.safetensors"
-    one, two = (load_file(tmp_path / name / file) for name in ("alone", "together"))
+    one, two = (load_file(output / file) for output in outputs)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         if key.endswith("c_attn.bias"):  # softmax cancels a bias of the keys: its gradient is noise, which Adam scales
@@ -130,17 +159,9 @@ def test_two_machines_make_the_adapter_of_one(tiny_folders, tmp_path):
         assert json.loads((tmp_path / "on0" / method / "xfactor.json").read_text())["processes"] == 2
 
 
-def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
+def test_each_of_two_processes_holds_half(launched):
     """Weights, gradients and moments; and what is gathered at the end is what a plain step gives."""
-    script = tmp_path / "split_model.py"
-    script.write_text(HALVES)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tiny_folders["llama"]],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    shares = json.loads((tmp_path / "shares.json").read_text())
+    _, _, shares = launched
     assert shares["before"] == shares["after"] == shares["whole"]
     for kind in ("weights", "gradients", "moments"):
         assert shares[kind] == pytest.approx(0.5 * shares["whole"], rel=0.02)
@@ -148,7 +169,6 @@ def test_each_of_two_processes_holds_half(tiny_folders, tmp_path):
 
 
 HALVES = """
-import json, sys
 from pathlib import Path
 
 import torch
@@ -158,8 +178,8 @@ from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.training.parallel import end_group
 from xfactor_peft.training.sharding import ShardedCopy
 
-torch.distributed.init_process_group("gloo")
-model = load_base(resolve_model(sys.argv[1]), LoadOptions("fp32")).model.requires_grad_(True)
+assert torch.distributed.get_world_size() == 2  # the group of the runs before
+model = load_base(resolve_model(llama), LoadOptions("fp32")).model.requires_grad_(True)
 count = lambda tensors: sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in tensors)
 shares = {"whole": sum(p.numel() for p in model.parameters()), "before": count(model.parameters())}
 sharded = ShardedCopy(model)
@@ -174,7 +194,7 @@ shares["moments"] = count(state["exp_avg"] for state in optimizer.state.values()
 sharded.gather()
 shares["after"] = count(model.parameters())
 if torch.distributed.get_rank() == 0:
-    (Path(sys.argv[0]).parent / "shares.json").write_text(json.dumps(shares))
+    (Path(__file__).parent / "shares.json").write_text(json.dumps(shares))
 end_group()
 """
 
