@@ -52,24 +52,30 @@ def score_positions(
 
     `base_logits` makes the base's logits from its states (with the adapter off where both share weights).
     """
-    step = chunk_positions(policy.weight.shape[0])
+    step = chunk_positions(len(policy.weight))
     members = mask.nonzero().squeeze(1)
     parts = []
-    for start in range(0, len(hidden), step):
-        part = slice(start, start + step)
-        log_pi = policy.logits(hidden[part]).float().log_softmax(-1)
-        log_p = base_logits(base_hidden[part]).float().log_softmax(-1)
+    for part in (slice(start, start + step) for start in range(0, len(hidden), step)):
+        log_pi = _log_softmax(policy.logits(hidden[part]))
+        log_p = _log_softmax(base_logits(base_hidden[part]))
         parts.append(_split(log_pi, log_p, ids[part], members))
     return PositionScores.join(parts)
 
 
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Float32, in place where the logits are float32 already."""
+    z = logits.float()
+    return z.sub_(z.logsumexp(1, keepdim=True))
+
+
 def _split(log_pi: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor, members: torch.Tensor) -> PositionScores:
+    """Uses its arguments up: three tensors (n, V) are alive at once."""
+    base_nll = -log_p.gather(1, ids[:, None]).squeeze(1)
     pi = log_pi.exp()
-    terms = torch.where(pi > 0, pi * (log_pi - log_p), 0.0)
+    terms = torch.where(pi > 0, log_pi.sub_(log_p), 0.0).mul_(pi)  # -inf - -inf where a policy bans a token
     kl, inside = terms.sum(1), terms[:, members].sum(1)
-    m, others = pi[:, members].sum(1), _without(pi, members)
-    base = log_p.exp()
-    base_m, base_others = base[:, members].sum(1), _without(base, members)
+    m, others = _on_and_off(pi, members)
+    base_m, base_others = _on_and_off(log_p.exp_(), members)
     in_mass = torch.special.xlogy(m, m / base_m.clamp(min=1e-30))
     out_mass = torch.special.xlogy(others, others / base_others.clamp(min=1e-30))
     outside = kl - inside - out_mass
@@ -80,10 +86,11 @@ def _split(log_pi: torch.Tensor, log_p: torch.Tensor, ids: torch.Tensor, members
         kl_inside=inside - in_mass,
         kl_outside=outside,
         outside=outside / others.clamp(min=1e-6),
-        base_nll=-log_p.gather(1, ids[:, None]).squeeze(1),
+        base_nll=base_nll,
     )
 
 
-def _without(p: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Mass off the set, summed over it rather than as 1 - m, which loses digits when m is near 1."""
-    return p.index_fill(1, members, 0.0).sum(1)
+def _on_and_off(p: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass on the set and off it, summed rather than as 1 - m, which loses digits when m is near 1; uses p up."""
+    inside = p[:, members].sum(1)
+    return inside, p.index_fill_(1, members, 0.0).sum(1)
