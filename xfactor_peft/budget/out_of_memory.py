@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import XFactorError
 from ..lowmem.memory import mib
 from ..options import MemoryOptions
@@ -22,9 +20,9 @@ _WORDS = ("not enough memory", "can't allocate memory", "out of memory")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's own error, CUDA's, or the CPU allocator's, which is a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+    if isinstance(error, RuntimeError):
+        return any(words in str(error).lower() for words in _WORDS)
+    return isinstance(error, MemoryError)
 
 
 def explain(

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -130,12 +129,6 @@ def adapts_trunk(model: PreTrainedModel) -> bool:
 
 def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def lora_b_norm(model: nn.Module) -> float:
-    """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
-    values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
-    return float(torch.stack(values).max()) if values else 0.0
 
 
 def _below_block(name: str) -> str:

@@ -10,6 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -85,11 +87,6 @@ def _renamings(model: PreTrainedModel) -> list:
     Raises:
         UnsupportedCheckpoint: it also changes values, such as fusing two tensors into one.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers before the conversions
-        return []
     changes = get_model_conversion_mapping(model, add_legacy=False)
     if not all(isinstance(change, WeightRenaming) for change in changes):
         raise UnsupportedCheckpoint(f"tensors of {type(model).__name__} are converted while loading")

@@ -27,6 +27,7 @@ from ..options import LoraOptions, Recipe
 from ..sampling.contexts import batches, check_length
 from ..sampling.metrics import Evaluation, evaluate
 from .parallel import check_processes
+from .sharding import check_shards
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
+        if train.fsdp:
+            check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
         shape = run_shape(base, target, recipe, lora)
         recomputed = recompute_in(base, shape, recipe.memory, teacher=target.needs_teacher(recipe.objective))
