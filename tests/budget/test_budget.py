@@ -106,7 +106,7 @@ def test_more_recomputed_blocks_need_less(load_tiny):
 def test_a_teacher_and_a_longer_text_need_more(load_tiny):
     config = load_tiny().model.config
     step, long = measure_step(config, SHAPE), measure_step(config, replace(SHAPE, length=64))
-    assert predict(step, SHAPE, 0, baseline=0, teacher=True).total > predict(step, SHAPE, 0, baseline=0).total
+    assert predict(step, replace(SHAPE, teacher=True), 0, baseline=0).total > predict(step, SHAPE, 0, baseline=0).total
     assert long.blocks[1] == 2 * step.blocks[1]
 
 

@@ -36,6 +36,7 @@ class Shape:
         length: tokens in a sequence.
         method: "lora" or "full".
         sets: rank of the set head, 0 without one.
+        teacher: a step holds the base's states beside the model's (a rate, or `kl_to_base`).
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class Shape:
     method: str
     lora: LoraOptions
     sets: int = 0
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
