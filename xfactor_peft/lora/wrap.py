@@ -95,7 +95,7 @@ def register_layers(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
+def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> PeftModel:
     """Wrap `model` in place with a new trainable adapter; everything else is frozen.
 
     Raises:
@@ -103,7 +103,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
-    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
+    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
     freeze_block_biases(wrapped)
     if options.variant == "pissa":
         remember_start(wrapped)
