@@ -44,7 +44,7 @@ def test_what_is_no_size_says_so(text):
 
 @pytest.mark.parametrize("options", [{"checkpointing": "maybe"}, {"checkpointing": -1}, {"budget": 0}])
 def test_bad_memory_options(options):
-    with pytest.raises(XFactorError, match=r"--(checkpointing|memory-budget) must be"):
+    with pytest.raises(XFactorError, match=r"`(checkpointing|memory\.budget)` must be"):
         MemoryOptions(**options)
 
 
