@@ -153,8 +153,6 @@ class TrainOptions(_Recorded):
             _check(0 < self.lr < math.inf, "`lr` must be greater than 0", f"{self.lr:g}")
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _check(0 <= self.weight_decay < math.inf, "`weight_decay` must be at least 0", f"{self.weight_decay:g}")
-        if self.fsdp and self.method != "full":
-            raise XFactorError("`fsdp=True` shards all weights, so it needs `method=full`; LoRA's own are few")
         if self.fsdp and self.optimizer not in SHARDED_OPTIMIZERS:
             known = " or ".join(SHARDED_OPTIMIZERS)
             raise XFactorError(f"`fsdp=True` works with `optimizer` {known}; got {self.optimizer!r}")

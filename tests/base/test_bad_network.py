@@ -55,7 +55,7 @@ def resolved(online, model, monkeypatch, capfd):
 def test_refusals(hub, resolved, fault, words):
     hub.fail("/*", **fault)
     error = resolved()
-    assert f"Error: --model {NAME}" in error
+    assert f"Error: `model={NAME}`" in error
     assert words in error
 
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.options import TrainOptions
+from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training.parallel import (
     check_processes,
     end_group,
@@ -21,6 +23,7 @@ from xfactor_peft.training.parallel import (
     own_rows,
     quiet_unless_first,
 )
+from xfactor_peft.training.sharding import check_shards
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "docs/configs").glob("*.yaml"))
@@ -29,7 +32,7 @@ LORA, FULL = ["--lora-r", "4"], ["--method", "full"]
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "docs/configs/two-cpu-processes.yaml"]
 
 
-JOBS = {"lora": LORA, "full": [*FULL, "--fsdp"]}
+JOBS = {"lora": LORA, "sharded lora": [*LORA, "--fsdp"], "full": [*FULL, "--fsdp"]}
 
 
 def words_of(model, job, output):
@@ -72,7 +75,11 @@ for name, words in json.loads(jobs).items():
 """
 
 
-@pytest.mark.parametrize(("job", "words"), [("lora", LORA), ("full", FULL)], ids=["DDP of LoRA", "FSDP of all weights"])
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [("lora", LORA), ("sharded lora", LORA), ("full", FULL)],
+    ids=["DDP of LoRA", "FSDP of LoRA", "FSDP of all weights"],
+)
 def test_two_processes_make_the_steps_of_one(tiny_folders, launched, run, tmp_path, job, words):
     folder, texts, _ = launched
     alone, together = run(*words_of(tiny_folders["gpt2"], words, "alone")).output, texts[job]
@@ -199,21 +206,28 @@ end_group()
 """
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"method": "lora"}, "needs `method=full`"),
-        ({"optimizer": "adam8bit"}, "`optimizer` adam or adamw; got 'adam8bit'"),
-    ],
-)
-def test_sharding_says_what_it_needs(monkeypatch, more, message):
-    with pytest.raises(XFactorError, match=message):
-        TrainOptions(**{"method": "full", "fsdp": True, **more})
-    sharded = TrainOptions(method="full", fsdp=True)
+def test_sharding_says_what_it_needs(monkeypatch, load_tiny):
+    with pytest.raises(XFactorError, match="`optimizer` adam or adamw; got 'adam8bit'"):
+        TrainOptions(fsdp=True, optimizer="adam8bit")
+    sharded = TrainOptions(fsdp=True)
     with pytest.raises(XFactorError, match="needs several processes: accelerate launch"):
         check_processes(sharded)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_processes(sharded)
+    base = load_tiny()
+    tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
+    uniform = UniformTarget(tokens)
+    check_shards(base, uniform, Recipe(sharded, LoraOptions()))
+    for target, lora, objective, message in [
+        (uniform, LoraOptions(variant="dora"), {}, "is for plain LoRA; got `lora.variant=dora`"),
+        (uniform, LoraOptions(), {"kl_to_base": 0.5}, "has no base to compare with"),
+        (TiltedTarget.of(tokens, 0.1), LoraOptions(), {}, "has no base to compare with"),
+    ]:
+        with pytest.raises(XFactorError, match=message):
+            check_shards(base, target, Recipe(sharded, lora, objective=ObjectiveOptions(**objective)))
+    base.quantized = {"Int8Linear": 1}
+    with pytest.raises(XFactorError, match="weights that are not quantised"):
+        check_shards(base, uniform, Recipe(sharded, LoraOptions()))
 
 
 def test_shares_of_a_process(monkeypatch, tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
@@ -15,6 +16,13 @@ from ..errors import XFactorError
 
 DEFAULT_MODEL = "openai-community/gpt2-medium"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
+_REFUSALS: dict[type[Exception], str] = {
+    hub.HFValidationError: " is neither a folder nor a Hub id (owner/name)",
+    hub.GatedRepoError: " is gated: accept its terms on its page, then log in with `hf auth login`",
+    hub.RepositoryNotFoundError: ": no such repository on the Hub, or it is private (log in with `hf auth login`)",
+    hub.RevisionNotFoundError: " has no revision {revision!r}",
+}
+"""Why the Hub refuses, the most special first."""
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -78,40 +86,25 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
     return ModelChoice(name, folder, folder.name, "downloaded from the Hub")
 
 
+def _snapshot(name: str, revision: str | None, **more: Any) -> Path:
+    """The model's folder in the Hub's cache."""
+    return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", **more))
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
     """The whole cached snapshot, or None when a file of it is missing."""
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=_PATTERNS,
-                ignore_patterns="*/*",
-                local_files_only=True,
-            )
-        )
-        return _checked(folder, name)
+        return _checked(_snapshot(name, revision, local_files_only=True), name)
     except (OSError, hub.HFValidationError, XFactorError):
         return None
 
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", etag_timeout=5)
-        )
-    except hub.HFValidationError as error:
-        raise XFactorError(f"`model={name}` is neither a folder nor a Hub id (owner/name)") from error
-    except hub.GatedRepoError as error:
-        raise XFactorError(
-            f"`model={name}` is gated: accept its terms on its page, then log in with `hf auth login`"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise XFactorError(
-            f"`model={name}`: no such repository on the Hub, or it is private (log in with `hf auth login`)"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise XFactorError(f"`model={name}` has no revision {revision!r}") from error
+        return _snapshot(name, revision, etag_timeout=5)
+    except tuple(_REFUSALS) as error:
+        reason = next(reason for kind, reason in _REFUSALS.items() if isinstance(error, kind))
+        raise XFactorError(f"`model={name}`{reason.format(revision=revision)}") from error
     except Exception as error:  # the client's network errors have no common base of their own
         if not isinstance(error, OSError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
             raise

@@ -23,7 +23,7 @@ from ..errors import XFactorError
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
 from ..lowmem.peft_parts import unwrapped
-from ..lowmem.streaming import QUANTIZED, replace_layers
+from ..lowmem.streaming import replace_linears
 from ..options import LoraOptions
 
 
@@ -36,6 +36,7 @@ class Shape:
         length: tokens in a sequence.
         method: "lora" or "full".
         sets: rank of the set head, 0 without one.
+        teacher: a step holds the base's states beside the model's (a rate, or `kl_to_base`).
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class Shape:
     method: str
     lora: LoraOptions
     sets: int = 0
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedMode
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored)
     if shape.quantization is not None:
-        replace_layers(model, QUANTIZED[shape.quantization], None)
+        replace_linears(model, shape.quantization)
     model.requires_grad_(False)
     switch_off_dropout(model)
     if device != "meta":

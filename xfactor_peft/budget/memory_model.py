@@ -46,7 +46,7 @@ class Prediction:
         return self.baseline + self.weights + self.trained + self.saved + self.workspace
 
 
-def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, teacher: bool = False) -> Prediction:
+def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -> Prediction:
     """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA."""
     blocks = step.blocks[recomputed:]
     again = max(step.blocks[:recomputed], default=0)
@@ -55,15 +55,15 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, t
     trained = step.trainable * (12 if full else 16)
     if full and shape.dtype == "bf16":
         trained += 2 * step.trainable  # the bf16 copies that autocast makes and keeps through the step
-    workspace = _workspace(step, shape, teacher) + (RUNTIME if baseline else 0)
+    workspace = _workspace(step, shape) + (RUNTIME if baseline else 0)
     return Prediction(baseline, step.weights, trained, saved, workspace)
 
 
-def _workspace(step: StepMemory, shape: Shape, teacher: bool) -> int:
+def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
     size = 4 if shape.dtype == "fp32" else 2
     wide = 4 * step.width
-    loss = LOSS_CHUNKS[teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
+    loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
     block = BLOCK_TENSORS * positions * wide * size
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
@@ -102,11 +102,7 @@ def _control_group() -> list[int]:
         return []
 
 
-def blocks_to_recompute(
-    step: StepMemory, shape: Shape, budget: int, *, baseline: int, teacher: bool = False
-) -> int | None:
+def blocks_to_recompute(step: StepMemory, shape: Shape, budget: int, *, baseline: int) -> int | None:
     """The smallest number of checkpointed blocks whose predicted peak is within `budget` bytes; None if none is."""
-    for count in range(len(step.blocks) + 1):
-        if predict(step, shape, count, baseline=baseline, teacher=teacher).total <= budget:
-            return count
-    return None
+    counts = range(len(step.blocks) + 1)
+    return next((n for n in counts if predict(step, shape, n, baseline=baseline).total <= budget), None)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..errors import XFactorError
 from ..lowmem.memory import mib
@@ -22,29 +21,24 @@ _WORDS = ("not enough memory", "can't allocate memory", "out of memory")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's own error, CUDA's, or the CPU allocator's, which is a plain RuntimeError."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+    if isinstance(error, RuntimeError):
+        return any(words in str(error).lower() for words in _WORDS)
+    return isinstance(error, MemoryError)
 
 
-def explain(
-    base: Base, shape: Shape, grad_accum: int, *, teacher: bool, error: BaseException, resume_hint: str = ""
-) -> str:
+def explain(base: Base, shape: Shape, grad_accum: int, *, error: BaseException, resume_hint: str = "") -> str:
     """One line: where memory ran out, and the mildest change of settings that is predicted to need less.
 
     Args:
         shape: the run that did not fit; what is advised needs less than 90 % of what is predicted for it.
     """
-    start = f"out of memory at {error or 'training'}"
-    budget = free_memory(base.device)
+    start = f"out of memory at {error or 'training'}, {mib(free_memory(base.device))} free now"
+    planned = partial(make_plan, base.choice.folder, shape, grad_accum=grad_accum, time=False)
     try:
-        plan = make_plan(base.choice.folder, shape, grad_accum=grad_accum, teacher=teacher, time=False)
-        smaller = MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))
-        advice = make_plan(
-            base.choice.folder, shape, smaller, grad_accum=grad_accum, teacher=teacher, time=False
-        ).advice or ((f"`checkpointing=on` `batch_size={max(1, shape.batch // 2)}` `grad_accum={2 * grad_accum}`", 0),)
+        plan = planned()
+        advice = planned(MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))).advice
     except XFactorError:
-        halves = "halve `batch_size`, double `grad_accum`, or pass `auto_batch=True`"
-        return f"{start}, {mib(budget)} free now; {halves}{resume_hint}"
-    changes = " or ".join(settings + (f" (about {mib(total)})" if total else "") for settings, total in advice)
-    return f"{start}, {mib(budget)} free now; try {changes}, or `auto_batch=True`{resume_hint}"
+        return f"{start}; halve `batch_size`, double `grad_accum`, or pass `auto_batch=True`{resume_hint}"
+    halved = f"`checkpointing=on` `batch_size={max(1, shape.batch // 2)}` `grad_accum={2 * grad_accum}`"
+    changes = " or ".join(f"{settings} (about {mib(total)})" for settings, total in advice) or halved
+    return f"{start}; try {changes}, or `auto_batch=True`{resume_hint}"

@@ -53,14 +53,12 @@ def make_plan(
     options: MemoryOptions = MemoryOptions(),
     *,
     grad_accum: int = 1,
-    teacher: bool = False,
     device: torch.device = torch.device("cpu"),
     time: bool = True,
 ) -> Plan:
     """Predict a run on the model in `folder`, of which only the configuration is read.
 
     Args:
-        teacher: the objective holds the base's states beside the model's (a rate, or `kl_to_base`).
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
 
     Raises:
@@ -71,28 +69,26 @@ def make_plan(
     step = measure_step(config, shape)
     baseline = resident() if device.type == "cpu" else 0
     budget = options.budget or baseline + free_memory(device)
-    count = chosen_blocks(step, shape, options, budget, baseline=baseline, teacher=teacher)
-    memory = predict(step, shape, count, baseline=baseline, teacher=teacher)
-    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, baseline, teacher))
+    count = chosen_blocks(step, shape, options, budget, baseline=baseline)
+    memory = predict(step, shape, count, baseline=baseline)
+    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, baseline))
     seconds = None
-    if time and device.type == "cpu" and not teacher:
+    if time and device.type == "cpu" and not shape.teacher:
         seconds = probe(config, shape, recompute=count > 0).step(len(step.blocks), count, grad_accum)
     return Plan(memory, budget, count, len(step.blocks), seconds, advice)
 
 
-def chosen_blocks(
-    step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int, teacher: bool
-) -> int:
+def chosen_blocks(step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int) -> int:
     """How many blocks `checkpointing` recomputes; with "auto" all of them when no number is enough."""
     if isinstance(options.checkpointing, int):
         return options.checkpointing
     if options.checkpointing != "auto":
         return len(step.blocks) if options.checkpointing == "on" else 0
-    count = blocks_to_recompute(step, shape, budget, baseline=baseline, teacher=teacher)
+    count = blocks_to_recompute(step, shape, budget, baseline=baseline)
     return len(step.blocks) if count is None else count
 
 
-def recompute_in(base: Base, shape: Shape, options: MemoryOptions, *, teacher: bool = False) -> int:
+def recompute_in(base: Base, shape: Shape, options: MemoryOptions) -> int:
     """How many blocks of a loaded base to recompute.
 
     Raises:
@@ -110,17 +106,17 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions, *, teacher: b
         raise
     baseline = max(1, resident() - step.weights) if base.device.type == "cpu" else 0
     budget = options.budget or resident() + free_memory(base.device)
-    return chosen_blocks(step, shape, options, budget, baseline=baseline, teacher=teacher)
+    return chosen_blocks(step, shape, options, budget, baseline=baseline)
 
 
 def _advice(
-    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, baseline: int, teacher: bool
+    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, baseline: int
 ) -> Iterator[tuple[str, int]]:
     """Changes of settings that fit, the mildest first, at most three; with none, the smallest there is."""
     found, smallest = 0, ("", 1 << 62)
     for settings, changed in _candidates(shape, grad_accum):
         step = measure_step(config, changed)
-        total = predict(step, changed, len(step.blocks), baseline=baseline, teacher=teacher).total
+        total = predict(step, changed, len(step.blocks), baseline=baseline).total
         smallest = min(smallest, (settings, total), key=lambda pair: pair[1])
         if total <= budget:
             yield settings, total

@@ -103,11 +103,9 @@ def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, reci
         method=train.method,
         lora=lora,
         sets=max(1, len(flags["goals"])) if lora.head else 0,
+        teacher=target_kind(flags).needs_teacher(recipe.objective),
     )
-    return make_plan(
-        choice.folder, shape, recipe.memory, grad_accum=train.grad_accum,
-        teacher=target_kind(flags).needs_teacher(recipe.objective), device=device,
-    )  # fmt: skip
+    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device)
 
 
 def parse_size(text: str) -> int:

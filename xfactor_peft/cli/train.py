@@ -42,7 +42,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True)
 @click.option("--weight-decay", default=0.0, show_default=True)
-@click.option("--fsdp", is_flag=True, help="Shard all weights over several processes (full fine-tuning).")
+@click.option("--fsdp", is_flag=True, help="Shard all weights over several processes.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
 @click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -96,7 +95,7 @@ def register_layers(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default", sets: int = 0) -> PeftModel:
+def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> PeftModel:
     """Wrap `model` in place with a new trainable adapter; everything else is frozen.
 
     Raises:
@@ -104,7 +103,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, name: str = "default"
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
-    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)), adapter_name=name)
+    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
     freeze_block_biases(wrapped)
     if options.variant == "pissa":
         remember_start(wrapped)
@@ -130,12 +129,6 @@ def adapts_trunk(model: PreTrainedModel) -> bool:
 
 def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def lora_b_norm(model: nn.Module) -> float:
-    """Largest absolute value in any LoRA B; 0 means that nothing was learnt, since B starts at 0."""
-    values = [p.detach().abs().max() for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
-    return float(torch.stack(values).max()) if values else 0.0
 
 
 def _below_block(name: str) -> str:

@@ -55,12 +55,12 @@ class StoredTensor:
         step = max(1, min(rows, piece_bytes // max(1, row_bytes)))
         with self.file.open("rb", buffering=0) as file:
             for first in range(0, rows, step):
-                here = slice(first, min(first + step, rows))
-                buffer = scratch("file", ((here.stop - first) * row_bytes,), torch.uint8)
+                count = min(step, rows - first)
+                buffer = scratch("file", (count * row_bytes,), torch.uint8)
                 file.seek(self.start + first * row_bytes)
                 _fill(file, buffer)
                 values = buffer.view(dtype)
-                yield here, values.view(self.shape if not self.shape else (here.stop - first, *row_shape))
+                yield slice(first, first + count), values.view((count, *row_shape) if self.shape else ())
 
 
 def _fill(file: FileIO, buffer: torch.Tensor) -> None:

@@ -30,21 +30,13 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_enabled = True
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
 
 
-def set_enabled(enabled: bool) -> bool:
-    """Switch the compiled kernel off or on; returns what was set before."""
-    global _enabled
-    previous, _enabled = _enabled, enabled
-    return previous
-
-
 def compiled_kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
     """kernel(packed, absmax, out, blocksize) for a CPU tensor `out` with an even number of entries, or None."""
-    return _load(dtype) if _enabled and device.type == "cpu" and dtype in _SYMBOLS else None
+    return _load(dtype) if device.type == "cpu" and dtype in _SYMBOLS else None
 
 
 @cache

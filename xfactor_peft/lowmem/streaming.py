@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -29,15 +32,12 @@ class UnsupportedCheckpoint(ValueError):
     """The checkpoint may be fine, but needs transformers' own loader: fall back to `from_pretrained`."""
 
 
-def load_streaming(
-    folder: Path, *, dtype: torch.dtype, quantization: str | None = None, skip: tuple[str, ...] | None = None
-) -> PreTrainedModel:
+def load_streaming(folder: Path, *, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
     """Load `folder` on the CPU, frozen and in evaluation mode; peak memory is the model plus its largest tensor.
 
     Args:
         dtype: of everything that is not quantised.
-        quantization: None, "int8" or "nf4": which layers nn.Linear and Conv1D become.
-        skip: full names of layers to leave as they are; by default the output embedding.
+        quantization: None, "int8" or "nf4": what every nn.Linear and Conv1D but the output embedding becomes.
 
     Raises:
         UnsupportedCheckpoint: this loader cannot do this model; transformers' may.
@@ -49,7 +49,7 @@ def load_streaming(
     with own_pages():
         model = _empty_model(folder, dtype)
         if quantization is not None:
-            replace_layers(model, QUANTIZED[quantization], skip)
+            replace_linears(model, quantization)
         sources = _match(model, stored, folder)
         for name, source in sources.items():
             _load_parameter(model, name, source, dtype)
@@ -85,11 +85,6 @@ def _renamings(model: PreTrainedModel) -> list:
     Raises:
         UnsupportedCheckpoint: it also changes values, such as fusing two tensors into one.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers before the conversions
-        return []
     changes = get_model_conversion_mapping(model, add_legacy=False)
     if not all(isinstance(change, WeightRenaming) for change in changes):
         raise UnsupportedCheckpoint(f"tensors of {type(model).__name__} are converted while loading")
@@ -101,32 +96,28 @@ def quantize_linears(model: PreTrainedModel, quantization: str) -> PreTrainedMod
 
     Every layer nn.Linear or Conv1D but the output embedding; returns the model, frozen.
     """
-    kind = QUANTIZED[quantization]
-    for name in _linear_layers(model, None):
-        old = cast(nn.Linear | Conv1D, model.get_submodule(name))
-        conv1d = isinstance(old, Conv1D)
+    for name, old, conv1d in _linears(model):
         weight = old.weight.detach().T if conv1d else old.weight.detach()
-        model.set_submodule(name, kind.from_weight(weight, old.bias, from_conv1d=conv1d))
+        new = QUANTIZED[quantization].from_weight(weight, old.bias, from_conv1d=conv1d)
+        model.set_submodule(name, new)
     return model.requires_grad_(False).eval()
 
 
-def _linear_layers(model: PreTrainedModel, skip: tuple[str, ...] | None) -> list[str]:
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and (module is not head if skip is None else name not in skip)
-    ]
-
-
-def replace_layers(model: PreTrainedModel, kind: type[QuantizedLinear], skip: tuple[str, ...] | None) -> None:
-    for name in _linear_layers(model, skip):
-        old = cast(nn.Linear | Conv1D, model.get_submodule(name))
-        conv1d = isinstance(old, Conv1D)
+def replace_linears(model: PreTrainedModel, quantization: str) -> None:
+    """The same layers as `quantize_linears`, on the meta device: the shapes without the values."""
+    for name, old, conv1d in _linears(model):
         columns, rows = old.weight.shape if conv1d else old.weight.shape[::-1]
         with torch.device("meta"):
-            new = kind(columns, rows, old.bias is not None, from_conv1d=conv1d)
+            new = QUANTIZED[quantization](columns, rows, old.bias is not None, from_conv1d=conv1d)
         model.set_submodule(name, new)
+
+
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D, bool]]:
+    """(name, layer, whether it is a Conv1D) of what is quantised; holds on to no layer that is replaced meanwhile."""
+    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    for name in [name for name, layer in model.named_modules() if type(layer) in kinds and layer is not head]:
+        layer = cast(nn.Linear | Conv1D, model.get_submodule(name))
+        yield name, layer, isinstance(layer, Conv1D)
 
 
 def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,6 @@ from torch import nn
 from ..budget.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from ..checkpoint.state import Step, Stream, TrainingState
 from ..errors import XFactorError
-from ..lora.wrap import lora_b_norm
 from ..options import TrainOptions
 from .optimizers import build_optimizer
 from .parallel import end_group_at_exit, mean_over_processes, own_rows
@@ -71,7 +70,7 @@ def optimise(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 and options.method == "lora":
-                _check_moved(run.model, trainable)
+                _check_moved(trainable)
             run.history[-1] = replace(run.history[-1], seconds=time.perf_counter() - started)
             hooks.on_step(run.history[-1])
             hooks.checkpointer.after_step(state, last=step + 1 == options.steps)
@@ -138,7 +137,8 @@ def _check_step(made: Step, resume_hint: str) -> None:
         raise XFactorError(f"step {made.step}: every gradient is 0, so nothing can be learnt; please report this model")
 
 
-def _check_moved(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+def _check_moved(trainable: dict[str, nn.Parameter]) -> None:
     """B starts at 0 and has a gradient in the first step, so it must have moved after it."""
-    if any("lora_B" in name for name in trainable) and lora_b_norm(model) == 0:
+    b_sides = [whole_tensor(p.detach()) for name, p in trainable.items() if "lora_B" in name]
+    if b_sides and not any(side.any() for side in b_sides):
         raise XFactorError("LoRA's B is still 0 after the first step: nothing is learnt; raise `lr`")

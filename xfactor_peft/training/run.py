@@ -27,6 +27,7 @@ from ..options import LoraOptions, Recipe
 from ..sampling.contexts import batches, check_length
 from ..sampling.metrics import Evaluation, evaluate
 from .parallel import check_processes
+from .sharding import check_shards
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
+        if train.fsdp:
+            check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
         shape = run_shape(base, target, recipe, lora)
-        recomputed = recompute_in(base, shape, recipe.memory, teacher=target.needs_teacher(recipe.objective))
+        recomputed = recompute_in(base, shape, recipe.memory)
         recomputed = hooks.checkpointer.recorded("recomputed", recomputed)
         prepare_for_training(base.model, recomputed)
         return cls(base, target, recipe, hooks, split(base.model), shape, recomputed)
@@ -142,15 +145,15 @@ class TrainingRun:
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
-            teacher = self.target.needs_teacher(self.recipe.objective)
             hint = self.hooks.checkpointer.resume_hint()
-            reason = explain(
-                self.base, self.shape, self.recipe.train.grad_accum, teacher=teacher, error=error, resume_hint=hint
-            )
+            reason = explain(self.base, self.shape, self.recipe.train.grad_accum, error=error, resume_hint=hint)
             raise XFactorError(reason) from None  # the traceback would hold on to the memory
 
 
 def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> Shape:
     """What decides a run's memory, for `budget`."""
     train, sets = recipe.train, len(target.goals) if lora.head else 0
-    return Shape(base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets)
+    return Shape(
+        base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
+        teacher=target.needs_teacher(recipe.objective),
+    )  # fmt: skip

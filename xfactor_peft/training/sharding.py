@@ -1,4 +1,4 @@
-"""Full fine-tuning whose weights, gradients and moments are sharded over the processes: FSDP2 of torch.
+"""Weights, gradients and moments sharded over the processes: FSDP2 of torch.
 
 `fully_shard` (Zhao et al. 2023, arXiv:2304.11277, in its per-parameter form) keeps 1/N of every tensor in each of N
 processes and gathers a block's weights just before they are needed. It cannot be undone in place, so a copy of the
@@ -13,8 +13,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..base.loading import Base
+from ..errors import XFactorError
 from ..lowmem.activations import checkpointed_blocks
+from ..objective.targets import Target
+from ..options import Recipe
 from .parallel import process
+
+
+def check_shards(base: Base, target: Target, recipe: Recipe) -> None:
+    """Raises XFactorError for what a sharded copy cannot do.
+
+    Codes are not sharded, variants of LoRA look at whole weights, and the copy's adapter cannot be switched off.
+    """
+    if base.quantized:
+        raise XFactorError("`fsdp=True` shards weights that are not quantised; drop `quantization`")
+    if recipe.train.method == "lora" and recipe.lora and recipe.lora.variant != "lora":
+        raise XFactorError(f"`fsdp=True` is for plain LoRA; got `lora.variant={recipe.lora.variant}`")
+    if target.needs_teacher(recipe.objective):
+        raise XFactorError("`fsdp=True` has no base to compare with; a rate and `kl_to_base` need it off")
 
 
 class ShardedCopy:
