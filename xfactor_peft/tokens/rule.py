@@ -112,7 +112,7 @@ def _compiled(pattern: str, ignore_case: bool) -> Callable[[str], bool]:
         raise XFactorError(f"`regex` {pattern!r} is not a regular expression: {error}") from error
     if slow_regex(pattern):
         raise XFactorError(
-            f"`regex` {pattern!r} repeats a repeat or an alternative, which can take for ever; write it without"
+            f"`regex` {pattern!r} repeats a repeat or an alternative, which can take forever; write it without"
         )
     return lambda text: bool(compiled.search(text))
 

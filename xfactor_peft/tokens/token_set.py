@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,10 @@ class TokenSet:
         mask = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         mask[torch.tensor(self.ids, device=device)] = True
         return mask
+
+    def share(self, ids: Sequence[int]) -> float:
+        """R of one text: the share of `ids` that are members; 0 without any."""
+        return sum(map(set(self.ids).__contains__, ids)) / max(1, len(ids))
 
     @property
     def hash(self) -> str:
