@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.tokens.rule import Rule, read_token_ids, read_words
+from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_bytes import token_bytes, token_texts
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -162,10 +162,10 @@ def test_bad_rules_have_one_clear_error(tokenizer, make, message):
 def test_files(tmp_path):
     path = tmp_path / "ids"
     path.write_text("3 4\n5")
-    assert read_token_ids(path) == [3, 4, 5]
+    assert Rule.read("token-ids", path).value == (3, 4, 5)
     path.write_text("3 four")
     with pytest.raises(XFactorError, match="expected whole numbers"):
-        read_token_ids(path)
+        Rule.read("token-ids", path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(XFactorError, match="UTF-8"):
-        read_words(path)
+        Rule.read("words", path)
