@@ -7,15 +7,12 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .adapters.adapter import list_adapters
 from .adapters.mix import Mix
 from .bank.bank import AdapterBank
 from .errors import XFactorError
 from .options import SamplingOptions
 from .sampling.generation import stream
-from .sampling.metrics import rate_per_sequence
 from .tokens.highlight import marked_parts
 from .tokens.token_set import TokenSet
 
@@ -63,11 +60,8 @@ def _marked(bank: AdapterBank, ids: list[int], sets: list[TokenSet]) -> list[tup
 
 
 def _rates(ids: list[int], sets: list[TokenSet], name: str) -> str:
-    parts = [
-        f"R {float(rate_per_sequence(torch.tensor([ids]), tokens.mask())[0]) if ids else 0.0:.3f} ({tokens.describe()})"
-        for tokens in sets
-    ]
-    return f"{name}: {', '.join(parts)}, {len(ids)} tokens"
+    rates = ", ".join(f"R {tokens.share(ids):.3f} ({tokens.describe()})" for tokens in sets)
+    return f"{name}: {rates}, {len(ids)} tokens"
 
 
 def require_gradio() -> None:

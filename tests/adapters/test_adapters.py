@@ -271,7 +271,7 @@ def test_a_set_without_a_rule_is_recorded_as_its_ids(tiny, tmp_path):
     """So that the adapter can be read, and its set made again."""
     ids = TokenSet.contains(tiny.tokenizer, "X").ids
     target = UniformTarget(TokenSet(ids, tiny.vocab_size))
-    train_to_folder(tiny, target, tmp_path / "ids", TrainOptions(steps=1, seq_len=8), evaluation=QUICK)
+    train_to_folder(tiny, target, tmp_path / "ids", Recipe(TrainOptions(steps=1, seq_len=8), evaluation=QUICK))
     assert read_adapter(tmp_path / "ids").token_rule == Rule("token-ids", ids)
 
 

@@ -116,6 +116,26 @@ def test_comparison_of_updates(root):
     assert result.settings["rank"] == ("8", "4")
 
 
+def test_adapters_for_bases_of_different_sizes(root):
+    def widen(tensors):
+        for key in tensors:
+            if "lora_A" in key:
+                tensors[key] = torch.cat([tensors[key]] * 2, dim=1)
+
+    edit_weights(widen)(root / "z")
+    (root / "z/xfactor.json").unlink()
+    with pytest.raises(XFactorError, match="x and z are for bases of different sizes, see transformer"):
+        compare(read_adapter(root / "x"), read_adapter(root / "z"))
+    with pytest.raises(XFactorError, match="for bases of different sizes"):
+        combine(parse_mix("x+z"), root / "mixed", root)
+    assert not (root / "mixed").exists()
+
+
+def test_targets_as_one_pattern_are_shown_as_they_are(root):
+    edit_config(target_modules=r".*attn\.c_attn")(root / "z")
+    assert facts(read_adapter(root / "z"))["layers"] == r".*attn\.c_attn"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt"])
 def test_a_logit_bias_folds_into_a_layer_norm(kind):
@@ -215,7 +235,8 @@ def test_mixes_on_the_command_line(root, run, tiny_folders):
     assert "x:0.7+z:0.3: R of contains 'Z' 0." in scores.output
     columns = json.loads(Path("s.json").read_text())["scores"]
     assert set(columns) == {str(tiny_folders["gpt2"]), "x:0.7+z:0.3", "x"}
-    assert columns["x"]["rate"] > columns["x:0.7+z:0.3"]["rate"] > columns[str(tiny_folders["gpt2"])]["rate"]
+    x, mix, base = (columns[name]["set_mass"] for name in ("x", "x:0.7+z:0.3", str(tiny_folders["gpt2"])))
+    assert x > mix > base  # the mass: R of 256 tokens has a standard error of 0.015
     assert "a mix has its weights already" in run(
         "generate", *model, "--adapter", "x:0.7+z:0.3", "--rate", "0.1", code=2
     ).output  # fmt: skip

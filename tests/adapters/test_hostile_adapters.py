@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.adapters.editing import edit_config, edit_weights, first, logits
+from xfactor_peft.adapters.adapter import read_adapter
+from xfactor_peft.adapters.catalogue import catalogue, facts, rename_adapter
+from xfactor_peft.adapters.combine import combine
+from xfactor_peft.adapters.compare import compare
+from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
@@ -139,6 +145,23 @@ def test_hostile_adapters_change_nothing(tiny, adapters_root, tmp_path, kind):
     assert torch.equal(logits(bank.model), before)
 
 
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_adapters_are_one_error_without_a_model_too(adapters_root, tmp_path, kind):
+    """Listed, shown, compared, mixed, renamed: a result or an XFactorError, nothing else."""
+    root = Path(shutil.copytree(adapters_root, tmp_path / "adapters"))
+    HOSTILE[kind][0](root / "x")
+    assert [entry.name for entry in catalogue(root)] == ["head", "x", "z"]
+    for act in (
+        lambda: facts(read_adapter(root / "x")),
+        lambda: compare(read_adapter(root / "x"), read_adapter(root / "z")),
+        lambda: combine(Mix((("x", 0.5), ("z", 1.0))), root / "mixed", root),
+        lambda: combine(Mix((("z", 0.5), ("x", 1.0))), root / "mixed", root, force=True),
+        lambda: rename_adapter("x", "y", root),
+    ):
+        with suppress(XFactorError):
+            act()
+
+
 def test_what_a_configuration_says_besides_has_no_effect(tiny, adapters_root, tmp_path):
     """Keys that PEFT would act on (an import, an initialisation of the base) never reach it."""
     folder = shutil.copytree(adapters_root / "x", tmp_path / "x")
@@ -178,7 +201,7 @@ def test_a_link_inside_a_cache_of_the_hub_is_read(tiny, adapters_root, tmp_path)
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)*b", "((x*)y)*", "(?:.*a){9}", "(a?){30}a{30}"])
 def test_regular_expressions_that_never_end_are_refused(tiny, pattern):
     assert slow_regex(pattern)
-    with pytest.raises(XFactorError, match="can take for ever"):
+    with pytest.raises(XFactorError, match="can take forever"):
         TokenSet.regex(tiny.tokenizer, pattern)
 
 

@@ -102,3 +102,14 @@ def test_checks_before_any_work(run, tiny_folders, monkeypatch, tmp_path):
     with pytest.raises(XFactorError, match="is no repository on the Hub"):
         pull("abc", tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_no_secret_is_printed(run, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("403 for https://cdn.example/blob?X-Signature=abc with hf_secret")
+
+    monkeypatch.setattr("xfactor_peft.adapters.hub.snapshot_download", refuse)
+    output = run("adapters", "pull", "a/b", code=2).output
+    assert "a/b cannot be pulled: 403 for https://cdn.example/blob" in output
+    assert "abc" not in output
+    assert "secret" not in output

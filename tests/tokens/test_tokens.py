@@ -1,5 +1,6 @@
 """Token sets: rules, bytes, special tokens, errors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import tiny_tokenizer
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.tokens.rule import Rule, read_token_ids, read_words
+from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_bytes import token_bytes, token_texts
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -89,6 +90,48 @@ def test_rule_makes_the_same_set_again(tokenizer):
         Rule.from_record({"kind": "magic"})
 
 
+def test_records_of_rules_are_what_they_were(tokenizer):
+    """Byte for byte what adapters hold since the first release; a rule read from its record is the same one."""
+    ids = TokenSet.contains(tokenizer, "X").ids
+    for tokens, record in (
+        (TokenSet.contains(tokenizer, "X"), '{"kind": "contains", "value": "X", "ignore_case": false}'),
+        (TokenSet.regex(tokenizer, "x$", ignore_case=True), '{"kind": "regex", "value": "x$", "ignore_case": true}'),
+        (
+            TokenSet.words(tokenizer, [" the ", "X", "Xylophonist", "X"]),
+            '{"kind": "words", "value": ["X", "Xylophonist", "the"], "ignore_case": false, '
+            '"without_token": ["Xylophonist"]}',
+        ),
+        (TokenSet.token_ids(tokenizer, [9, 5, 5]), '{"kind": "token-ids", "value": [5, 9]}'),
+        (TokenSet(ids, len(tokenizer)), json.dumps({"kind": "token-ids", "value": ids})),
+    ):
+        assert json.dumps(tokens.record()["rule"]) == record
+        assert Rule.from_record(json.loads(record)) == tokens.rule
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "unknown token-set rule ''"),
+        ({"kind": ["contains"], "value": "X"}, "unknown token-set rule"),
+        ({"kind": "contains", "value": 3}, "`contains` must be a text; got 3"),
+        ({"kind": "words", "value": "the"}, "`words` must be a list of str; got 'the'"),
+        ({"kind": "words", "value": ["the", 1]}, "`words` must be a list of str"),
+        ({"kind": "token-ids", "value": [True]}, "`token_ids` must be a list of int"),
+        ({"kind": "token-ids", "value": None}, "`token_ids` must be a list of int"),
+        ({"kind": "regex", "value": "X", "ignore_case": "no"}, "`ignore_case` must be true or false; got 'no'"),
+        ({"kind": "token-ids", "value": [1], "ignore_case": True}, "`ignore_case` has no meaning with `token_ids`"),
+    ],
+)
+def test_records_that_hold_no_rule(record, message):
+    with pytest.raises(XFactorError, match=message):
+        Rule.from_record(record)
+
+
+def test_share(tokenizer):
+    tokens = TokenSet.token_ids(tokenizer, [5, 9])
+    assert (tokens.share([]), tokens.share([5, 5, 9, 7]), tokens.share([7])) == (0.0, 0.75, 0.0)
+
+
 def test_mask(tokenizer):
     tokens = TokenSet.contains(tokenizer, "X", vocab_size=len(tokenizer) + 7)
     mask = tokens.mask()
@@ -119,10 +162,10 @@ def test_bad_rules_have_one_clear_error(tokenizer, make, message):
 def test_files(tmp_path):
     path = tmp_path / "ids"
     path.write_text("3 4\n5")
-    assert read_token_ids(path) == [3, 4, 5]
+    assert Rule.read("token-ids", path).value == (3, 4, 5)
     path.write_text("3 four")
     with pytest.raises(XFactorError, match="expected whole numbers"):
-        read_token_ids(path)
+        Rule.read("token-ids", path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(XFactorError, match="UTF-8"):
-        read_words(path)
+        Rule.read("words", path)

@@ -56,12 +56,13 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
     """What `adapters show` prints, by label; only what is known."""
     record, config = info.record, info.config
     after, train, rule = info.section("after"), info.section("train"), info.token_rule
-    ranks = sorted({shape[0] for key, shape in info.shapes.items() if key.endswith("lora_A.weight")})
+    ranks = sorted({shape[0] for key, shape in info.shapes.items() if shape and key.endswith("lora_A.weight")})
+    targets = config["target_modules"]
     found = {
         "folder": str(info.folder),
         "base": str(info.identity) if info.identity else config.get("base_model_name_or_path"),
         "tokens": rule and f"{rule.describe()}, {record['tokens']['size']} of {record['tokens']['vocab_size']}",
-        "layers": ", ".join(sorted(config["target_modules"])),
+        "layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
         "rank": ", ".join(map(str, ranks)),
         "alpha": config.get("lora_alpha"),
         "parameters": f"{parameter_count(info):,}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from .adapter import AdapterInfo
 from .catalogue import facts
-from .factors import Factors, read_factors
+from .factors import Factors, read_all
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Comparison:
 
 
 def compare(first: AdapterInfo, second: AdapterInfo) -> Comparison:
-    """Settings and updates; a product <s B A, s' B' A'> = s s' tr((A' A^T)(B^T B')) never makes a whole matrix."""
+    """Settings and updates; a product <s B A, s' B' A'> = s s' tr((A' A^T)(B^T B')) never makes a whole matrix.
+
+    Raises:
+        XFactorError: as `read_all`.
+    """
     one, two = facts(first), facts(second)
     skipped = {"folder", "created", "sha256"}
     settings = {
@@ -35,7 +39,7 @@ def compare(first: AdapterInfo, second: AdapterInfo) -> Comparison:
         for label in dict.fromkeys([*one, *two])
         if label not in skipped and one.get(label) != two.get(label)
     }
-    parts, layers, sums = (read_factors(first), read_factors(second)), {}, [0.0, 0.0, 0.0]
+    parts, layers, sums = read_all([first, second]), {}, [0.0, 0.0, 0.0]
     for name in sorted({*parts[0], *parts[1]}):
         mine, other = (part.get(name) for part in parts)
         products = (_inner(mine, mine), _inner(other, other), _inner(mine, other))

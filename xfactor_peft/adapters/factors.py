@@ -29,17 +29,34 @@ def read_factors(info: AdapterInfo) -> dict[str, Factors]:
     """Layer name -> factors, float32.
 
     Raises:
-        XFactorError: the adapter is a variant of LoRA (DoRA) whose update is not scaling * B A.
+        XFactorError: the adapter is a variant of LoRA (DoRA) whose update is not scaling * B A, or a side is missing.
     """
     if info.config.get("use_dora"):
         raise XFactorError(f"adapter {info.name} is DoRA, whose update is not a product of two factors")
     tensors, found = load_file(info.folder / WEIGHTS), {}
     for name in sorted(layers_of(info)):
-        prefix = f"base_model.model.{name}.lora_"
-        a, b = tensors[f"{prefix}A.weight"].float(), tensors[f"{prefix}B.weight"].float()
-        bias = tensors.get(f"{prefix}B.bias")
-        found[name] = Factors(a, b, None if bias is None else bias.float(), layer_scaling(info.config, name, len(a)))
+        a, b, bias = (
+            tensors.get(f"base_model.model.{name}.lora_{part}") for part in ("A.weight", "B.weight", "B.bias")
+        )
+        if a is None or b is None or not (a.ndim == b.ndim == 2 and len(a) == b.shape[1] > 0):
+            raise XFactorError(f"adapter {info.name} is damaged: {name} has no A and B of one rank")
+        if bias is not None and bias.shape != b.shape[:1]:
+            raise XFactorError(f"adapter {info.name} is damaged: the bias of {name} has shape {tuple(bias.shape)}")
+        scaling = layer_scaling(info.config, name, len(a))
+        found[name] = Factors(a.float(), b.float(), None if bias is None else bias.float(), scaling)
     return found
+
+
+def read_all(infos: list[AdapterInfo]) -> list[dict[str, Factors]]:
+    """The factors of several adapters; raises XFactorError where their updates of a layer differ in size."""
+    parts = [read_factors(info) for info in infos]
+    sizes: dict[str, tuple[int, int]] = {}
+    for info, part in zip(infos, parts, strict=True):
+        for name, layer in part.items():
+            size = (len(layer.b), layer.a.shape[1])
+            if sizes.setdefault(name, size) != size:
+                raise XFactorError(f"{infos[0].name} and {info.name} are for bases of different sizes, see {name}")
+    return parts
 
 
 def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
@@ -53,9 +70,9 @@ def mixed_factors(infos: list[AdapterInfo], weights: list[float]) -> dict[str, F
     """sum_i w_i s_i B_i A_i of every layer as factors with scaling 1, and the sum of the biases (0 without one).
 
     Raises:
-        XFactorError: an adapter is a variant of LoRA.
+        XFactorError: an adapter is a variant of LoRA or damaged, or they are for bases of different sizes.
     """
-    parts, mixed = [read_factors(info) for info in infos], {}
+    parts, mixed = read_all(infos), {}
     for name in sorted({name for part in parts for name in part}):
         held = [(w * part[name].scaling, part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
         biases = [scale * factors.bias for scale, factors in held if factors.bias is not None]

@@ -1,4 +1,4 @@
-"""Does an adapter fit a base? Every tensor is held against the layer that it is for, before anything is loaded."""
+"""Does an adapter fit a base? Every tensor is compared with the layer it is for, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_fits(info: AdapterInfo, base: Base) -> None:
 
     Raises:
         XFactorError: it was made for another base or tokenizer (both are named), a shape differs, a tensor is missing
-            or too much, or a file is not the one that was saved.
+            or unexpected, or a file is not the one that was saved.
     """
     _check_base(info, base)
     where = f"adapter {info.name}"
@@ -65,7 +65,7 @@ def _check_base(info: AdapterInfo, base: Base) -> None:
         if differences := info.identity.differences(base.identity):
             raise XFactorError(
                 f"adapter {info.name} was made for {info.identity}, but the model here is {base.identity}; "
-                f"different: {', '.join(differences)}. Load the base it was made for (`model`)"
+                f"different: {', '.join(differences)}; give the base that it was made for as `model`"
             )
         return
     named = info.config.get("base_model_name_or_path")

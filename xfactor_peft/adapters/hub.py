@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
 from huggingface_hub import errors as hub
 
+from ..base.resolve import in_words
 from ..errors import XFactorError
 from .adapter import read_adapter
 from .files import CARD, CONFIG, RECORD, WEIGHTS
@@ -45,7 +46,9 @@ def push(folder: Path, repo: str, *, private: bool | None = None) -> str:
         operations = [CommitOperationAdd(name, value) for name, value in (contents | _with_curve(folder)).items()]
         api.create_commit(repo, operations, commit_message=f"Adapter {folder.name}")
     except (hub.HfHubHTTPError, OSError) as error:
-        raise XFactorError(f"{repo} cannot be pushed: {_short(error)}; check the name and `hf auth whoami`") from error
+        raise XFactorError(
+            f"{repo} cannot be pushed: {in_words(error)}; check the name and `hf auth whoami`"
+        ) from error
     return f"{api.endpoint}/{repo}"
 
 
@@ -76,7 +79,7 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
             raise XFactorError(f"{repo}: no such repository on the Hub, or it is private (`hf auth login`)") from error
         if not isinstance(error, OSError | ValueError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
             raise
-        raise XFactorError(f"{repo} cannot be pulled: {_short(error)}; check the connection and try again") from error
+        raise XFactorError(f"{repo} cannot be pulled: {in_words(error)}; check the connection and try again") from error
     publish(staging, folder)
     return folder
 
@@ -102,10 +105,3 @@ def _with_curve(folder: Path) -> dict[str, bytes]:
     figure.savefig(picture, dpi=120, format="png")
     shown = f"\n![KL loss (blue) and mass on the set (orange) while training]({CURVE})\n"
     return {CURVE: picture.getvalue(), CARD: card.read_bytes() + shown.encode()}
-
-
-def _short(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return (str(error) or type(error).__name__).strip().split("\n")[0][:160]

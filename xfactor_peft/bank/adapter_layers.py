@@ -21,7 +21,7 @@ _REFUSALS = (RuntimeError, ValueError, KeyError, TypeError)
 class AdapterLayers:
     """The LoRA layers of one model, with what PEFT lacks for swapping.
 
-    `add` is PEFT's loading, taken back where it fails half-way. `remove` also restores layers that no adapter is on any
+    `add` is PEFT's loading, undone when it fails half-way. `remove` also restores layers that no adapter is on any
     more. `activate` sets what PEFT's `set_adapter`, `enable_adapter_layers` and `set_scale` would set, on a list of
     layers that is kept, because PEFT walks through every module and parameter of all resident adapters.
     """

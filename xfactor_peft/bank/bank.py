@@ -37,7 +37,7 @@ class AdapterBank:
 
     Swapping changes which adapters count and nothing else: the logits after any sequence of swaps are bit-equal to
     those of a fresh load. Every adapter is checked against the base before any weight is touched, and a load that fails
-    half-way is taken back, so a failed `load` changes nothing. A KV cache made under other adapters is refused.
+    half-way is undone, so a failed `load` changes nothing. A KV cache made under other adapters is refused.
 
     Attributes:
         active: what counts now.

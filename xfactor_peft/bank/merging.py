@@ -19,9 +19,9 @@ from .norm_fold import fold_logit_bias
 
 @torch.no_grad()
 def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedModel:
-    """W + sum_i w_i s_i B_i A_i, in place; the bank's base is used up, and the plain model is returned.
+    """W + sum_i w_i s_i B_i A_i, in place; the bank's base is consumed, and the plain model is returned.
 
-    Tied embeddings stay tied unless an adapter has a set head: the output embedding then becomes a tensor of its own
+    Tied embeddings stay tied unless an adapter has a set head: the output embedding then becomes a separate tensor
     (`tie_word_embeddings=False`), and the head's constant offset goes into its bias or, without one, into the final
     LayerNorm (see `norm_fold`). So an adapter of a quantised run merges into the base loaded without quantisation.
 
@@ -53,7 +53,7 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
 
 
 def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]) -> torch.Tensor | None:
-    """Merge the set heads into an output embedding of its own; returns the offset (V,) that found no place in it."""
+    """Merge the set heads into a separate output embedding; returns the offset (V,) for which it has no bias."""
     base, offset = cast(nn.Linear, layer.base_layer), None
     weight, dtype = base.weight.float().clone(), base.weight.dtype
     for peft_name in peft_names:

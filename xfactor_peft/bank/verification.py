@@ -50,10 +50,10 @@ def verify_files(reference: str, root: Path = Path("adapters")) -> tuple[Adapter
 
 
 def verify(reference: str, base: Base, root: Path = Path("adapters")) -> list[Check]:
-    """Every check; `base` is used up, because the last one merges the adapter into it.
+    """Every check; `base` is consumed, because the last one merges the adapter into it.
 
-    Besides the files: it was made for this base; its rule gives the set that was trained on; at scale 0 the logits are
-    the base's, bit for bit; the recorded R comes out again within its interval, with the recorded settings and seed;
+    Beyond the files: it was made for this base; its rule gives the set that was trained on; at scale 0 the logits are
+    the base's, bit for bit; the recorded R is reproduced within its interval, with the recorded settings and seed;
     merged weights give the adapter's logits.
 
     Raises:

@@ -109,12 +109,12 @@ def _download(name: str, revision: str | None) -> Path:
         if not isinstance(error, OSError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
             raise
         raise XFactorError(
-            f"`model={name}` cannot be downloaded ({_in_words(error)}); {_advice(error)}, "
+            f"`model={name}` cannot be downloaded ({in_words(error)}); {_advice(error)}, "
             "or use `model=demo` or a local folder"
         ) from error
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it."""
     while cause := error.__cause__ or error.__context__:
         error = cause

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from .common import load, model_options
-
-_ROOT = click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+from .common import adapters_dir_option, load, model_options, own_base
+from .flags import as_flags
 
 
 @click.group("adapters")
@@ -18,7 +17,7 @@ def command() -> None:
 
 
 @command.command("list")
-@_ROOT
+@adapters_dir_option
 def list_command(adapters_dir: Path) -> None:
     """Every adapter with its base, token set, R and size."""
     from rich.table import Table
@@ -34,13 +33,13 @@ def list_command(adapters_dir: Path) -> None:
     for entry in entries:
         rate = "" if entry.rate is None else f"{entry.rate:.4f}"
         row = [entry.name, entry.base, entry.tokens, rate, f"{entry.parameters:,}"]
-        table.add_row(*(row if entry.problem is None else [entry.name, f"damaged: {entry.problem}"]))
+        table.add_row(*(row if entry.problem is None else [entry.name, f"damaged: {as_flags(entry.problem)}"]))
     console.print(table)
 
 
 @command.command("show")
 @click.argument("name")
-@_ROOT
+@adapters_dir_option
 def show_command(name: str, adapters_dir: Path) -> None:
     """What an adapter is and how it came to be."""
     from ..adapters.adapter import find_adapter, read_adapter
@@ -53,7 +52,7 @@ def show_command(name: str, adapters_dir: Path) -> None:
 
 @command.command("verify")
 @click.argument("name")
-@_ROOT
+@adapters_dir_option
 @click.option("--files-only", is_flag=True, help="Re-hash only; load no model.")
 @model_options
 @click.pass_context
@@ -73,7 +72,7 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
         style = {OK: "green", FAILED: "bold red"}.get(check.outcome, "yellow")
         console.print(f"{check.name + ':':12}", end="", markup=False)
         console.print(f"{check.outcome:12}", end="", style=style)
-        console.print(check.detail, markup=False, soft_wrap=True)
+        console.print(as_flags(check.detail), markup=False, soft_wrap=True)
     if any(check.outcome == FAILED for check in checks):
         ctx.exit(1)
 
@@ -81,7 +80,7 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
 @command.command("rename")
 @click.argument("name")
 @click.argument("new")
-@_ROOT
+@adapters_dir_option
 def rename_command(name: str, new: str, adapters_dir: Path) -> None:
     """Give an adapter another name."""
     from ..adapters.catalogue import rename_adapter
@@ -91,7 +90,7 @@ def rename_command(name: str, new: str, adapters_dir: Path) -> None:
 
 @command.command("remove")
 @click.argument("name")
-@_ROOT
+@adapters_dir_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
     """Delete an adapter."""
@@ -105,7 +104,7 @@ def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
 @command.command("merge")
 @click.argument("new")
 @click.argument("parts", nargs=-1, required=True, metavar="NAME[:WEIGHT]...")
-@_ROOT
+@adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing adapter.")
 def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: bool) -> None:
     """Write the weighted sum of adapters as one adapter, NEW; needs no model."""
@@ -122,7 +121,7 @@ def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: b
 @command.command("diff")
 @click.argument("first")
 @click.argument("second")
-@_ROOT
+@adapters_dir_option
 def diff_command(first: str, second: str, adapters_dir: Path) -> None:
     """Where two adapters differ: settings, and how alike their updates of each layer are."""
     from rich.table import Table
@@ -146,7 +145,7 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
 @command.command("push")
 @click.argument("name")
 @click.argument("repo", metavar="OWNER/NAME")
-@_ROOT
+@adapters_dir_option
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> None:
     """Upload an adapter to the Hub."""
@@ -158,7 +157,7 @@ def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> Non
 
 @command.command("pull")
 @click.argument("repo", metavar="OWNER/NAME")
-@_ROOT
+@adapters_dir_option
 @click.option("--as", "name", metavar="NAME", help="Its name here.  [default: the repository's]")
 @click.option("--revision", help="Branch, tag or commit.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter.")
@@ -167,17 +166,3 @@ def pull_command(repo: str, adapters_dir: Path, name: str | None, revision: str 
     from ..adapters.hub import pull
 
     click.echo(f"pulled {pull(repo, adapters_dir, name, revision=revision, force=force)}")
-
-
-def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:
-    """The model options, with the first adapter's own base in place of `auto`."""
-    from ..adapters.adapter import find_adapter, list_adapters, read_adapter
-    from ..adapters.mix import parse_mix
-
-    names = parse_mix(reference, list_adapters(adapters_dir)).names
-    if flags["model"] != "auto" or not names:
-        return flags
-    info = read_adapter(find_adapter(names[0], adapters_dir))
-    if info.identity is None:
-        return flags
-    return {**flags, "model": info.identity.name, "revision": flags["revision"] or info.identity.revision}

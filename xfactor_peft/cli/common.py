@@ -72,6 +72,12 @@ def sampling_options(function: Command) -> Command:
     )
 
 
+def adapters_dir_option(function: Command) -> Command:
+    """--adapters-dir."""
+    path = click.Path(path_type=Path)
+    return click.option("--adapters-dir", type=path, default="adapters", show_default=True)(function)
+
+
 def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> LoadOptions:
     """How the model options say to load, and libraries that this takes no part of kept out of memory.
 
@@ -112,6 +118,20 @@ def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
     base = load_base(choice, options)
     click.echo(as_flags(base.describe()))
     return base
+
+
+def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:
+    """The model options, with the first adapter's own base in place of `auto`."""
+    from ..adapters.adapter import find_adapter, list_adapters, read_adapter
+    from ..adapters.mix import parse_mix
+
+    names = parse_mix(reference, list_adapters(adapters_dir)).names
+    if flags["model"] != "auto" or not names:
+        return flags
+    info = read_adapter(find_adapter(names[0], adapters_dir))
+    if info.identity is None:
+        return flags
+    return {**flags, "model": info.identity.name, "revision": flags["revision"] or info.identity.revision}
 
 
 def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:

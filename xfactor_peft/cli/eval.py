@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from .mixes import adapter_options, column_sets, load_mixes
 @model_options
 @token_options
 @sampling_options
-def command(**flags: Any) -> None:  # fmt: skip
+def command(**flags: Any) -> None:
     """Score the base and adapters on their own samples."""
     from dataclasses import replace
 
+    from ..adapters.files import write_json
     from ..adapters.mix import Mix
     from ..bank.bank import AdapterBank
     from ..base.split_model import split
@@ -80,4 +80,4 @@ def command(**flags: Any) -> None:  # fmt: skip
     if flags["json_file"]:
         records = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": records}
-        flags["json_file"].write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(flags["json_file"], record)

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from .adapters import own_base
-from .common import load, model_options
+from .common import adapters_dir_option, load, model_options, own_base
 
 FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
 
@@ -17,7 +16,7 @@ FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
 @click.argument("adapter", metavar="NAME[:WEIGHT][+NAME:WEIGHT...]")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="merged", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Where to write.  [default: exports/NAME-FORMAT]")
-@click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+@adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @model_options
 def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, **flags: Any) -> None:

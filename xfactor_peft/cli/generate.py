@@ -19,7 +19,7 @@ from .mixes import adapter_options, column_sets, load_mixes
 @model_options
 @token_options
 @sampling_options
-def command(**flags: Any) -> None:  # fmt: skip
+def command(**flags: Any) -> None:
     """Continue PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
 
     The set is each adapter's own, unless a token option gives one; a mix has one R for each of its adapters' sets.
@@ -39,7 +39,7 @@ def command(**flags: Any) -> None:  # fmt: skip
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
             ids = bank.generate(prompt, options)
-            rates = ", ".join(f"R {_rate(ids, tokens):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
+            rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
             body = highlighted(base.tokenizer, ids, own)
             console.print(Panel(body, title=_title(mix), subtitle=rates, title_align="left", subtitle_align="left"))
 
@@ -64,11 +64,3 @@ def _title(mix: Any) -> str:
     if len(mix.parts) != 1:
         return str(mix)
     return f"{mix.names[0]} x {mix.parts[0][1]:.3g}"
-
-
-def _rate(ids: list[int], tokens: Any) -> float:
-    import torch
-
-    from ..sampling.metrics import rate_per_sequence
-
-    return float(rate_per_sequence(torch.tensor([ids]), tokens.mask())[0]) if ids else 0.0

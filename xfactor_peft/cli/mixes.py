@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, apply_options, default_set
+from .common import Command, adapters_dir_option, apply_options, default_set
 
 if TYPE_CHECKING:
     from ..adapters.mix import Mix
@@ -24,7 +23,7 @@ def adapter_options(function: Command) -> Command:
                 help="Name in the adapters folder, a path, or none; several are shown side by side. With weights "
                 "(--adapter x:0.7 --adapter z:0.3, or x:0.7+z:0.3) they are added up.",
             ),
-            click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True),
+            adapters_dir_option,
         ],
         function,
     )  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..adapters.adapter import list_adapters
 from ..adapters.mix import Mix, parse_mix
-from .common import load, model_options, sampling, sampling_options
+from ..errors import XFactorError
+from .common import adapters_dir_option, load, model_options, sampling, sampling_options
+from .flags import as_flags
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,13 +31,12 @@ Anything else is a prompt."""
 
 @click.command("play")
 @click.option("--adapter", metavar="NAME", help="Start with this adapter.")
-@click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+@adapters_dir_option
 @model_options
 @sampling_options
 def command(**flags: Any) -> None:
     """Generate interactively and swap adapters in place; the base is loaded once."""
     from ..bank.bank import AdapterBank
-    from ..errors import XFactorError
     from .console import console
 
     options = sampling(flags)
@@ -52,7 +52,7 @@ def command(**flags: Any) -> None:
         try:
             console.print(session.answer(line), markup=False)
         except XFactorError as error:
-            console.print(f"Error: {error}", style="red", markup=False)
+            console.print(f"Error: {as_flags(str(error))}", style="red", markup=False)
 
 
 @dataclass
@@ -100,8 +100,6 @@ class Session:
         return f"now: {self.name}"
 
     def _seed(self, text: str) -> str:
-        from dataclasses import replace
-
         self.options = replace(self.options, seed=int(_number(text, "/seed")))
         return f"seed {self.options.seed}"
 
@@ -115,23 +113,17 @@ class Session:
         return "bye"
 
     def _generate(self, prompt: str) -> Text:
-        import torch
-
-        from ..sampling.metrics import rate_per_sequence
         from .console import highlighted
 
         sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
         ids = self.bank.generate(prompt, self.options)
         text = highlighted(self.bank.base.tokenizer, ids, sets)
         for tokens in sets if ids else ():
-            rate = float(rate_per_sequence(torch.tensor([ids]), tokens.mask())[0])
-            text.append(f"\nR {rate:.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")
+            text.append(f"\nR {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")
         return text
 
 
 def _number(text: str, command: str) -> float:
-    from ..errors import XFactorError
-
     try:
         return float(text)
     except ValueError as error:

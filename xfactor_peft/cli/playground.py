@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from .common import load, model_options
+from .common import adapters_dir_option, load, model_options
 
 
 @click.command("playground")
-@click.option("--adapters-dir", type=click.Path(path_type=Path), default="adapters", show_default=True)
+@adapters_dir_option
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Other addresses let others in: there is no login."
 )

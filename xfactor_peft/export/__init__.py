@@ -37,7 +37,7 @@ def default_output(name: str, kind: str) -> Path:
 def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool = False) -> str:
     """Write `mix` (its adapters are loaded) to `output`; returns one line about what was written.
 
-    Merged formats use the bank's base up.
+    Merged formats consume the bank's base.
 
     Raises:
         XFactorError: `output` exists and `force` is off, an optional package is missing, or the adapter or the

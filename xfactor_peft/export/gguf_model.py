@@ -36,22 +36,15 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     _add_parameters(writer, model)
     _add_vocabulary(writer, model, bank.base.tokenizer)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    head = model.get_output_embeddings().weight
-    tied = head is model.get_input_embeddings().weight
     count = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.named_parameters():  # a tied embedding comes once, as the input one
         module, _, kind = name.rpartition(".")
-        if (tied and tensor.data_ptr() == head.data_ptr() and module not in _input_names(model)) or module not in names:
-            continue
-        value = arranged(model, name, tensor.float().T if name in transposed else tensor.float())
-        writer.add_tensor(f"{names[module]}.{kind}", value.contiguous().cpu().numpy())
-        count += 1
+        if module in names:
+            value = arranged(model, name, tensor.detach().float().T if name in transposed else tensor.detach().float())
+            writer.add_tensor(f"{names[module]}.{kind}", value.contiguous().cpu().numpy())
+            count += 1
     finish(writer)
     return f"{output}: {count} tensors in float32 for llama.cpp, merged {mix}"
-
-
-def _input_names(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
 
 
 def _add_parameters(writer: Any, model: PreTrainedModel) -> None:

@@ -122,7 +122,7 @@ def _sample(
     random: _RandomState,
     **kwargs: Any,
 ) -> Any:
-    """`generate` under `random`, in eval mode; the global random state and the model's mode are put back afterwards."""
+    """`generate` under `random`, in eval mode; the global random state and the model's mode are restored afterwards."""
     was_training = model.training
     model.eval()
     generate = cast(Callable[..., Any], model.generate)  # from GenerationMixin, which every causal model has

@@ -56,14 +56,22 @@ class Rule:
 
     @classmethod
     def read(cls, kind: str, text: str | Path, *, ignore_case: bool = False) -> Rule:
-        """The rule as a user writes it: for words and token ids, `text` names a file.
+        """The rule as a user writes it: for words (one a line) and token ids, `text` names a file.
 
         Raises:
             XFactorError: the file cannot be read, or as for the rule itself.
         """
-        if kind == "words":
-            return cls(kind, read_words(Path(text)), ignore_case)
-        return cls(kind, read_token_ids(Path(text)) if kind == "token-ids" else str(text), ignore_case)
+        if kind not in ("words", "token-ids"):
+            return cls(kind, str(text), ignore_case)
+        where = f"`{kind.replace('-', '_')}` {text}"
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+            value = content.splitlines() if kind == "words" else [int(part) for part in content.split()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise XFactorError(f"{where}: cannot be read as UTF-8 text: {error}") from error
+        except ValueError as error:
+            raise XFactorError(f"{where}: expected whole numbers, {error}") from error
+        return cls(kind, value, ignore_case)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Rule:
@@ -112,24 +120,6 @@ def _compiled(pattern: str, ignore_case: bool) -> Callable[[str], bool]:
         raise XFactorError(f"`regex` {pattern!r} is not a regular expression: {error}") from error
     if slow_regex(pattern):
         raise XFactorError(
-            f"`regex` {pattern!r} repeats a repeat or an alternative, which can take for ever; write it without"
+            f"`regex` {pattern!r} repeats a repeat or an alternative, which can take forever; write it without"
         )
     return lambda text: bool(compiled.search(text))
-
-
-def read_words(path: Path) -> list[str]:
-    """Read one word a line, UTF-8; raises XFactorError when the file cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`words` {path}: cannot be read as UTF-8 text: {error}") from error
-
-
-def read_token_ids(path: Path) -> list[int]:
-    """Read whitespace-separated ids; raises XFactorError on anything that is not a whole number."""
-    try:
-        return [int(word) for word in path.read_text(encoding="utf-8").split()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`token_ids` {path}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise XFactorError(f"`token_ids` {path}: expected whole numbers, {error}") from error

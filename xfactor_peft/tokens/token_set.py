@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import XFactorError
 from .rule import Rule
@@ -54,49 +54,32 @@ class TokenSet:
 
     @classmethod
     def contains(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        text: str = "X",
-        *,
-        ignore_case: bool = False,
-        vocab_size: int | None = None,
+        cls, tokenizer: Tokenizer, text: str = "X", *, ignore_case: bool = False, vocab_size: int | None = None
     ) -> TokenSet:
         """Every token whose text contains `text`: {i : text in token_i}."""
         return cls.from_rule(tokenizer, Rule("contains", text, ignore_case), vocab_size=vocab_size)
 
     @classmethod
     def regex(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        pattern: str,
-        *,
-        ignore_case: bool = False,
-        vocab_size: int | None = None,
+        cls, tokenizer: Tokenizer, pattern: str, *, ignore_case: bool = False, vocab_size: int | None = None
     ) -> TokenSet:
         """Every token in which the regular expression is found (`re.search`; anchor with ^ and $)."""
         return cls.from_rule(tokenizer, Rule("regex", pattern, ignore_case), vocab_size=vocab_size)
 
     @classmethod
     def words(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        words: Iterable[str],
-        *,
-        ignore_case: bool = False,
-        vocab_size: int | None = None,
+        cls, tokenizer: Tokenizer, words: Iterable[str], *, ignore_case: bool = False, vocab_size: int | None = None
     ) -> TokenSet:
         """Every token that is one of the words, with or without the space before it; see `without_token`."""
         return cls.from_rule(tokenizer, Rule("words", tuple(words), ignore_case), vocab_size=vocab_size)
 
     @classmethod
-    def token_ids(
-        cls, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, vocab_size: int | None = None
-    ) -> TokenSet:
+    def token_ids(cls, tokenizer: Tokenizer, ids: Iterable[int], *, vocab_size: int | None = None) -> TokenSet:
         """Exactly these ids. Special tokens are refused, since they are never in a set."""
         return cls.from_rule(tokenizer, Rule("token-ids", tuple(ids)), vocab_size=vocab_size)
 
     @classmethod
-    def from_rule(cls, tokenizer: PreTrainedTokenizerBase, rule: Rule, *, vocab_size: int | None = None) -> TokenSet:
+    def from_rule(cls, tokenizer: Tokenizer, rule: Rule, *, vocab_size: int | None = None) -> TokenSet:
         """The tokens of this vocabulary that a rule means.
 
         Raises:
@@ -126,6 +109,10 @@ class TokenSet:
         mask = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
         mask[torch.tensor(self.ids, device=device)] = True
         return mask
+
+    def share(self, ids: Sequence[int]) -> float:
+        """R of one text: the share of `ids` that are members; 0 without any."""
+        return sum(map(set(self.ids).__contains__, ids)) / max(1, len(ids))
 
     @property
     def hash(self) -> str:
