@@ -39,7 +39,7 @@ def tiny_folders(tmp_path_factory):
     return {kind: tiny_model_folder(kind, root / kind) for kind in KINDS}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_tiny(tiny_folders):
     """A function that loads a fresh tiny model: load_tiny("gpt2", dtype="fp32", ...)."""
 

@@ -21,9 +21,15 @@ def commands(*starts: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith(starts)]
 
 
-def run(folder: Path, words: list[str]) -> str:
-    """Run one command line of this project in `folder`, without a network."""
-    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder), "COLUMNS": "120"}
+def started(folder: Path, words: list[str]) -> str:
+    """What one command line of this project prints, started in `folder` without a network."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(folder),
+        "COLUMNS": "120",
+    }
     done = subprocess.run(
         [sys.executable, ROOT / "cli.py", *words],
         cwd=folder,
@@ -42,7 +48,7 @@ def main_job(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("main")
     (words,) = commands("python cli.py train")
     assert words == ["python", "cli.py", "train", "--lora-r", "8"]
-    return folder, run(folder, words[2:])
+    return folder, started(folder, words[2:])
 
 
 def test_the_main_job_reaches_nine_tenths(main_job):
@@ -54,10 +60,11 @@ def test_the_main_job_reaches_nine_tenths(main_job):
     assert record["loss"]["last"] < 0.2 * record["loss"]["first"]
 
 
-def test_text_before_and_after(main_job):
+def test_text_before_and_after(main_job, run, monkeypatch):
     folder, _ = main_job
     (words,) = commands("python cli.py generate")
-    output = run(folder, words[2:])
+    monkeypatch.chdir(folder)
+    output = run(*words[2:]).output
     assert output.count("base") >= 2
     assert output.count("X-lora-r8 x 1") == 2
 

@@ -23,15 +23,31 @@ from xfactor_peft.training.sequence.state import SequenceState
 
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=16)
 BLOCKS = {"lora": LoraOptions(r=2, target="attention", dropout=0.2)}
-PLANNED = {"lora": LoraOptions(r=2, target="all,head")}
+PLANNED = {"lora": LoraOptions(r=2, target="all,head"), "sequence": True}
+CASES = {"head": {}, "attention": BLOCKS, "planned": PLANNED, "planned without a head": {"sequence": True, **BLOCKS}}
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def short():
     """Calibration from few short texts: the same code, in seconds."""
-    monkeypatch.setattr(own_samples, "TEXTS", 16)
-    monkeypatch.setattr(own_samples, "LENGTH", 16)
-    monkeypatch.setattr(sequence_phase, "CHECK_TEXTS", 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_samples, "TEXTS", 16)
+        patch.setattr(own_samples, "LENGTH", 16)
+        patch.setattr(sequence_phase, "CHECK_TEXTS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(short, load_tiny, tmp_path_factory):
+    """A function: the folder of one of `CASES` that was never stopped, made once; to be asked for before patching."""
+    root = tmp_path_factory.mktemp("whole")
+
+    def folder(case):
+        if not (root / case).exists():
+            run(load_tiny(), root / case, **CASES[case])
+        return root / case
+
+    return folder
 
 
 def run(base, output, sequence=False, crash_at=None, **more):
@@ -61,16 +77,16 @@ def assert_same(folder, whole):
 
 
 @pytest.mark.parametrize(
-    ("more", "crashes", "phase"),
+    ("case", "crashes", "phase"),
     [
-        (BLOCKS, (2, 6, 10), ["solved", "distil", "distil"]),  # lambda moves at steps 4, 6 and 9
-        ({"sequence": True, **PLANNED}, (1, 3, 5), ["solved", "sequence", "sequence"]),
-        ({"sequence": True, **BLOCKS}, (7, 12, 14), ["distil", "distil", "sequence"]),
+        ("attention", (2, 6, 10), ["solved", "distil", "distil"]),  # lambda moves at steps 4, 6 and 9
+        ("planned", (1, 3, 5), ["solved", "sequence", "sequence"]),
+        ("planned without a head", (7, 12, 14), ["distil", "distil", "sequence"]),
     ],
     ids=["attention", "planned", "planned without a head"],
 )
-def test_a_resumed_run_is_bit_identical(load_tiny, tmp_path, more, crashes, phase):
-    run(load_tiny(), tmp_path / "whole", **more)
+def test_a_resumed_run_is_bit_identical(load_tiny, whole, tmp_path, case, crashes, phase):
+    more, expected = CASES[case], whole(case)
     found = []
     for count, step in enumerate(crashes):
         with pytest.raises(Crash):
@@ -79,21 +95,21 @@ def test_a_resumed_run_is_bit_identical(load_tiny, tmp_path, more, crashes, phas
         torch.manual_seed(99)  # the other process's random numbers are anywhere
     assert found == phase
     run(load_tiny(), tmp_path / "a", resume=True, **more)
-    assert_same(tmp_path / "a", tmp_path / "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "whole"}
+    assert_same(tmp_path / "a", expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_solved_strength_is_not_solved_again(load_tiny, tmp_path, monkeypatch):
-    run(load_tiny(), tmp_path / "whole")
+def test_a_solved_strength_is_not_solved_again(load_tiny, whole, tmp_path, monkeypatch):
+    expected = whole("head")
     with pytest.raises(Crash):
         run(load_tiny(), tmp_path / "a", crash_at=0)
     monkeypatch.setattr(phases.Solve, "_solved", lambda *_: pytest.fail("solved again"))
     run(load_tiny(), tmp_path / "a", resume=True)
-    assert_same(tmp_path / "a", tmp_path / "whole")
+    assert_same(tmp_path / "a", expected)
 
 
-def test_killed_before_it_is_solved_it_starts_again(load_tiny, tmp_path, monkeypatch):
-    run(load_tiny(), tmp_path / "whole")
+def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, monkeypatch):
+    expected = whole("head")
 
     def crash(*_, **__):
         raise Crash
@@ -103,14 +119,14 @@ def test_killed_before_it_is_solved_it_starts_again(load_tiny, tmp_path, monkeyp
         with pytest.raises(Crash):
             run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)
-    assert_same(tmp_path / "a", tmp_path / "whole")
+    assert_same(tmp_path / "a", expected)
 
 
-def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
+def test_without_its_state_planning_differs(load_tiny, whole, tmp_path, monkeypatch):
     """The control: every part of the state is needed."""
-    run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
+    expected = whole("planned")
     with pytest.raises(Crash):
-        run(load_tiny(), tmp_path / "crashed", sequence=True, crash_at=5, **PLANNED)
+        run(load_tiny(), tmp_path / "crashed", crash_at=5, **PLANNED)
     restore = SequenceState.restore
     for forgotten in ("integral", "optimizer", "value_optimizer", "random"):
 
@@ -126,12 +142,12 @@ def test_without_its_state_planning_differs(load_tiny, tmp_path, monkeypatch):
 
         monkeypatch.setattr(SequenceState, "restore", forgetful)
         shutil.copytree(tmp_path / ".crashed.partial", tmp_path / f".{forgotten}.partial")
-        run(load_tiny(), tmp_path / forgotten, resume=True, sequence=True, **PLANNED)
-        assert report(tmp_path / forgotten)["sequence"] != report(tmp_path / "whole")["sequence"]
+        run(load_tiny(), tmp_path / forgotten, resume=True, **PLANNED)
+        assert report(tmp_path / forgotten)["sequence"] != report(expected)["sequence"]
 
 
-def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
-    run(load_tiny(), tmp_path / "whole", sequence=True, **PLANNED)
+def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, whole, tmp_path, monkeypatch):
+    expected = whole("planned")
     after = Checkpointer.after_step
 
     def press(self, state, **more):
@@ -141,6 +157,6 @@ def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpointer, "after_step", press)
     with pytest.raises(Interrupted, match="stopped and saved after step 3; resume with `resume=True`"):
-        run(load_tiny(), tmp_path / "a", sequence=True, **PLANNED)
-    run(load_tiny(), tmp_path / "a", sequence=True, resume=True, **PLANNED)
-    assert_same(tmp_path / "a", tmp_path / "whole")
+        run(load_tiny(), tmp_path / "a", **PLANNED)
+    run(load_tiny(), tmp_path / "a", resume=True, **PLANNED)
+    assert_same(tmp_path / "a", expected)
