@@ -1,6 +1,96 @@
-"""Paste the benchmark's tables and figures into README.md; see `bench/readme.py` and --help."""
+"""Paste tables and figures of the benchmarks into README.md, between markers.
 
-from bench.readme import main
+    python benchmarks/readme.py                     from benchmarks/results/quick
+    python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
+
+The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. The tables of `memory.py` and
+`rate.py`, and the source's of the preset paper, go between markers named lowmem, rate and source, where the README has
+them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from bench.memory.table import stored as memory_table
+from bench.rate.table import stored as rate_table
+from bench.store import REPOSITORY, RESULTS
+from bench.training.pages import all_tables, source_page
+from bench.training.plots import save_png
+from bench.training.report import PLOTS, REPORT
+from bench.training.results import Results, load
+
+from xfactor_peft.errors import XFactorError
+
+MARKER = "benchmark"
+FIGURES = ("rate-kl", "memory")
+OTHERS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "lowmem": ("lowmem", memory_table),
+    "rate": ("rate", rate_table),
+    "source": ("paper", lambda folder: source_page(load(folder)) or ""),
+}
+"""What else is pasted: the markers' name, the folder of results, and what makes Markdown of it."""
+
+
+def section(results: Results, readme: Path) -> str:
+    """What belongs between the main markers; links are relative to the README."""
+    where = Path(os.path.relpath(results.folder, readme.resolve().parent)).as_posix()
+    names = [name for name in FIGURES if (results.folder / PLOTS / f"{name}.png").is_file()]
+    figures = " ".join(f'<img src="{where}/{PLOTS}/{name}.png" alt="{name}" width="49%">' for name in names)
+    tables = [table.section() for table in all_tables(results).values()]
+    origin = f"Made by `bash benchmarks/run.sh --preset {results.manifest['preset']}` and pasted by "
+    origin += "`python benchmarks/readme.py`; all of it, with samples, is in "
+    origin += f"[{REPORT}]({where}/{REPORT}). {results.origin()}."
+    return "\n\n".join(part for part in (figures, *tables, origin) if part)
+
+
+def pasted(text: str, new: str, name: str = MARKER) -> str:
+    """`text` with `new` between the markers of that name.
+
+    Raises:
+        XFactorError: there is not exactly one pair of markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise XFactorError(f"the README needs one line {begin} and below it one line {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def with_other_tables(text: str) -> str:
+    """`text` with the tables of the other benchmarks, as far as it has their markers and they have results."""
+    for name, (folder, table) in OTHERS.items():
+        if f"<!-- {name}:begin -->" in text and (RESULTS / folder).is_dir():
+            text = pasted(text, table(RESULTS / folder).strip(), name)
+    return text
+
+
+@click.command()
+@click.argument("results", type=click.Path(path_type=Path, file_okay=False), default=RESULTS / "quick")
+@click.option(
+    "--readme", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=REPOSITORY / "README.md"
+)
+@click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
+def main(results: Path, readme: Path, check: bool) -> None:
+    """Paste the tables and figures of RESULTS into the README."""
+    try:
+        loaded = load(results.resolve())
+        if not check:
+            save_png(loaded, loaded.folder / PLOTS)
+        old = readme.read_text(encoding="utf-8")
+        new = with_other_tables(pasted(old, section(loaded, readme)))
+    except XFactorError as error:
+        raise click.ClickException(str(error)) from error
+    if check and new != old:
+        more = f"run: python benchmarks/readme.py {results}"
+        raise click.ClickException(f"{readme.name} differs from the results; {more}")
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    click.echo(f"{readme.name} is up to date")
+
 
 if __name__ == "__main__":
     main()

@@ -19,4 +19,4 @@ if ! "$python" -c "import xfactor_peft, matplotlib" 2>/dev/null; then
   exit 1
 fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m bench "$@"
+exec "$python" -m bench.training "$@"

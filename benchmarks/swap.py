@@ -8,19 +8,17 @@ and MLP. The figures count only if A -> B -> A gives the logits of A bit for bit
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import statistics
-import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
+import click
 import torch
-from bench.provenance import provenance
-from bench.store import write
+from bench.store import RESULTS, Record, provenance, resident_mib, write
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -37,87 +35,80 @@ def save_base(folder: Path, layers: int, width: int, vocabulary: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
 
-def save_adapter(base_folder: Path, folder: Path, rank: int) -> int:
+def load(root: Path):
+    return xf.load(str(root / "base"), xf.LoadOptions("bf16"), offline=True)
+
+
+def save_adapter(root: Path, name: str, rank: int) -> int:
     """An adapter with random A and B; returns the bytes of its weights."""
-    base = xf.load(str(base_folder), xf.LoadOptions("bf16"), offline=True)
-    model = add_lora(base.model, xf.LoraOptions(r=rank))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.02)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" in n)
+    model = add_lora(load(root).model, xf.LoraOptions(r=rank))
+    weights = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for weight in weights:
+        weight.data.normal_(std=0.02)
+    model.save_pretrained(root / name, save_embedding_layers=False)
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def milliseconds(call: Callable[[str], object], names: list[str]) -> list[float]:
+    """Of the call with each of the names."""
+    found = []
+    for name in names:
+        started = time.perf_counter()
+        call(name)
+        found.append(1000 * (time.perf_counter() - started))
+    return found
 
 
 @torch.no_grad()
-def measure(options: argparse.Namespace, root: Path) -> dict:
-    save_base(root / "base", options.layers, options.width, options.vocabulary)
-    names = [f"a{i}" for i in range(options.adapters)]
-    size = save_adapter(root / "base", root / "a0", options.rank)
-    for name in names[1:]:
-        (root / name).symlink_to(root / ("b" if name == "a1" else "a0"))
-    save_adapter(root / "base", root / "b", options.rank)
-    bank = xf.AdapterBank(xf.load(str(root / "base"), xf.LoadOptions("bf16"), offline=True), root)
-    ids = torch.arange(16).remainder(28)[None]
+def measure(root: Path, adapters: int, switches: int, size: int) -> Record:
+    names = [f"a{index}" for index in range(adapters)]
+    for name in names:
+        (root / name).symlink_to(root / ("second" if name == "a1" else "first"))
+    bank = xf.AdapterBank(load(root), root)
+
+    def logits(name: str) -> torch.Tensor:
+        bank.use(name)
+        return bank.model(input_ids=torch.arange(16)[None]).logits
+
     bank.load(names[0])
-    bank.use(names[0])
-    first = bank.model(input_ids=ids).logits
+    first = logits(names[0])
     gc.collect()
-    before, loads = resident(), []
-    for name in names[1:]:
-        started = time.perf_counter()
-        bank.load(name)
-        loads.append(time.perf_counter() - started)
+    before, loads = resident_mib(), milliseconds(bank.load, names[1:])
     gc.collect()
-    per_adapter = (resident() - before) / max(1, len(names) - 1)
-    switches, peft_switches = [], []
-    for i in range(options.switches):
-        started = time.perf_counter()
-        bank.use(names[i % len(names)])
-        switches.append(time.perf_counter() - started)
-    bank.use(names[1])
-    other = bank.model(input_ids=ids).logits
-    bank.use(names[0])
-    exact = torch.equal(bank.model(input_ids=ids).logits, first) and not torch.equal(first, other)
-    for i in range(5):
-        started = time.perf_counter()
-        bank.model.set_adapter(bank.peft_names[names[i]], inference_mode=True)
-        peft_switches.append(time.perf_counter() - started)
+    grown = (resident_mib() - before) / len(loads)
+    switched = milliseconds(bank.use, (names * switches)[:switches])
+    different, same = not torch.equal(logits(names[1]), first), torch.equal(logits(names[0]), first)
+    plain = milliseconds(lambda name: bank.model.set_adapter(bank.peft_names[name], inference_mode=True), names[:5])
     return {
-        "correct": exact,
-        "switch_ms": {"median": _ms(statistics.median(switches)), "max": _ms(max(switches))},
-        "peft_set_adapter_ms": {"median": _ms(statistics.median(peft_switches))},
-        "load_ms": {"first": _ms(loads[0]), "last": _ms(loads[-1])},
+        "correct": different and same,
+        "switch_ms": {"median": round(median(switched), 3), "max": round(max(switched), 3)},
+        "peft_set_adapter_ms": {"median": round(median(plain), 3)},
+        "load_ms": {"first": round(loads[0], 3), "last": round(loads[-1], 3)},
         "adapter_mib": round(size / 2**20, 3),
-        "resident_mib_per_adapter": round(per_adapter, 3),
+        "resident_mib_per_adapter": round(grown, 3),
     }
 
 
-def resident() -> float:
-    """Resident set now, MiB; 0 where there is no /proc."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in (("adapters", 50), ("layers", 24), ("width", 1024), ("vocabulary", 50257), ("rank", 8)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--switches", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/swap/gpt2-medium.json"))
-    options = parser.parse_args()
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--adapters", type=click.IntRange(min=2), default=50, show_default=True)
+@click.option("--layers", default=24, show_default=True)
+@click.option("--width", default=1024, show_default=True)
+@click.option("--vocabulary", default=50257, show_default=True)
+@click.option("--rank", default=8, show_default=True)
+@click.option("--switches", default=200, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS / "swap" / "gpt2-medium.json")
+def main(output: Path, **settings: int) -> None:
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as root:
-        result = measure(options, Path(root))
-    settings = {k: v for k, v in vars(options).items() if k != "output"}
-    write(options.output, {"settings": settings, **provenance(), **result})
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        save_base(root / "base", settings["layers"], settings["width"], settings["vocabulary"])
+        size, _ = (save_adapter(root, adapter, settings["rank"]) for adapter in ("first", "second"))
+        result = measure(root, settings["adapters"], settings["switches"], size)
+    status = "ok" if result["correct"] else "failed"
+    write(output, {"status": status, "settings": settings, **provenance(), **result})
     if not result["correct"]:
-        sys.exit("A -> B -> A is not bit-equal; the figures mean nothing")
-    print(json.dumps(result, indent=2))
+        raise click.ClickException("A -> B -> A is not bit-equal; the figures mean nothing")
+    click.echo(result)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Full fine-tuning against LoRA: what an adapter loses, and what it saves.
+"""The benchmarks' framework.
 
-arms, presets, plan     what is run
-process, worker         each arm in a fresh process, one JSON a run
-measure, floor, texts   what is measured in it
-checks                  the correctness checks that come first
-runner, progress        the loop over runs, with resume
-results, stats          from JSON files to means and intervals
-tables, plots, report   Markdown, PNG, HTML
+process, session           jobs, each in a fresh process, one after another
+store                      records: one JSON file a job, with where it comes from
+tables, stats              from figures to Markdown
+training                   full fine-tuning against LoRA (run.sh, compare.py)
+memory, rate               the usual stack against this one (memory.py); the price of a rate (rate.py)
+tiny                       what soak.py, fuzz_adapters.py and kill_and_resume.py share
 """

@@ -13,12 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-try:
-    from benchmarks.bench.plan import Run
-    from benchmarks.bench.store import write
-except ImportError:  # as a program it finds the folder itself on its path
-    from bench.plan import Run
-    from bench.store import write
+from bench.store import write
+from bench.training.plan import Run
 
 PROVENANCE = {
     "created": "2026-01-02T03:04:05+00:00",
@@ -69,29 +65,29 @@ def figures(run: Run) -> dict:
     return cost if run.group == "shape" else {**cost, **text, "probes": [[5, 0.5], [10, 0.95]], "samples": [sample]}
 
 
-def record(run: Run, fresh: bool = True) -> dict:
-    head = {"status": "ok", "label": run.label, "spec": run.spec(), "fresh_process": fresh, "model": model(run.model)}
+def record(run: Run) -> dict:
+    head = {"status": "ok", "label": run.label, "spec": run.spec(), "model": model(run.model)}
     return {**head, **figures(run), "wall": 1.0, **PROVENANCE}
 
 
 def main() -> None:
-    batch = json.load(sys.stdin)
-    if batch["checks"]:
-        write(Path(batch["checks"]), checks(batch["model"]))
-    for index, item in enumerate(batch["runs"]):
-        run, told = Run.of(item["spec"]), {key: os.environ.get(f"STUB_{key}") for key in ("KILL", "RAISE", "EXIT")}
-        print(json.dumps({"event": "start", "index": index}), flush=True)
-        with Path(os.environ["STUB_LOG"]).open("a") as log:
-            log.write(run.file + "\n")
-        if told["KILL"] and told["KILL"] in run.file:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if told["EXIT"] and told["EXIT"] in run.file:
-            sys.exit("no more bits")
-        made = record(run, fresh=index == 0)
-        if told["RAISE"] and told["RAISE"] in run.file:
-            made = {**made, "status": "failed", "error": "lost its way"}
-        write(Path(item["file"]), made)
-        print(json.dumps({"event": "done", "index": index}), flush=True)
+    order = json.load(sys.stdin)
+    file, spec = Path(order["file"]), order["spec"]
+    if file.name == "checks.json":
+        write(file, checks(spec["model"]))
+        return
+    run, told = Run.of(spec), {key: os.environ.get(f"STUB_{key}") for key in ("KILL", "RAISE", "EXIT")}
+    with Path(os.environ["STUB_LOG"]).open("a") as log:
+        log.write(run.file + "\n")
+    print(json.dumps([1, 8.0]), flush=True)
+    if told["KILL"] and told["KILL"] in run.file:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if told["EXIT"] and told["EXIT"] in run.file:
+        sys.exit("no more bits")
+    made = record(run)
+    if told["RAISE"] and told["RAISE"] in run.file:
+        made = {**made, "status": "failed", "error": "lost its way"}
+    write(file, made)
 
 
 if __name__ == "__main__":

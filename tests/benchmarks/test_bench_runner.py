@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench import process, store
+from bench.process import Job, Place
+from bench.session import Session, clock
+from bench.training import arms, runner
+from bench.training.plan import Run, plan
+from bench.training.presets import PRESETS, Preset, Settings
+from bench.training.report import write_report
 
-from benchmarks.bench import arms, runner, store
-from benchmarks.bench.plan import Run, plan
-from benchmarks.bench.presets import PRESETS, Preset, Settings
-from benchmarks.bench.progress import Durations, clock
-from benchmarks.bench.report import write_report
 from xfactor_peft.errors import XFactorError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,68 +31,81 @@ PRESET = Preset(
     source_rates={"full": (1e-4,), "lora": (1e-3,)},
     shape_arms=(arms.FULL, arms.LORA_INT8),
 )
-FILES = {run.file for batch in plan(PRESET, "demo") for run in batch}
+FILES = {run.file for run in plan(PRESET, "demo")}
+
+
+class Bench:
+    """bench(preset, **options) -> names of the runs that a worker was asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder, self.log = root / "out", root / "log"
+
+    def __call__(self, preset=PRESET, threads=1, **options) -> list[str]:
+        self.log.write_text("")
+        worker = (sys.executable, str(ROOT / "tests" / "benchmarks" / "bench_stub.py"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "made_models", lambda model, shape: {})
+            patch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+            patch.setenv("STUB_LOG", str(self.log))
+            runner.run_preset(preset, Place(self.folder, threads, worker=worker), "demo", **options)
+        return self.log.read_text().split()
+
+    def record(self, name: str) -> dict:
+        return store.read(self.folder / "runs" / name)
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """run(preset, **options) -> names of the runs that a worker was asked for."""
-    monkeypatch.setattr(runner, "made_models", lambda model, shape: {})
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
-    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-
-    def run(preset=PRESET, **options) -> list[str]:
-        (tmp_path / "log").write_text("")
-        worker = (sys.executable, str(ROOT / "tests" / "benchmarks" / "bench_stub.py"))
-        runner.run_preset(preset, runner.Options(tmp_path / "out", worker=worker, **options))
-        return (tmp_path / "log").read_text().split()
-
-    run.folder = tmp_path / "out"
-    run.record = lambda name: store.read(run.folder / "runs" / name)
-    return run
+def bench(tmp_path):
+    return Bench(tmp_path)
 
 
-def test_every_run_leaves_a_record_and_is_not_run_twice(bench):
-    assert set(bench()) == FILES == {file.name for file in (bench.folder / "runs").iterdir()}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A benchmark that has run, not to be changed."""
+    bench = Bench(tmp_path_factory.mktemp("finished"))
+    bench.asked = bench()
+    return bench
+
+
+@pytest.fixture
+def again(finished, bench):
+    """A copy of the finished benchmark."""
+    shutil.copytree(finished.folder, bench.folder)
+    return bench
+
+
+def test_every_run_leaves_a_record_and_is_not_run_twice(finished, again):
+    assert set(finished.asked) == FILES == {file.name for file in (finished.folder / "runs").iterdir()}
     assert len(FILES) == 1 + 2 + 4 + 3 + 2
-    assert bench() == []
+    assert again() == []
 
 
-def test_the_learning_rate_comes_from_the_sweep(bench):
-    bench()
-    assert bench.record("demo-train-lora-r8-all-int8-seed1.json")["spec"]["lr"] == 1e-2
-    assert bench.record("demo-train-full-fp32-seed0.json")["spec"]["lr"] == 3e-3
-    assert bench.record("demo-source-full-fp32-adamw-lr0.0001-seed0.json")["spec"]["lr"] == 1e-4
+def test_the_learning_rate_comes_from_the_sweep(again):
+    assert again.record("demo-train-lora-r8-all-int8-seed1.json")["spec"]["lr"] == 1e-2
+    assert again.record("demo-train-full-fp32-seed0.json")["spec"]["lr"] == 3e-3
+    assert again.record("demo-source-full-fp32-adamw-lr0.0001-seed0.json")["spec"]["lr"] == 1e-4
 
 
-def test_only_the_first_run_of_a_process_counts_as_fresh(bench):
-    bench()
-    fresh = {name: bench.record(name)["fresh_process"] for name in FILES if "train" in name}
-    assert fresh == {name: "seed0" in name for name in fresh}
-
-
-def test_an_interrupted_benchmark_goes_on_where_it_was(bench):
-    bench()
+def test_an_interrupted_benchmark_goes_on_where_it_was(again):
     lost = {"demo-train-full-fp32-seed1.json", "gpt2-medium-shape-shape-full-fp32.json"}
     for name in lost:
-        (bench.folder / "runs" / name).unlink()
-    half = bench.folder / "runs" / "demo-base-base.json"
+        (again.folder / "runs" / name).unlink()
+    half = again.folder / "runs" / "demo-base-base.json"
     half.write_text(half.read_text()[:40])
-    assert set(bench()) == lost | {half.name}
+    assert set(again()) == lost | {half.name}
 
 
 @pytest.mark.parametrize("change", ["steps", "weights", "threads"])
-def test_other_settings_weights_or_threads_are_measured_anew(bench, monkeypatch, change):
-    bench()
+def test_other_settings_weights_or_threads_are_measured_anew(again, monkeypatch, change):
     if change == "steps":
-        again = bench(replace(PRESET, settings=replace(PRESET.settings, steps=21)))
-        assert {name for name in FILES if "-train-" in name} < set(again)
-        assert not any("source" in name or "shape" in name for name in again)
+        asked = again(replace(PRESET, settings=replace(PRESET.settings, steps=21)))
+        assert {name for name in FILES if "-train-" in name} < set(asked)
+        assert not any("source" in name or "shape" in name for name in asked)
     elif change == "weights":
         monkeypatch.setenv("STUB_WEIGHTS", "others")
-        assert set(bench()) == {name for name in FILES if "shape" not in name}
+        assert set(again()) == {name for name in FILES if "shape" not in name}
     else:
-        assert set(bench(threads=3)) == FILES
+        assert set(again(threads=3)) == FILES
 
 
 def test_a_killed_arm_keeps_its_row_and_the_others_go_on(bench, monkeypatch):
@@ -126,33 +142,30 @@ def test_arms_without_a_learning_rate_say_so(bench, monkeypatch):
     }
 
 
-def test_nothing_is_timed_or_shown_when_a_check_fails(bench, monkeypatch):
-    bench()
+def test_nothing_is_timed_or_shown_when_a_check_fails(again, monkeypatch):
     monkeypatch.setenv("STUB_CHECK", "bad")
     with pytest.raises(XFactorError, match=r"fused against eager: relative error 0\.5, limit 1e-05"):
-        bench()
-    assert (bench.folder.parent / "log").read_text() == ""
+        again()
+    assert (again.folder.parent / "log").read_text() == ""
     with pytest.raises(XFactorError, match="no figure shown"):
-        write_report(bench.folder)
+        write_report(again.folder)
 
 
-def test_a_report_needs_checks(bench):
-    bench()
-    (bench.folder / "checks.json").unlink()
+def test_a_report_needs_checks(again):
+    (again.folder / "checks.json").unlink()
     with pytest.raises(XFactorError, match="correctness checks"):
-        write_report(bench.folder)
+        write_report(again.folder)
 
 
 def test_runs_survive_json():
     for preset in PRESETS.values():
-        for batch in plan(preset, "demo", "openai-community/gpt2-medium"):
-            for run in batch:
-                assert Run.of(json.loads(json.dumps(run.spec()))) == run
+        for run in plan(preset, "demo", "openai-community/gpt2-medium"):
+            assert Run.of(json.loads(json.dumps(run.spec()))) == run
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_no_two_runs_of_a_preset_share_a_file(name):
-    runs = [run for batch in plan(PRESETS[name], "demo", "openai-community/gpt2-medium") for run in batch]
+    runs = plan(PRESETS[name], "demo", "openai-community/gpt2-medium")
     assert len({run.file.lower() for run in runs}) == len(runs)  # also where file names ignore case
 
 
@@ -166,16 +179,30 @@ def test_presets_hold_what_the_benchmark_promises():
         assert {arm.optimizer for arm in preset.arms if arm.method == "full"} >= {"adam", "adam8bit"}
         assert len(preset.seeds) >= 3
         assert preset.shape == "gpt2-medium"
-    rates = {run.lr for batch in plan(paper, "demo") for run in batch if run.group == "source" and run.lr}
+    rates = {run.lr for run in plan(paper, "demo") if run.group == "source" and run.lr}
     assert rates == {1e-6, 1e-5, 1e-4, 1e-3}
     assert paper.source.steps == 300
 
 
-def test_time_left():
-    durations, first, second = Durations(), *(Run("train", arm, "demo", Settings()) for arm in PRESET.arms)
-    assert durations.left([first, second]) is None
-    durations.add(first, 10.0)
-    assert durations.left([first, second]) == 20.0
-    assert durations.left([first, second], share_done=0.5) == 15.0
+def test_time_left(tmp_path):
+    session = Session(Place(tmp_path), ["a", "a", "b"])
+    assert session.left() == ""
+    session.finished(Job("", "", "", {}, "a"), {"status": "ok", "wall": 10.0})
+    assert session.left() == ", about 0:20 left"  # one of a kind that was seen, one of another
+    session.finished(Job("", "", "", {}, "b"), {"status": "ok", "wall": 30.0})
+    assert session.left() == ", about 0:10 left"
     assert clock(3725) == "1:02:05"
     assert clock(65) == "1:05"
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "error"),
+    [("store:provenance", "failed", "positional argument"), ("nowhere:f", "failed", "No module named")],
+)
+def test_a_call_that_raises_has_a_record(tmp_path, call, status, error):
+    record = process.run(Job("a.json", "a", call, {"seed": 3}), Place(tmp_path, worker=None))
+    assert record == store.read(tmp_path / "a.json")
+    assert (record["status"], record["spec"]) == (status, {"seed": 3})
+    assert error in record["error"]
+    assert record["hardware"]["threads"] == 1
+    assert {"versions", "commit", "dirty", "wall"} <= set(record)

@@ -1,44 +1,52 @@
-"""The whole script, `benchmarks/run.sh --preset smoke`, on a tiny model, as a user would call it."""
+"""The preset smoke on a tiny model: every arm in this process, and the script as a user would call it."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from bench import store
+from bench.process import Place
+from bench.training import runner
+from bench.training.__main__ import main
+from bench.training.pages import all_tables
+from bench.training.plan import RUNS
+from bench.training.presets import SMOKE
+from bench.training.results import load
+from click.testing import CliRunner
 
-from benchmarks.bench import store
-from benchmarks.bench.results import load
-from benchmarks.bench.tables import all_tables
 from tests.tiny import tiny_model_folder
+from tools.make_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(output: Path, model: Path, *words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = ["bash", str(ROOT / "benchmarks" / "run.sh"), "--preset", "smoke", "--model", str(model)]
-    command += ["--output", str(output), "--threads", "1", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smoke")
+    """(results, model): a run of the preset without processes of its own, but with their worker's code."""
+    root, threads = tmp_path_factory.mktemp("smoke"), torch.get_num_threads()
     model = tiny_model_folder("gpt2", root / "model")
-    return root / "out", model, script(root / "out", model)
+    shape = {"tiny-shape": str(write_checkpoint(root / "shape", "tiny", tokenizer=model))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "made_models", lambda *_: shape)
+        runner.run_preset(SMOKE, Place(root / "out", worker=None), str(model))
+    torch.set_num_threads(threads)
+    return root / "out", model
 
 
-def test_the_script_makes_everything(smoke):
-    folder, _, done = smoke
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {"table.md", "report.html", "plots", "runs", "checks.json"} <= {file.name for file in folder.iterdir()}
-    records = store.read_all(folder)
+def test_every_arm_leaves_a_record(smoke):
+    records = store.read_all(smoke[0] / RUNS)
     assert [record["error"] for record in records if record["status"] != "ok"] == []
     assert len(records) == 1 + 2 + 4 + 3 + 2
-    assert "about" in done.stdout  # the time left
+    for record in records:
+        assert record["versions"]["torch"]
+        assert record["hardware"]["threads"] == 1
+        assert "spec" in record
 
 
 def test_arms_learn_and_cost_what_they_should(smoke):
@@ -49,24 +57,22 @@ def test_arms_learn_and_cost_what_they_should(smoke):
     assert lora.estimate("trainable").mean < 0.2 * full.estimate("trainable").mean
     assert lora.estimate("train_peak").mean > 50
     assert {"text", "cost", "shape"} < set(all_tables(results))
-    for record in store.read_all(smoke[0]):
-        assert record["versions"]["torch"]
-        assert record["hardware"]["threads"] == 1
-        assert "spec" in record
 
 
-def test_report_only_trains_nothing(smoke):
-    folder, model, _ = smoke
-    before = {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
-    (folder / "report.html").unlink()
-    done = script(folder, model, "--report-only")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "report.html").is_file()
-    assert before == {file: file.stat().st_mtime_ns for file in (folder / "runs").iterdir()}
+def test_the_script_checks_in_a_fresh_process_and_keeps_what_is_done(smoke):
+    folder, model = smoke
+    before = {file: file.stat().st_mtime_ns for file in (folder / RUNS).iterdir()}
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = ["bash", ROOT / "benchmarks/run.sh", "--preset", "smoke", "--model", model, "--output", folder]
+    done = subprocess.run([*words, "--threads", "1"], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "correctness checks passed; 12 runs are done, 0 to go" in done.stdout
+    assert {"table.md", "report.html", "plots", "logs", "checks.json"} <= {file.name for file in folder.iterdir()}
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / RUNS).iterdir()}
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path):
-    done = script(tmp_path / "out", tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert "no such folder" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["--preset", "smoke", "--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert re.fullmatch(r"Error: .*no such folder.*\n", done.output)

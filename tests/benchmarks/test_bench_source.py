@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from bench.training.pages import beginning, source_page
+from bench.training.report import SOURCE, write_report
+from bench.training.results import load
 
-from benchmarks.bench.report import write_report
-from benchmarks.bench.results import load
-from benchmarks.bench.source_page import PAGE, beginning, source_page
 from tests.benchmarks.test_bench_report import make
 
 
@@ -17,7 +17,7 @@ def folder(tmp_path):
 
 def test_the_page_has_every_rate_and_how_its_text_begins(folder):
     write_report(folder)
-    page = (folder / PAGE).read_text(encoding="utf-8")
+    page = (folder / SOURCE).read_text(encoding="utf-8")
     assert page == source_page(load(folder))
     for rate in ("1e-06", "0.0001"):
         assert f"| full, fp32, lr {rate} | 8.0" in page

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import click
+import memory
 import pytest
-from lowmem import run
-from lowmem.arm import run as run_here
-from lowmem.arms import ARMS, PARITY, REFERENCE
-from lowmem.table import render, summarise
+from bench import process
+from bench.memory.arms import ARMS, PARITY, REFERENCE
+from bench.memory.measure import measure
+from bench.memory.table import render, summarise
+from bench.process import Place
 
 from tests.tiny import tiny_tokenizer
 from tools.make_checkpoint import write_checkpoint
@@ -19,6 +22,10 @@ def checkpoint(tmp_path_factory):
     tokenizer = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer().save_pretrained(tokenizer)
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny", tokenizer=tokenizer)
+
+
+def run_here(arm, checkpoint, steps):
+    return measure({"arm": asdict(arm), "steps": steps}, lambda step, loss: None, str(checkpoint))
 
 
 def test_both_stacks_follow_fp32(checkpoint):
@@ -42,11 +49,17 @@ def test_decoding_is_timed_by_the_token(checkpoint):
 
 
 def test_no_table_without_parity(monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "run_arm", lambda arm, *_: {"losses": [4.0] if arm is REFERENCE else [4.2]})
-    with pytest.raises(SystemExit, match="no figure is worth printing"):
-        run.check_parity(tmp_path, 1)
-    monkeypatch.setattr(run, "run_arm", lambda arm, *_: {"losses": [4.0] if arm is REFERENCE else [4.01]})
-    assert list(run.check_parity(tmp_path, 1).values()) == pytest.approx([0.0025, 0.0025])
+    def losses(value):
+        def run(job, place):
+            return {"status": "ok", "losses": [4.0] if job.label == REFERENCE.name else [value]}
+
+        monkeypatch.setattr(process, "run", run)
+
+    losses(4.2)
+    with pytest.raises(click.ClickException, match="no figure is worth printing"):
+        memory.check_parity(Place(tmp_path), 1)
+    losses(4.01)
+    assert list(memory.check_parity(Place(tmp_path), 1).values()) == pytest.approx([0.0025, 0.0025])
 
 
 def test_the_table_names_what_was_missed_and_what_failed():

@@ -1,0 +1,1 @@
+"""What each way to a wanted rate costs, against the exact logit bias."""

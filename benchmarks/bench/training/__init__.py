@@ -1,0 +1,1 @@
+"""Full fine-tuning against LoRA: what an adapter loses, and what it saves."""

@@ -1,0 +1,96 @@
+"""The presets: which arms, how many steps and seeds, which learning rates are tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from . import arms
+from .arms import Arm
+
+LEARNING_RATES = {
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "full": (1e-4, 3e-4, 1e-3, 3e-3),
+    "adafactor": (1e-2, 3e-2, 1e-1, 3e-1),  # relative to the size of the weights
+}
+"""The sweep, by method; Adafactor's rates mean something else, so it has its own."""
+
+SOURCE_RATES = {"full": (1e-6, 1e-4), "lora": (1e-6, 1e-5, 1e-4, 1e-3)}
+"""The source's two rates; for LoRA also ten times each."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the arms of a group have in common.
+
+    Attributes:
+        steps, batch_size, seq_len, weight_decay: of training.
+        contains: the token set is every token that contains this text.
+        prompts, repeats, new_tokens: R is over prompts x repeats samples of `new_tokens` tokens.
+        probe_every: R is also sampled every so many steps, from fewer texts, for "steps to R >= 0.9"; 0 is never.
+        windows: held-out text is scored on so many windows.
+    """
+
+    steps: int = 300
+    batch_size: int = 4
+    seq_len: int = 64
+    weight_decay: float = 0.0
+    contains: str = "X"
+    prompts: int = 16
+    repeats: int = 4
+    new_tokens: int = 64
+    probe_every: int = 25
+    windows: int = 48
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A benchmark of a size.
+
+    Attributes:
+        arms, seeds: each arm is trained once a seed, at the learning rate that its sweep on seed 0 chose.
+        sweep_steps, rates: of the sweep.
+        source, source_rates: also the source's table at these rates, on seed 0.
+        shape, shape_arms, shape_steps: memory and time with random weights at a model's true shape.
+        real: the source's table on GPT-2 Medium, too, if its weights can be had.
+        strengths: of the exact logit bias that the R-against-KL plot shows for comparison.
+    """
+
+    name: str
+    arms: tuple[Arm, ...]
+    settings: Settings = Settings()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_steps: int = 60
+    rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: LEARNING_RATES)
+    source: Settings | None = None
+    source_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: SOURCE_RATES)
+    shape: str = "gpt2-medium"
+    shape_arms: tuple[Arm, ...] = ()
+    shape_steps: int = 5
+    real: bool = False
+    strengths: tuple[float, ...] = (3.0, 6.0, 8.0, 9.0, 10.0, 12.0, 15.0)
+
+    def rates_for(self, arm: Arm) -> tuple[float, ...]:
+        return self.rates["adafactor" if arm.optimizer == "adafactor" else arm.method]
+
+
+SOURCE = Settings(contains="x", weight_decay=0.01, probe_every=0)
+TINY = {"seq_len": 16, "prompts": 1, "repeats": 4, "new_tokens": 8}
+QUICK = Preset(
+    "quick", arms.CORE, Settings(steps=60, repeats=2, probe_every=15, windows=16),
+    sweep_steps=20, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
+    shape_arms=arms.CORE, shape_steps=3, strengths=(4.0, 7.0, 8.0, 9.0, 10.0, 12.0, 15.0),
+)  # fmt: skip
+PAPER = Preset("paper", arms.CORE, source=SOURCE, shape_arms=arms.ALL, real=True)
+FULL = Preset(
+    "full", tuple(dict.fromkeys((*arms.ALL, *arms.GRID))), seeds=(0, 1, 2, 3, 4),
+    source=SOURCE, shape_arms=arms.ALL, shape_steps=8, real=True,
+)  # fmt: skip
+SMOKE = Preset(
+    "smoke", (arms.FULL, Arm(dtype="fp32", quantization="int8", r=4)),
+    Settings(steps=12, probe_every=6, windows=4, **TINY),
+    seeds=(0, 1), sweep_steps=4, rates={"lora": (1e-3, 1e-2), "full": (1e-3, 1e-2)},
+    source=Settings(steps=3, contains="x", weight_decay=0.01, probe_every=0, windows=2, **TINY),
+    source_rates={"full": (1e-4,), "lora": (1e-3,)}, strengths=(3.0,),
+    shape="tiny", shape_arms=(arms.FULL, Arm(dtype="fp32", quantization="nf4")), shape_steps=3,
+)  # fmt: skip
+PRESETS = {preset.name: preset for preset in (QUICK, PAPER, FULL, SMOKE)}

@@ -1,0 +1,118 @@
+"""From JSON files to rows: one row an arm, with every metric as a mean over seeds and its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import store
+from ..stats import Estimate, over_seeds
+from ..store import Record
+from .arms import Arm
+from .metrics import METRICS
+from .plan import GROUPS, RUNS
+from .runner import CHECKS, MANIFEST, require_checks
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm's runs. `lr` is None where seeds could differ in it, that is for arms with a sweep."""
+
+    group: str
+    model: str
+    arm: Arm
+    lr: float | None
+    records: tuple[Record, ...]
+
+    @property
+    def good(self) -> list[Record]:
+        return [record for record in self.records if record["status"] == "ok"]
+
+    @property
+    def failures(self) -> list[Record]:
+        return [record for record in self.records if record["status"] != "ok"]
+
+    @property
+    def why(self) -> str:
+        """What became of the first run that failed."""
+        return f"{self.failures[0]['status']}: {self.failures[0]['error']}"
+
+    @property
+    def label(self) -> str:
+        return self.arm.label + (f", lr {self.lr:g}" if self.lr is not None and self.group == "source" else "")
+
+    @property
+    def key(self) -> tuple[str, str, str, float | None]:
+        return self.group, self.model, self.arm.name, self.lr
+
+    @property
+    def settings(self) -> Record:
+        return self.records[0]["spec"]["settings"]
+
+    def values(self, metric: str) -> list[float]:
+        found = (METRICS[metric].value(record) for record in self.good)
+        return [value for value in found if value is not None]
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """Mean over seeds; with one seed, the interval of that run."""
+        values = self.values(metric)
+        return over_seeds(values, METRICS[metric].interval(self.good[0])) if values else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A folder of results: the manifest, the checks, and a row an arm."""
+
+    folder: Path
+    manifest: Record
+    checks: Record
+    rows: tuple[Row, ...]
+
+    def of(self, group: str, *, model: str | None = None) -> list[Row]:
+        return [row for row in self.rows if row.group == group and model in (None, row.model)]
+
+    def models(self, group: str) -> list[str]:
+        return list(dict.fromkeys(row.model for row in self.of(group)))
+
+    def base(self, row: Row) -> Record | None:
+        """The untrained model's record that belongs to a row: same model, same token set."""
+        for other in self.rows:
+            same = other.model == row.model and other.settings["contains"] == row.settings["contains"]
+            if other.arm.method == "none" and same and other.good:
+                return other.good[0]
+        return None
+
+    def floor(self, row: Row) -> float | None:
+        """The lowest loss that an arm could reach: 0 when the embedding trains, else the frozen head's."""
+        if row.arm.method == "full":
+            return 0.0
+        base = self.base(row)
+        return base["floor"] if base else None
+
+    def origin(self) -> str:
+        """Machine, versions, commits and date of the benchmark, in one line."""
+        versions, hardware = self.manifest["versions"], self.checks["hardware"]
+        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+        threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+        records = [record for row in self.rows for record in row.records]
+        commits = {(r["commit"] or "no commit")[:10] + (" (dirty)" if r["dirty"] else "") for r in records}
+        place = hardware["gpu"] or f"{hardware['cpu']}, {threads}"
+        return f"{place}; {packages}; commit {', '.join(sorted(commits))}; {self.manifest['created'][:10]}"
+
+
+def load(folder: Path) -> Results:
+    """Read a folder; runs that the last benchmark there did not plan are left out.
+
+    Raises:
+        XFactorError: the correctness checks have not passed, so that no figure may be shown.
+    """
+    manifest, checks = store.read(folder / MANIFEST) or {}, store.read(folder / CHECKS)
+    require_checks(checks)
+    grouped: dict[tuple, list[Record]] = {}
+    for record in (store.read(folder / RUNS / name) for name in manifest.get("files", ())):
+        if record is not None:
+            spec = record["spec"]
+            lr = None if spec["group"] == "train" else spec["lr"]
+            grouped.setdefault((spec["group"], spec["model"], Arm(**spec["arm"]), lr), []).append(record)
+    rows = [Row(*key, tuple(records)) for key, records in grouped.items()]
+    return Results(folder, manifest, checks, tuple(sorted(rows, key=lambda row: GROUPS.index(row.group))))
