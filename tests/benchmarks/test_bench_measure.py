@@ -182,7 +182,7 @@ def test_low_memory_optimizers_keep_little():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(xf.XFactorError, match="--optimizer must be one of adam, adamw, adam8bit, adafactor; got 'sgd'"):
+    with pytest.raises(xf.XFactorError, match="`optimizer` must be one of adam, adamw, adam8bit, adafactor; got 'sgd'"):
         build_optimizer("sgd", [], 1e-3)
     with pytest.raises(xf.XFactorError, match="got 'sgd'"):
         xf.TrainOptions(optimizer="sgd")

@@ -7,16 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import xfactor_peft as xf
 from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.cli.train import SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K
 from xfactor_peft.lowmem.memory import peaks, reset_peak
 from xfactor_peft.options import DEFAULT_PROMPTS
-from xfactor_peft.sampling.generation import sample_sequences
-from xfactor_peft.sampling.metrics import Evaluation, rate_per_sequence
+from xfactor_peft.sampling.metrics import Evaluation
 from xfactor_peft.training.train import Step, TrainResult
 
 from ..process import OnStep
@@ -66,7 +63,7 @@ class Probe:
     """Samples R every so many steps, with what that costs left out of the peaks."""
 
     def __init__(self, base: Base, run: Run, on_step: OnStep) -> None:
-        self._base, self._mask, self._run, self._on_step = base, token_set(base, run).mask(), run, on_step
+        self._base, self._tokens, self._run, self._on_step = base, token_set(base, run), run, on_step
         self.rates: list[tuple[int, float]] = []
         self.peaks: list[dict[str, float]] = []
 
@@ -76,10 +73,9 @@ class Probe:
         if settings.probe_every and done % settings.probe_every == 0:
             self.peaks.append(peaks(self._base.device))
             options = xf.SamplingOptions(max_new_tokens=PROBE_TOKENS, seed=2000 + self._run.seed)
-            prompts = DEFAULT_PROMPTS[: settings.prompts]
-            batches = sample_sequences(self._base.model, self._base.tokenizer, prompts, options, repeats=1)
-            rows = torch.cat([batch.continuations for batch in batches])
-            self.rates.append((done, float(rate_per_sequence(rows, self._mask).mean())))
+            brief = xf.EvalOptions(DEFAULT_PROMPTS[: settings.prompts], 1, options)
+            scores = xf.evaluate(split(self._base.model), self._base.tokenizer, self._tokens, brief)
+            self.rates.append((done, scores.rate))
             reset_peak(self._base.device)
 
     def peak(self, last: dict[str, float]) -> dict[str, float]:
