@@ -20,11 +20,11 @@ from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.locks import folder_lock
 from xfactor_peft.cli import main
 from xfactor_peft.errors import XFactorError
+from xfactor_peft.objective.objectives import UniformObjective
 from xfactor_peft.objective.targets import Goal
 from xfactor_peft.options import LoraOptions, SamplingOptions, TrainOptions
 from xfactor_peft.sampling.generation import generate
 from xfactor_peft.training import loop
-from xfactor_peft.training import train as training
 from xfactor_peft.training.train import train
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -35,14 +35,14 @@ CPU = RuntimeError(
 
 def spoil_loss(monkeypatch, step, value):
     """Make the objective's loss `value` at one step."""
-    plain, calls = training.UniformObjective.forward, []
+    plain, calls = UniformObjective.forward, []
 
     def forward(self, ids):
         calls.append(1)
         result = plain(self, ids)
         return type(result)(result.loss * value, result.set_mass) if len(calls) == step + 1 else result
 
-    monkeypatch.setattr(training.UniformObjective, "forward", forward)
+    monkeypatch.setattr(UniformObjective, "forward", forward)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -52,7 +52,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(load_tiny, tmp
         run(load_tiny(), tmp_path / "a")
     found = Checkpoints(tmp_path / ".a.partial/checkpoints").latest()
     assert found.step == 5
-    assert all(torch.isfinite(tensor.double()).all() for tensor in found.tensors().values())
+    assert all(torch.isfinite(tensor).all() for tensor in found.state()["model"].values())
+    assert all(math.isfinite(value) for row in found.state()["history"] for value in row)
     monkeypatch.undo()
     run(load_tiny(), tmp_path / "whole")
     run(load_tiny(), tmp_path / "a", resume=True)
@@ -63,9 +64,9 @@ def test_weights_that_are_not_finite_are_never_saved(load_tiny, tmp_path, monkey
     """Gradients that are finite, and a step that is not: seen when the checkpoint is made."""
     plain = loop._check_step
 
-    def spoil(step, *rest):
-        plain(step, *rest)
-        if step == 9:
+    def spoil(made, *rest):
+        plain(made, *rest)
+        if made.step == 9:
             with torch.no_grad():
                 next(p for n, p in base.model.named_parameters() if "lora_A" in n).fill_(math.inf)
 
@@ -90,7 +91,7 @@ def test_lora_that_does_not_move(tiny, monkeypatch):
 
 def starve(monkeypatch, rows, error):
     """Memory for at most so many sequences at once."""
-    plain, seen = training.UniformObjective.forward, []
+    plain, seen = UniformObjective.forward, []
 
     def forward(self, ids):
         seen.append(len(ids))
@@ -98,7 +99,7 @@ def starve(monkeypatch, rows, error):
             raise error
         return plain(self, ids)
 
-    monkeypatch.setattr(training.UniformObjective, "forward", forward)
+    monkeypatch.setattr(UniformObjective, "forward", forward)
     return seen
 
 
@@ -106,7 +107,7 @@ def starve(monkeypatch, rows, error):
 def test_out_of_memory_says_what_would_fit(tiny, monkeypatch, error):
     starve(monkeypatch, 3, error)
     with pytest.raises(
-        XFactorError, match=r"out of memory at step 0: 8 x 64 tokens, .* MiB free now; try `--"
+        XFactorError, match=r"out of memory at step 0: 8 x 64 tokens, .* MiB free now; try `checkpointing=on`"
     ) as caught:
         train(tiny, x_target(tiny), TrainOptions(steps=2, batch_size=8, seq_len=64), evaluation=QUICK)
     assert "`auto_batch=True`" in str(caught.value)
