@@ -21,7 +21,7 @@ class Rule:
     Attributes:
         kind: "contains" (a text in the token), "regex" (a pattern found in it), "words" (the token is one of them, with
             or without the space before it) or "token-ids".
-        value: the text, the pattern, or a tuple of the words or ids, which are sorted and freed of duplicates.
+        value: the text, the pattern, or a tuple of the words or ids, sorted and without duplicates.
         ignore_case: not for token ids.
 
     Raises:
@@ -91,8 +91,8 @@ class Rule:
             return f"{self.kind} ({len(self.value)} given)"
         return f"{self.kind} {self.value!r}" + (" (any case)" if self.ignore_case else "")
 
-    def key(self, text: str) -> str:
-        """A word, or a token's text, in the form in which words are compared."""
+    def word_form(self, text: str) -> str:
+        """A word, or a token's text, as words are compared: without its leading space, and folded if asked."""
         text = text.removeprefix(" ")
         return text.casefold() if self.ignore_case else text
 
@@ -105,12 +105,11 @@ class Rule:
         if self.kind == "regex":
             return _compiled(self.value, self.ignore_case)
         if self.kind == "words":
-            keys = {self.key(word) for word in self.value}
-            return lambda text: self.key(text) in keys
-        if self.ignore_case:
-            folded = self.value.casefold()
-            return lambda text: folded in text.casefold()
-        return lambda text: self.value in text
+            words = {self.word_form(word) for word in self.value}
+            return lambda text: self.word_form(text) in words
+        fold = str.casefold if self.ignore_case else str
+        part = fold(self.value)
+        return lambda text: part in fold(text)
 
 
 def _compiled(pattern: str, ignore_case: bool) -> Callable[[str], bool]:

@@ -101,8 +101,8 @@ class TokenSet:
         """The rule's words that the vocabulary splits into several tokens, and that therefore add nothing."""
         if self.rule.kind != "words":
             return []
-        found = {self.rule.key(text) for text in self.texts}
-        return [word for word in self.rule.value if self.rule.key(word) not in found]
+        found = {self.rule.word_form(text) for text in self.texts}
+        return [word for word in self.rule.value if self.rule.word_form(word) not in found]
 
     def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """1[i in S] for i in [0, V); bool, shape (V,)."""
