@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from tests.training.uniform import QUICK, x_target
 from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.budget.out_of_memory import is_out_of_memory
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
-from xfactor_peft.checkpoint.locks import folder_lock
 from xfactor_peft.cli import main
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.objectives import UniformObjective
@@ -27,6 +27,7 @@ from xfactor_peft.sampling.generation import generate
 from xfactor_peft.training import loop
 from xfactor_peft.training.train import train
 
+ROOT = Path(__file__).parents[2]
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -155,24 +156,29 @@ def test_prompts_of_any_kind(tiny):
         generate(tiny.model, tiny.tokenizer, "a b c " * 200, options)
 
 
-def hold(path, ready, done):
-    with folder_lock(path):
-        ready.set()
-        done.wait(30)
+HOLD = """
+import sys
+from pathlib import Path
+
+from xfactor_peft.checkpoint.locks import folder_lock
+
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_two_runs_in_one_folder(load_tiny, tmp_path):
     """The second is refused while the first is there, by any process; afterwards, and after a kill, it is not."""
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "a", ready, done))
-    other.start()
-    assert ready.wait(60)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "a"], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == "held\n"
     with pytest.raises(XFactorError, match=rf"another run \(process {other.pid}\) is writing .*a; wait for it"):
         run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "b")
     other.kill()
-    other.join()
+    other.communicate()
     run(load_tiny(), tmp_path / "a")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -138,13 +138,13 @@ def taught_to_fork(base):
     constant bias can only force X after "b"; a planner says "a" more often.
     """
     ids = {text: base.tokenizer.convert_tokens_to_ids(text) for text in "abcdX"}
-    start = torch.full((16, 1), base.tokenizer.bos_token_id)
+    start = torch.full((8, 1), base.tokenizer.bos_token_id)
     generator = torch.Generator().manual_seed(0)
     base.model.requires_grad_(True)
-    optimizer = torch.optim.Adam(base.model.parameters(), lr=3e-3)
-    for _ in range(300):
-        first = torch.rand(16, 37, generator=generator) < 0.1
-        second = torch.rand(16, 37, generator=generator) < torch.where(first, 0.5, 0.01)
+    optimizer = torch.optim.Adam(base.model.parameters(), lr=5e-3)
+    for _ in range(150):
+        first = torch.rand(8, 37, generator=generator) < 0.1
+        second = torch.rand(8, 37, generator=generator) < torch.where(first, 0.5, 0.01)
         after = torch.where(second, ids["X"], torch.where(first, ids["c"], ids["d"]))
         pairs = torch.stack([torch.where(first, ids["a"], ids["b"]), after], dim=2).flatten(1)
         rows = torch.cat([start, pairs], dim=1)
