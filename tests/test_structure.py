@@ -13,8 +13,8 @@ import xfactor_peft
 
 PACKAGE = Path(xfactor_peft.__file__).parent
 ORDER = (
-    "errors", "options", "lowmem", "tokens", "checkpoint", "base", "lora", "objective", "adapters", "sampling",
-    "budget", "training", "bank", "runs", "export", "playground", "cli",
+    "errors", "options", "progress", "lowmem", "tokens", "checkpoint", "base", "lora", "objective", "adapters",
+    "sampling", "budget", "training", "bank", "runs", "export", "playground", "cli",
 )  # fmt: skip
 
 

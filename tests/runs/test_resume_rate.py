@@ -80,7 +80,7 @@ def assert_same(folder, whole):
     ("case", "crashes", "phase"),
     [
         ("attention", (2, 6, 10), ["solved", "distil", "distil"]),  # lambda moves at steps 4, 6 and 9
-        ("planned", (1, 3, 5), ["solved", "sequence", "sequence"]),
+        ("planned", (0, 3, 5), ["solved", "sequence", "sequence"]),
         ("planned without a head", (7, 12, 14), ["distil", "distil", "sequence"]),
     ],
     ids=["attention", "planned", "planned without a head"],
@@ -100,11 +100,11 @@ def test_a_resumed_run_is_bit_identical(load_tiny, whole, tmp_path, case, crashe
 
 
 def test_a_solved_strength_is_not_solved_again(load_tiny, whole, tmp_path, monkeypatch):
-    expected = whole("head")
+    expected = whole("attention")
     with pytest.raises(Crash):
-        run(load_tiny(), tmp_path / "a", crash_at=0)
+        run(load_tiny(), tmp_path / "a", crash_at=0, **BLOCKS)
     monkeypatch.setattr(phases.Solve, "_solved", lambda *_: pytest.fail("solved again"))
-    run(load_tiny(), tmp_path / "a", resume=True)
+    run(load_tiny(), tmp_path / "a", resume=True, **BLOCKS)
     assert_same(tmp_path / "a", expected)
 
 
@@ -126,7 +126,7 @@ def test_without_its_state_planning_differs(load_tiny, whole, tmp_path, monkeypa
     """The control: every part of the state is needed."""
     expected = whole("planned")
     with pytest.raises(Crash):
-        run(load_tiny(), tmp_path / "crashed", crash_at=5, **PLANNED)
+        run(load_tiny(), tmp_path / "crashed", crash_at=3, **PLANNED)
     restore = SequenceState.restore
     for forgotten in ("integral", "optimizer", "value_optimizer", "random"):
 

@@ -59,7 +59,7 @@ def _scores(record: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         f"| R, share of generated tokens in the set | {before['rate']:.4f} | "
         f"{after['rate']:.4f} (95 % interval {low:.4f} to {high:.4f}) |",
-        f"| KL loss, nats | {loss['first']:.3f} | {loss['last']:.3f} |",
+        *([f"| KL loss, nats | {loss['first']:.3f} | {loss['last']:.3f} |"] if loss else []),
         f"| KL from the base per token, nats | {before['kl_from_base']:.3f} | {after['kl_from_base']:.3f} |",
         f"| perplexity of the samples under the base | {before['perplexity']:.1f} | {after['perplexity']:.1f} |",
         f"| distinct-2 | {before['distinct_2']:.3f} | {after['distinct_2']:.3f} |",

@@ -91,7 +91,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
 def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> None:
     """Loss, R before and after, parameters, time and memory."""
     steps = result.history
-    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats")
+    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats" if steps else "")
     if result.before and result.after:
         print_scores({"before": result.before, "after": result.after})
     if result.rate:
@@ -100,8 +100,10 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
         console.print(f"the text has collapsed: {warning}", style="bold red", markup=False)
     share = result.parameters / sum(p.numel() for p in result.model.parameters())
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
-    pace = sorted(step.seconds for step in steps)[len(steps) // 2]
-    console.print(f"time {result.seconds:.1f} s for {len(steps)} steps (median {pace:.3f} s)")
+    if steps:
+        pace = sorted(step.seconds for step in steps)[len(steps) // 2]
+        count = f"{len(steps)} step" + "s" * (len(steps) > 1)
+        console.print(f"time {result.seconds:.1f} s for {count} (median {pace:.3f} s)")
     print_measured(result)
     console.print(f"saved to {output}", markup=False)
 

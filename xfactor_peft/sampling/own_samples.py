@@ -11,6 +11,7 @@ from ..base.split_model import SplitModel
 from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
 from ..options import SamplingOptions
+from ..progress import phase
 from ..tokens.token_bytes import special_ids
 from .contexts import openings, tokens_left
 from .sampler import continued, sample
@@ -19,6 +20,11 @@ TEXTS, LENGTH = 256, 64
 """How many texts measure a rate, and how many tokens of each are the model's own."""
 ROWS_AT_ONCE = 2048
 """Positions that go through the trunk together."""
+
+
+def _drawn(base: Base, seed: int) -> torch.Tensor:
+    with phase("drawing openings"):
+        return openings(base, 512, seed=seed)
 
 
 @torch.no_grad()
@@ -48,7 +54,7 @@ class OwnSamples:
     banned: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "openings", openings(self.base, 512, seed=self.seed))
+        object.__setattr__(self, "openings", _drawn(self.base, self.seed))
         object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer)))
 
     @property
@@ -64,16 +70,24 @@ class OwnSamples:
         """`count` texts, (count, P + length)."""
         return continued(self.split_model, self._starts(seed, count), self.length, seed=seed, banned=self.banned)
 
-    def rates(self, tilt: torch.Tensor | None = None, count: int | None = None, index: int = 0) -> torch.Tensor:
-        """Sampled rates (K,) float64; the same texts come again for the same index.
+    def rates(self, tilt: torch.Tensor | None = None, index: int = 0) -> torch.Tensor:
+        """Sampled rates (K,) float64; `tilt` (V,) is added to the logits."""
+        return self.masses(tilt, TEXTS, index)[0].double().mean((0, 1))
 
-        `tilt` (V,) is added to the logits.
+    def masses(self, tilt: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Along `count` texts the masses of the sets, and which tokens are members: (count, length, K) both.
+
+        The same texts come again for the same index.
         """
         seed = 7919 * (self.seed + 1) + index
         policy, options = SplitModel(self.split_model.model, tilt), SamplingOptions(self.length, seed=seed)
-        prompts = self._starts(seed, count or TEXTS).tolist()
-        masses = [batch.masses for batch in sample(policy, prompts, options, self.banned, self.members)]
-        return torch.cat([part for part in masses if part is not None]).double().mean((0, 1))
+        prompts, member = self._starts(seed, count).tolist(), self.members.cpu().T
+        masses, hits = [], []
+        for batch in sample(policy, prompts, options, self.banned, self.members):
+            assert batch.masses is not None  # members are given
+            masses.append(batch.masses)
+            hits.append(member[batch.continuations])
+        return torch.cat(masses), torch.cat(hits)
 
     def _starts(self, seed: int, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -10,6 +10,10 @@ import torch
 from ..base.split_model import SplitModel
 from ..objective.kl import chunk_positions
 
+SCORE_BYTES = 8 * 2**20
+"""Size of one chunk's float32 logits, seven alive at once. Twice the size takes three times the memory, since
+what is freed in between lies scattered, and saves no time."""
+
 
 @dataclass(frozen=True)
 class PositionScores:
@@ -52,7 +56,7 @@ def score_positions(
 
     `base_logits` makes the base's logits from its states (with the adapter off where both share weights).
     """
-    step = chunk_positions(len(policy.weight))
+    step = chunk_positions(len(policy.weight), SCORE_BYTES)
     members = mask.nonzero().squeeze(1)
     parts = []
     for part in (slice(start, start + step) for start in range(0, len(hidden), step)):

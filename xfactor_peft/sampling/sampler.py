@@ -20,6 +20,7 @@ from ..base.split_model import SplitModel
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
+from ..progress import report
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch may take: training is what memory is for."""
@@ -86,6 +87,7 @@ def sample(
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+        report((start + len(part)) / len(order))
 
 
 @torch.no_grad()

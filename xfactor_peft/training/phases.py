@@ -1,8 +1,8 @@
 """The phases of a run: one towards the uniform target, or solve, distil and perhaps sequence for a rate.
 
 1. `Solve`: lambda from the base's own probabilities on the contexts, then from samples of the tilted base.
-2. `Distil`: forward KL(q_lambda || model). With a set head whose offset starts at lambda the loss is 0 from the start
-   and the phase ends at its first step; attention and MLP alone have to learn it, and fall short on small models.
+2. `Distil`: forward KL(q_lambda || model). A set head whose offset starts at lambda is the tilt already and learns
+   nothing; attention and MLP alone have to learn it, and fall short on small models.
 3. `Sequence` (`sequence.phase`): policies that plan whole texts, for `sequence_level`.
 """
 
@@ -19,6 +19,7 @@ from ..lora.set_head import SetHead
 from ..lora.variants import pissa_to_lora
 from ..objective.objectives import TiltedObjective, UniformObjective
 from ..objective.targets import UniformTarget
+from ..progress import phase
 from ..sampling.calibration import RateController, calibrate, solve
 from ..sampling.contexts import context_pool
 from ..sampling.metrics import Evaluation
@@ -105,11 +106,13 @@ class Solve:
         if options.seq_len < 2:
             raise XFactorError("`seq_len` must be at least 2 for a rate")
         contexts = target.contexts(rate.run.recipe.objective)
-        pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
+        with phase("drawing contexts"):
+            pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
         first = solve(atom_masses(rate.run.split_model, pool, samples.atoms), samples.atoms, target.rates)
 
         def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
-            return samples.rates(strengths.to(samples.members) @ samples.members, index=index)
+            with phase(f"calibrating lambda, round {index + 1}"):
+                return rate.tilted_rates(strengths, index)
 
         strengths, rounds = calibrate(measure, first, rate.wanted)
         rate.calibration += rounds
@@ -129,6 +132,9 @@ class Distil:
     def run(self) -> None:
         rate, run = self._rate, self._rate.run
         if run.hooks.checkpointer.start_phase == SEQUENCE:
+            return
+        if rate.head is not None and run.recipe.objective.early_stop:
+            rate.stopped = rate.stopped or "the set head is the tilt from the start: nothing is left to learn"
             return
         self._module = TiltedObjective(run.split_model, rate.target, run.base_only, rate.head)
         self._module.strengths.copy_(rate.strengths)

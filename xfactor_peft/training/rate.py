@@ -12,11 +12,13 @@ from ..checkpoint.state import random_states
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
 from ..objective.targets import TiltedTarget
+from ..progress import phase
 from ..sampling.calibration import Trace, calibrate
 from ..sampling.contexts import OPENING, tokens_left
 from ..sampling.frontier import Frontier, measure_frontier
 from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, OwnSamples
+from ..sampling.reweighting import TiltedSamples
 from .run import TrainingRun
 from .sequence.trainer import SequenceStep
 
@@ -78,6 +80,7 @@ class RateRun:
         calibration: rounds of (strength or offset, sampled rates).
         stopped: why training ended before its last step.
         sequence: what the sequence-level phase did.
+        tilted: what was sampled of the tilted base, for one set.
     """
 
     def __init__(self, run: TrainingRun, target: TiltedTarget) -> None:
@@ -92,6 +95,7 @@ class RateRun:
         self.calibration: Trace = []
         self.stopped: str | None = None
         self.sequence: SequenceReport | None = None
+        self.tilted = TiltedSamples()
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds of the run besides its tensors, JSON-serialisable."""
@@ -127,10 +131,14 @@ class RateRun:
         run, options, evaluation = self.run, self.run.recipe.objective, self.run.recipe.evaluation
         frontier = None
         if options.frontier and len(self.target.goals) == 1 and scores is not None and evaluation is not None:
-            frontier = measure_frontier(
-                run.split_model, run.base.tokenizer, self.target.tokens, scores, evaluation,
-                start=float(self.strengths[0]), adapter_off=run.adapter_off,
-            )  # fmt: skip
+            if self._is_logit_bias():
+                frontier = Frontier(float(self.strengths[0]), scores.kl_from_base, 1.0, scores)
+            else:
+                with phase("measuring the logit bias at the same rate"):
+                    frontier = measure_frontier(
+                        run.split_model, run.base.tokenizer, self.target.tokens, scores, evaluation,
+                        start=float(self.strengths[0]), adapter_off=run.adapter_off,
+                    )  # fmt: skip
         return RateReport(
             wanted=self.target.rates,
             strengths=self.strengths.tolist(),
@@ -142,14 +150,37 @@ class RateRun:
             stopped=self.stopped,
         )
 
+    def tilted_rates(self, strengths: torch.Tensor, index: int) -> torch.Tensor:
+        """Sampled rates (K,) of the base tilted by lambda (K,); what was sampled is kept for the dial."""
+        samples = self.samples
+        masses, hits = samples.masses(strengths.to(samples.members) @ samples.members, TEXTS, index)
+        if len(strengths) == 1:
+            self.tilted.add(float(strengths), masses[..., 0], hits[..., 0])
+        return masses.double().mean((0, 1))
+
+    def _is_logit_bias(self) -> bool:
+        """Whether the adapter is a constant logit bias on one set and nothing else."""
+        head, single = self.head, len(self.target.goals) == 1
+        return head is not None and single and not self.run.lora.blocks and not head.direction.any()
+
     def _dial(self) -> list[tuple[float, float]]:
-        """Expected R of the first goal at several scales of the adapter."""
-        pairs = []
-        for scale in DIAL_SCALES:
+        """Expected R of the first goal at several scales of the adapter.
+
+        Where the adapter is a logit bias only the lowest and the highest scale are sampled; those between follow from
+        the masses that were measured there and in calibration (`TiltedSamples`).
+        """
+        bias, ends = self._is_logit_bias(), (DIAL_SCALES[0], DIAL_SCALES[-1])
+        pairs = {}
+        for number, scale in enumerate(ends if bias else DIAL_SCALES):
             _set_scale(self.run.model, scale)
-            pairs.append((scale, float(self.samples.rates(count=TEXTS // 3)[0])))
+            with phase(f"measuring R at scale {scale:g}"):
+                masses, hits = self.samples.masses(None, TEXTS // 3, number)
+            pairs[scale] = float(masses[..., 0].double().mean())
+            if bias:
+                self.tilted.add(scale * float(self.strengths[0]), masses[..., 0], hits[..., 0])
         _set_scale(self.run.model, 1.0)
-        return pairs
+        between = {s: self.tilted.rate(s * float(self.strengths[0])) for s in DIAL_SCALES if s not in pairs}
+        return sorted({**pairs, **between}.items())
 
 
 def _set_scale(model: torch.nn.Module, scale: float, adapter: str = "default") -> None:

@@ -18,6 +18,7 @@ from ..lora.wrap import matched_modules, trainable_parameters
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, Recipe, TrainOptions
+from ..progress import phase
 from ..sampling.metrics import Evaluation, collapse_warnings
 from .phases import phases_of
 from .rate import RateReport
@@ -28,7 +29,7 @@ from .run import Hooks, TrainingRun
 class TrainResult:
     """A trained model with everything that is worth writing down about how it came to be.
 
-    `before` and `after` are None where no evaluation was asked for.
+    `before` and `after` are None where no evaluation was asked for; `history` is empty where nothing was left to learn.
     """
 
     base: Base
@@ -61,7 +62,7 @@ class TrainResult:
             "rate": self.rate.record() if self.rate else None,
             "warnings": self.warnings,
             "lora": asdict(self.lora) if self.lora else None,
-            "loss": {"first": self.history[0].loss, "last": self.history[-1].loss},
+            "loss": {"first": self.history[0].loss, "last": self.history[-1].loss} if self.history else None,
             "before": self.before.record() if self.before else None,
             "after": self.after.record() if self.after else None,
             "trainable_parameters": self.parameters,
@@ -118,16 +119,18 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
     run = TrainingRun.start(base, target, recipe, hooks)
     modules = matched_modules(base.model, run.lora.target) if recipe.train.method == "lora" else {}
     torch.manual_seed(recipe.train.seed)
-    before, sampling_before = run.measure()
+    with phase("measuring R before training"):
+        before, sampling_before = run.measure()
     phases = phases_of(run)
     reset_peak(base.device)
     started = time.perf_counter()
     with run.explaining_out_of_memory():
-        for phase in phases:
-            phase.run()
+        for part in phases:
+            part.run()
     run.model.eval()
     seconds, train_peak = time.perf_counter() - started, peaks(base.device)
-    after, sampling_after = run.measure()
+    with phase("measuring R after training"):
+        after, sampling_after = run.measure()
     return TrainResult(
         base=base,
         model=run.model,
