@@ -300,7 +300,7 @@ def test_options_that_do_not_go_together(tiny):
         (uniform, {}, None, {"sequence_level": True}, "`sequence_level=True` needs `goal.rate`"),
         (tilted, {"method": "full"}, None, {}, "`method=lora`"),
         (uniform, {"method": "full"}, None, {"kl_to_base": 1.0}, "`method=lora`"),
-        (uniform, {}, LoraOptions(target="head"), {}, "needs a rate"),
+        (uniform, {}, LoraOptions(target="head"), {}, "needs `goal.rate`"),
     ):
         with pytest.raises(XFactorError, match=message):
             train(tiny, target, TrainOptions(**options), lora, SCORES, ObjectiveOptions(**objective))
