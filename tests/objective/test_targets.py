@@ -10,9 +10,10 @@ import torch
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.objective.tilt import MAX_STRENGTH
+from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_set import TokenSet
 
-ONE, TWO = TokenSet((1, 3), 8, {"kind": "ids"}), TokenSet((2,), 8)
+ONE, TWO = TokenSet((1, 3), 8, Rule("contains", "X")), TokenSet((2,), 8)
 
 
 def refused(message, make):
