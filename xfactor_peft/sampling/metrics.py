@@ -94,7 +94,7 @@ def evaluate(
     adapter_off: Callable[[], AbstractContextManager] | None = None,
     goals: Sequence[TokenSet] = (),
 ) -> Evaluation:
-    """Sample from `policy` and score the samples; the rates of `goals` are reported besides.
+    """Sample from `policy` and score the samples; the rates of `goals` are reported, too.
 
     The base is either another model (`base`), or the policy's own weights inside `adapter_off()`
     (peft's `disable_adapter`), so that one model in memory is enough. With neither, the policy is the base.

@@ -144,7 +144,7 @@ def source_page(results: Results) -> str | None:
     if rows:
         prompt = rows[0].good[0]["samples"][0]["prompt"]
         lines = "\n".join(f"- {row.label}: {beginning(row)}" for row in rows)
-        parts.append(f"“{prompt}” goes on, top-k 50, set tokens in bold:\n\n{lines}")
+        parts.append(f"“{prompt}” continued, top-k 50, set tokens in bold:\n\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The loop: checks first, then every run that has no result yet; interrupted, it goes on where it was."""
+"""The loop: checks first, then every run that has no result yet; interrupted, it continues where it was."""
 
 from __future__ import annotations
 
