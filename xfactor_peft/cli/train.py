@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import OPTIMIZERS, EvalOptions, SamplingOptions
+from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
 from ..training.parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .rate import check_rate_flags, make_target, rate_options
@@ -113,7 +113,9 @@ def run(flags: dict[str, Any]) -> None:
     name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:
-        recipe = replace(recipe, memory=replace(recipe.memory, checkpointing=plan.recomputed))
+        # without a budget the rest of the run stays below what training takes
+        budget = recipe.memory.budget or plan.memory.total
+        recipe = replace(recipe, memory=MemoryOptions(plan.recomputed, budget))
         print_expectation(plan)
     folder = FolderOptions(flags["force"], bool(flags["resume"]), flags["save_every"], to_settings(flags, output))
     steps = recipe.train.steps + (recipe.objective.sequence_steps if recipe.objective.sequence_level else 0)

@@ -21,6 +21,8 @@ from .position_scores import PositionScores, score_positions
 from .sampler import Samples, sample
 
 COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
+POSITIONS = 1024
+"""Tokens that go through the trunk together when texts are scored; PEFT keeps float32 copies of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def evaluate(
         batches.append(batch.continuations)
         for row, start in zip(batch.ids.tolist(), batch.starts.tolist(), strict=True):
             texts.setdefault(tuple(row[:start]), row[: start + new])
-        parts.append(pair.score(batch, tokens.mask()))
+        parts += [pair.score(part, tokens.mask()) for part in batch.split(POSITIONS)]
     samples = [cast(str, tokenizer.decode(texts[tuple(ids)])) for ids in encoded]
     rows, scores = torch.cat(batches), PositionScores.join(parts)
     rate = rate_per_sequence(rows, tokens.mask())

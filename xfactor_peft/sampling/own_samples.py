@@ -14,11 +14,12 @@ from ..options import SamplingOptions
 from ..progress import phase
 from ..tokens.token_bytes import special_ids
 from .contexts import openings, tokens_left
+from .position_scores import SCORE_BYTES
 from .sampler import continued, sample
 
 TEXTS, LENGTH = 256, 64
 """How many texts measure a rate, and how many tokens of each are the model's own."""
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024
 """Positions that go through the trunk together."""
 
 
@@ -30,7 +31,7 @@ def _drawn(base: Base, seed: int) -> torch.Tensor:
 @torch.no_grad()
 def atom_masses(policy: SplitModel, ids: torch.Tensor, atoms: Atoms) -> torch.Tensor:
     """Masses of the atoms at the positions that predict ids[:, 1:]; (N, T) ids -> ((T - 1) N, P) float64."""
-    parts, step = [], chunk_positions(len(policy.weight))
+    parts, step = [], chunk_positions(len(policy.weight), SCORE_BYTES)
     for rows in ids.split(max(1, ROWS_AT_ONCE // ids.shape[1])):
         hidden = policy.hidden(rows.to(policy.weight.device))[:, :-1].flatten(0, 1)
         parts += [atoms.masses(policy.logits(h).float().log_softmax(-1)).cpu() for h in hidden.split(step)]

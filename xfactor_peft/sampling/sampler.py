@@ -11,6 +11,8 @@ The token at a position is the one whose interval of the cumulative distribution
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,19 @@ from ..options import SamplingOptions
 from ..progress import report
 
 CACHE_BYTES = 128 * 2**20
-"""Most that the key-value cache of one batch may take: training is what memory is for."""
+"""Most that the key-value cache of one batch takes: training is what memory is for."""
+LEAST_BYTES = 16 * 2**20
+_cache_bytes: ContextVar[int] = ContextVar("cache_bytes", default=CACHE_BYTES)
+
+
+@contextmanager
+def cache_limit(size: int) -> Iterator[None]:
+    """Inside, the cache of a batch takes at most `size` bytes, but never less than `LEAST_BYTES`."""
+    token = _cache_bytes.set(min(CACHE_BYTES, max(LEAST_BYTES, size)))
+    try:
+        yield
+    finally:
+        _cache_bytes.reset(token)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,12 @@ class Samples:
         """The generated ids, (N, L)."""
         return self.ids.gather(1, self._positions(0))
 
+    def split(self, positions: int) -> Iterator[Samples]:
+        """The same texts, so many at a time that they hold about `positions` tokens; at least one."""
+        for rows in torch.arange(len(self.ids)).split(max(1, positions // self.ids.shape[1])):
+            masses = None if self.masses is None else self.masses[rows]
+            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], masses)
+
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of states (N, W, D) of a forward pass over `ids`, those that predict the generated tokens: (N, L, D)."""
         positions = self._positions(-1).to(hidden.device)
@@ -58,10 +78,10 @@ class Samples:
         return self.starts[:, None] + torch.arange(self.length) + shift
 
 
-def rows_at_once(split_model: SplitModel, width: int, cache_bytes: int = CACHE_BYTES) -> int:
-    """How many texts of `width` tokens have a key-value cache of at most `cache_bytes`; at least 1."""
+def rows_at_once(split_model: SplitModel, width: int) -> int:
+    """How many texts of `width` tokens have a key-value cache within the limit; at least 1."""
     model = split_model.model
-    return max(1, cache_bytes // (token_bytes(model.config, model.dtype) * width))
+    return max(1, _cache_bytes.get() // (token_bytes(model.config, model.dtype) * width))
 
 
 def sample(

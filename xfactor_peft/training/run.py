@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..base.loading import Base
 from ..base.split_model import SplitModel, split
 from ..budget.dry_run import Shape
+from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
 from ..budget.plan import recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
@@ -26,8 +27,12 @@ from ..objective.targets import Target
 from ..options import LoraOptions, Recipe
 from ..sampling.contexts import batches, check_length
 from ..sampling.metrics import Evaluation, evaluate
+from ..sampling.sampler import CACHE_BYTES
 from .parallel import check_processes
 from .sharding import check_shards
+
+SAMPLING_BYTES = 48 * 2**20
+"""What sampling and scoring take beside the model and the cache: logits, activations, compiled kernels."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,13 @@ class TrainingRun:
         """A context in which the adapter is off."""
         assert isinstance(self.wrapped, PeftModel)
         return adapter_off(self.wrapped)
+
+    def cache_bytes(self) -> int:
+        """What a budget leaves the key-value cache of a batch of samples, so that sampling stays below it, too."""
+        budget = self.recipe.memory.budget
+        if budget is None or self.base.device.type != "cpu":
+            return CACHE_BYTES
+        return budget - resident() - SAMPLING_BYTES
 
     def wrap(self, sets: int = 0) -> PeftModel:
         """Add LoRA to the base; `sets` is the rank of a set head."""

@@ -20,6 +20,7 @@ from ..objective.targets import Target
 from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, Recipe, TrainOptions
 from ..progress import phase
 from ..sampling.metrics import Evaluation, collapse_warnings
+from ..sampling.sampler import cache_limit
 from .phases import phases_of
 from .rate import RateReport
 from .run import Hooks, TrainingRun
@@ -119,18 +120,20 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
     run = TrainingRun.start(base, target, recipe, hooks)
     modules = matched_modules(base.model, run.lora.target) if recipe.train.method == "lora" else {}
     torch.manual_seed(recipe.train.seed)
-    with phase("measuring R before training"):
-        before, sampling_before = run.measure()
-    phases = phases_of(run)
-    reset_peak(base.device)
-    started = time.perf_counter()
-    with run.explaining_out_of_memory():
-        for part in phases:
-            part.run()
-    run.model.eval()
-    seconds, train_peak = time.perf_counter() - started, peaks(base.device)
-    with phase("measuring R after training"):
-        after, sampling_after = run.measure()
+    with cache_limit(run.cache_bytes()):
+        with phase("measuring R before training"):
+            before, sampling_before = run.measure()
+        phases = phases_of(run)
+        reset_peak(base.device)
+        started = time.perf_counter()
+        with run.explaining_out_of_memory():
+            for part in phases:
+                part.run()
+        run.model.eval()
+        seconds, train_peak = time.perf_counter() - started, peaks(base.device)
+        with phase("measuring R after training"):
+            after, sampling_after = run.measure()
+        report = phases[-1].report(after)
     return TrainResult(
         base=base,
         model=run.model,
@@ -147,6 +150,6 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
         sampling_peak={key: max(sampling_before[key], sampling_after[key]) for key in sampling_before},
         recomputed_blocks=run.recomputed,
         objective=recipe.objective,
-        rate=phases[-1].report(after),
+        rate=report,
         warnings=collapse_warnings(before, after) if before and after else [],
     )
