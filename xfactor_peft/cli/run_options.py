@@ -80,8 +80,12 @@ def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
     return EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
 
 
-def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan:
+def plan_run(
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True
+) -> Plan:
     """Predict the run that these flags ask for; nothing but the model's configuration is read.
+
+    `time` also runs a block or two to predict seconds a step.
 
     Raises:
         XFactorError: this kind of run cannot be predicted.
@@ -105,7 +109,7 @@ def plan_run(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, reci
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
     )
-    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device)
+    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time)
 
 
 def parse_size(text: str) -> int:

@@ -144,7 +144,8 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe:
     from ..errors import XFactorError
 
     try:
-        plan = plan_run(flags, choice, load, recipe)
+        # the run itself will show its pace; timing blocks first takes seconds, and memory that stays
+        plan = plan_run(flags, choice, load, recipe, time=False)
     except XFactorError:
         if recipe.memory.budget:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def reset_peak(device: torch.device) -> bool:
 
     Freed pages go back first: no phase is charged with what another one left.
     """
+    gc.collect()  # models hold on to themselves in circles
     give_back_pages()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
