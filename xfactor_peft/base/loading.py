@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..lowmem.memory import peaks
-from ..lowmem.streaming import QUANTIZED, UnsupportedCheckpoint, load_streaming, quantize_linears
+from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
+from .claims import check_claims
+from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
+from .quantised import quantized_layers, quantized_types
 from .resolve import ModelChoice, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,21 +67,6 @@ class Base:
         }
 
 
-def quantized_types() -> dict[type[torch.nn.Module], str]:
-    """Types of quantised layers and what each is: this package's and, once it is imported, bitsandbytes'."""
-    types: dict[type[torch.nn.Module], str] = {layer: name for name, layer in QUANTIZED.items()}
-    bitsandbytes = sys.modules.get("bitsandbytes")  # without it, no layer is of its types
-    if bitsandbytes is not None:
-        types |= {bitsandbytes.nn.Linear8bitLt: "int8", bitsandbytes.nn.Linear4bit: "nf4"}
-    return types
-
-
-def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
-    """How many layers of each quantised type `model` has, by the type's name, e.g. {"Int8Linear": 96}; {} for none."""
-    types = quantized_types()
-    return dict(Counter(type(module).__name__ for module in model.modules() if type(module) in types))
-
-
 def pick_device(device: str = "auto") -> torch.device:
     """Resolve "auto" to CUDA where there is one, else the CPU; raises XFactorError for one that is not there."""
     if device == "auto":
@@ -120,8 +100,9 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
 
     Raises:
         XFactorError: the files are not a causal language model that transformers can load, or the
-            device or the quantisation is not available.
+            device or the quantisation is not available; or the checkpoint is quantised already.
     """
+    check_claims(choice.folder, choice.name)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     try:
@@ -173,50 +154,13 @@ def _load_model(
             except UnsupportedCheckpoint:
                 pass
         if backend == "native" and quantization is not None:
-            model = _from_pretrained(choice, dtype, torch.device("cpu"))
+            model = from_pretrained(choice.folder, dtype, torch.device("cpu"))
             model = quantize_linears(model, quantization)
             return model.to(device)  # type: ignore[arg-type]  # mypy does not bind self in functools.wraps
-        return _trainable_4bit(_from_pretrained(choice, dtype, device, _bitsandbytes_config(quantization, dtype)))
+        return trainable_4bit(from_pretrained(choice.folder, dtype, device, bitsandbytes_config(quantization, dtype)))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
-
-
-def _from_pretrained(
-    choice: ModelChoice,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        choice.folder,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantization_config,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-
-
-def _trainable_4bit(model: PreTrainedModel) -> PreTrainedModel:
-    """Keep bitsandbytes (0.50) from repacking 4-bit weights on a CPU.
-
-    It does so in the first forward pass in evaluation mode, and what is packed has no backward pass; a run samples
-    before it trains.
-    """
-    switch = "support_avx512bf16_for_cpu"
-    for module in model.modules():
-        if hasattr(module, switch):
-            setattr(module, switch, False)
-    return model
-
-
-def _bitsandbytes_config(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if quantization == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return None
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:

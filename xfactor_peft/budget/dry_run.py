@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from ..base.claims import check_claims
 from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
@@ -76,8 +77,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration in a model folder.
 
     Raises:
-        XFactorError: there is none that transformers knows.
+        XFactorError: there is none that transformers knows, or it is that of a quantised checkpoint.
     """
+    check_claims(folder, str(folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -24,8 +24,8 @@ from .quantized import QuantizedLinear
 from .scratch import release_scratch
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
-# Causal masks that older checkpoints carry, and rotary frequencies, which follow from the configuration.
-_IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Stored tensors that follow from the configuration: causal masks of older checkpoints, frequencies, positions."""
 
 
 class UnsupportedCheckpoint(ValueError):
@@ -140,7 +140,7 @@ def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
         name = next((n for n in candidates if n in wanted), None)
         if name is not None:
             sources[name] = tensor
-        elif not (_IGNORED.search(key) or any(pattern.search(key) for pattern in ignored)):
+        elif not (IGNORED.search(key) or any(pattern.search(key) for pattern in ignored)):
             left_over.append(key)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for name in tied & sources.keys():  # one copy is enough, and it is the source's
@@ -151,10 +151,15 @@ def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
         ("not part of the model", sorted(left_over)),
         ("of the wrong shape or type", [n for n, t in sources.items() if not _fits(model, n, t)]),
     ]
-    found = [f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names]
+    found = in_words(problems)
     if found:
-        raise ValueError(f"{folder} does not hold a whole {type(model).__name__}: {'; '.join(found)}")
+        raise ValueError(f"{folder} does not hold a whole {type(model).__name__}: {found}")
     return sources
+
+
+def in_words(problems: Iterable[tuple[str, list[str]]]) -> str:
+    """Names of tensors by what is wrong with them, as a sentence with the first of each; "" for none."""
+    return "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for what, names in problems if names)
 
 
 def _fits(model: PreTrainedModel, name: str, source: StoredTensor) -> bool:
