@@ -103,10 +103,14 @@ class NF4Linear(QuantizedLinear):
     def _in_scratch(self, dtype: torch.dtype) -> torch.Tensor:
         """W in `dtype` in the scratch buffer, valid until the next layer dequantises."""
         shape = (self.out_features, self.in_features)
-        kernel = nf4_kernel.compiled_kernel(dtype, self.weight.device)
-        if kernel is not None and self.in_features % 2 == 0:
-            weight = scratch("weight", shape, dtype)
-            kernel(self.weight, self.absmax, weight, BLOCK)
-            return weight
         flat = scratch("weight", (len(self.absmax) * BLOCK,), dtype, self.weight.device)
-        return dequantize_into(flat, self.weight, self.absmax)[: shape[0] * shape[1]].view(shape)
+        kernel = nf4_kernel.compiled_kernel(dtype, self.weight.device)
+        whole = shape[0] * shape[1] // BLOCK if kernel is not None else 0  # blocks; the rest is torch's
+        if kernel is not None and whole:
+            # Blocks run on from row to row, so any width may go as rows of one block: the kernel is wrong at others.
+            columns = shape[1] if shape[1] % BLOCK == 0 else BLOCK
+            kernel(self.weight, self.absmax, flat[: whole * BLOCK].view(-1, columns), BLOCK)
+        if whole < len(self.absmax):
+            rest = slice(whole * BLOCK // 2, None)
+            dequantize_into(flat[whole * BLOCK :], self.weight[rest], self.absmax[whole:])
+        return flat[: shape[0] * shape[1]].view(shape)
