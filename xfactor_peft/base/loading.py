@@ -10,13 +10,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
+from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
 from .claims import check_claims
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
-from .quantised import quantized_layers, quantized_types
+from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,6 +34,7 @@ class Base:
     dtype: str
     device: torch.device
     quantized: dict[str, int] = field(default_factory=dict)
+    unquantized: dict[str, int] = field(default_factory=dict)
     backend: str | None = None
     load_peak: dict[str, float] = field(default_factory=dict)
 
@@ -48,11 +50,14 @@ class Base:
         return next((kinds[type(module)] for module in self.model.modules() if type(module) in kinds), None)
 
     def describe(self) -> str:
-        """One line: name, why, dtype, device, and the quantised layers by kind."""
+        """One line: name, why, dtype, device, the quantised layers by kind, and what was not."""
         line = f"model {self.choice.name} ({self.choice.reason}), {self.dtype} on {self.device}"
         if self.quantized:
             layers = ", ".join(f"{count} {kind}" for kind, count in self.quantized.items())
             line += f", quantised by {self.backend}: {layers}"
+        if self.unquantized:
+            share = unquantized_share(self.model)
+            line += f"; not quantised: {listed(self.unquantized)}, {share:.0%} of the blocks' weights"
         return line
 
     def record(self) -> dict[str, Any]:
@@ -64,6 +69,7 @@ class Base:
             "device": str(self.device),
             "quantized_by": self.backend,
             "quantized_layers": self.quantized,
+            "unquantized_weights": self.unquantized,
         }
 
 
@@ -116,6 +122,12 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     model = _load_model(choice, stored, device, options.quantization, backend)
     model.requires_grad_(False).eval()
     switch_off_dropout(model)
+    quantized = quantized_layers(model)
+    if backend and not quantized:
+        raise XFactorError(
+            f"`quantization={options.quantization}`: {backend} finds no layer to quantise in {type(model).__name__}; "
+            + ("load it without" if backend == "native" else "use `backend=native`")
+        )
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -123,7 +135,8 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         identity=identify(choice.folder, choice.name, choice.revision, tokenizer),
         dtype=dtype,
         device=device,
-        quantized=quantized_layers(model),
+        quantized=quantized,
+        unquantized=unquantized_weights(model) if backend else {},
         backend=backend,
         load_peak=peaks(device),
     )

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from ..base.loading import Base
-from ..lora.wrap import matched_modules
+from ..lora.wrap import matched_modules, unmatched_modules
+from ..lowmem.linears import listed
 from ..objective.targets import Target
 from ..options import Recipe
 from ..sampling.frontier import Frontier
@@ -37,8 +38,10 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
             del matched[head]
             console.print(f"set head: rank {len(target.goals)} on {head}")
         if matched:
-            layers = ", ".join(f"{name} x {count}" for name, count in matched.items())
+            layers = listed(matched)
             console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
+        if unmatched := unmatched_modules(base.model, lora.target):
+            console.print(f"no lora on {listed(unmatched)}, which stay as they are", markup=False)
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )

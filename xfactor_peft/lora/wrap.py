@@ -12,13 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..base.loading import quantized_layers
+from ..base.quantised import quantized_layers, quantized_types
 from ..errors import XFactorError
+from ..lowmem.linears import below_block, counted, in_block, is_linear, listed, other_weights
 from ..lowmem.peft_layers import custom_modules
 from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
 from .variants import remember_start
 
+_PARTS = ("attention", "mlp")
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attention)([._]|$)")
 _MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d|fc_in|fc_out|w[123])([._]|$)")
 
@@ -33,28 +35,51 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
     Raises:
         XFactorError: nothing matches.
     """
-    head = model.get_output_embeddings()
-    names = []
-    for name, module in model.named_modules():
-        if module is head or not isinstance(module, nn.Linear | Conv1D) or not re.search(r"\.\d+\.", name):
-            continue
-        inside = _below_block(name)
-        is_attention, is_mlp = bool(_ATTENTION.search(inside)), bool(_MLP.search(inside))
-        if (is_attention and target != "mlp") or (is_mlp and not is_attention and target != "attention"):
-            names.append(name)
+    names = [name for name in _linear_layers(model) if _part(name) in (_PARTS if target == "all" else (target,))]
     if not names:
+        left = listed(_without_lora(model, target, names))
+        others = f"; LoRA cannot be on {left}, which are no linear layers that it knows" if left else ""
         raise XFactorError(
-            f"`lora.target={target}` matches no layer of {type(model).__name__}; nothing could be trained"
+            f"`lora.target={target}` matches no layer of {type(model).__name__}; nothing could be trained{others}"
         )
     return names
+
+
+def unmatched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
+    """What `target` means, or could mean, and no LoRA reaches, e.g. {"mlp.experts.gate_up_proj": 24}.
+
+    Weights of attention or MLP that are in no linear layer (stacked experts, routers), and with "all" every other
+    layer of the blocks (a state-space mixer's).
+    """
+    blocks = LoraOptions(target=target).blocks
+    return _without_lora(model, blocks, projections(model, blocks)) if blocks else {}
+
+
+def _without_lora(model: PreTrainedModel, target: str, names: list[str]) -> dict[str, int]:
+    taken = {f"{name}.weight" for name in names}
+    left = (name for name in other_weights(model, ()) if name not in taken and ".lora_" not in name)
+    meant = (name for name in left if target == "all" or _part(name) == target)
+    return counted(name.removesuffix(".weight") for name in meant)
+
+
+def _part(name: str) -> str | None:
+    """ "attention" or "mlp" by the names on the path below the block; None for neither."""
+    inside = below_block(name)
+    return "attention" if _ATTENTION.search(inside) else "mlp" if _MLP.search(inside) else None
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[str]:
+    """Names of the blocks' linear layers, quantised ones too."""
+    head, quantised = model.get_output_embeddings(), tuple(quantized_types())
+    for name, module in model.named_modules():
+        if module is not head and in_block(name) and (isinstance(module, quantised) or is_linear(module)):
+            yield name
 
 
 def matched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
     """How many layers each target name matched, e.g. {"attn.c_attn": 24, "attn.c_proj": 24}."""
     options = LoraOptions(target=target)
-    counts: dict[str, int] = {}
-    for name in projections(model, options.blocks) if options.blocks else []:
-        counts[_below_block(name)] = counts.get(_below_block(name), 0) + 1
+    counts = counted(iter(projections(model, options.blocks) if options.blocks else []))
     return {**counts, head_name(model): 1} if options.head else counts
 
 
@@ -63,7 +88,7 @@ def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> 
 
     `sets` is the rank of the set head, needed when `options.head`.
     """
-    targets = sorted({_below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
+    targets = sorted({below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
     if options.head:
         if sets < 1:
             raise XFactorError(
@@ -99,11 +124,15 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> Pef
     """Wrap `model` in place with a new trainable adapter; everything else is frozen.
 
     Raises:
-        XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose.
+        XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose; a matched layer that PEFT
+            left as it was.
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
+    wanted = set(projections(model, options.blocks)) if options.blocks else set()
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
+    if left := sorted(name for name in wanted if not isinstance(model.get_submodule(name), LoraLayer)):
+        raise XFactorError(f"PEFT put no LoRA on {left[0]} of {type(model).__name__}, which `lora.target` matches")
     freeze_block_biases(wrapped)
     if options.variant == "pissa":
         remember_start(wrapped)
@@ -129,8 +158,3 @@ def adapts_trunk(model: PreTrainedModel) -> bool:
 
 def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _below_block(name: str) -> str:
-    """The path below the block's number: "transformer.h.3.attn.c_proj" -> "attn.c_proj"."""
-    return re.split(r"\.\d+\.", name)[-1]

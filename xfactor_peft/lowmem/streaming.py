@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .allocator import own_pages
 from .checkpoint_files import StoredTensor, stored_tensors
 from .int8 import Int8Linear
+from .linears import is_linear
 from .nf4 import NF4Linear
 from .quantized import QuantizedLinear
 from .scratch import release_scratch
@@ -114,8 +115,8 @@ def replace_linears(model: PreTrainedModel, quantization: str) -> None:
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D, bool]]:
     """(name, layer, whether it is a Conv1D) of what is quantised; holds on to no layer that is replaced meanwhile."""
-    head, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
-    for name in [name for name, layer in model.named_modules() if type(layer) in kinds and layer is not head]:
+    head = model.get_output_embeddings()
+    for name in [name for name, layer in model.named_modules() if layer is not head and is_linear(layer)]:
         layer = cast(nn.Linear | Conv1D, model.get_submodule(name))
         yield name, layer, isinstance(layer, Conv1D)
 

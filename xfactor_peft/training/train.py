@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..base.loading import Base
 from ..budget.plan import Plan
 from ..checkpoint.state import Step
-from ..lora.wrap import matched_modules, trainable_parameters
+from ..lora.wrap import matched_modules, trainable_parameters, unmatched_modules
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, Recipe, TrainOptions
@@ -43,6 +43,7 @@ class TrainResult:
     history: list[Step]
     parameters: int
     modules: dict[str, int] = field(default_factory=dict)
+    unmatched: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     train_peak: dict[str, float] = field(default_factory=dict)
     sampling_peak: dict[str, float] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class TrainResult:
             "after": self.after.record() if self.after else None,
             "trainable_parameters": self.parameters,
             "target_modules": self.modules,
+            "unmatched_modules": self.unmatched,
             "seconds": round(self.seconds, 3),
             "load_peak": self.base.load_peak,
             "train_peak": self.train_peak,
@@ -118,7 +120,9 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
     if recipe.lora is None:
         recipe = replace(recipe, lora=target.default_lora(recipe.objective))
     run = TrainingRun.start(base, target, recipe, hooks)
-    modules = matched_modules(base.model, run.lora.target) if recipe.train.method == "lora" else {}
+    with_lora = recipe.train.method == "lora"
+    modules = matched_modules(base.model, run.lora.target) if with_lora else {}
+    unmatched = unmatched_modules(base.model, run.lora.target) if with_lora else {}
     torch.manual_seed(recipe.train.seed)
     with cache_limit(run.cache_bytes()):
         with phase("measuring R before training"):
@@ -145,6 +149,7 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
         history=run.history,
         parameters=trainable_parameters(run.model),
         modules=modules,
+        unmatched=unmatched,
         seconds=max(seconds, sum(step.seconds for step in run.history)),  # an earlier part of the run included
         train_peak=train_peak,
         sampling_peak={key: max(sampling_before[key], sampling_after[key]) for key in sampling_before},
