@@ -65,7 +65,7 @@ def changed(folder: Path, path: Path, tensors=lambda t: t, config: dict | None =
     return path
 
 
-def load(folder: Path, **options):
+def load(folder: Path | str, **options):
     return load_base(resolve_model(str(folder)), LoadOptions(**{"dtype": "fp32", **options}))
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ..lowmem.checkpoint_files import StoredTensor, same_values, stored_tensors
+from ..lowmem.streaming import IGNORED
 
 SAMPLED_VALUES = 256
 """Leading values of every tensor that enter the weights' fingerprint."""
@@ -19,6 +24,11 @@ _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "task_specific_params",
     "quantization_config", "activation_function", "attn_pdrop", "embd_pdrop", "resid_pdrop",
 }  # fmt: skip
+_NO_FUNCTION = re.compile(
+    r"(_token_id|dropout|_pdrop|_drop)$|^(architectures|initializer_range|init_std|tokenizer_class|id2label|label2id|"
+    r"problem_type|return_dict|output_attentions|output_hidden_states|chunk_size_feed_forward)$"
+)
+"""Fields of a parsed configuration that change no logits: dropout is switched off, and ids are the tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class BaseIdentity:
         config: SHA-256 of the parts of config.json that matter.
         weights: SHA-256 of every tensor's name, shape and leading values in the files.
         tokenizer: SHA-256 of the vocabulary.
+        parsed: SHA-256 of what transformers makes of config.json, where that is not the default: the same for every
+            layout of the file. None in records from before it was kept.
+        forward: as `weights`, of the tensors that the forward pass uses and no others: an output embedding of its own
+            counts, stored masks and frequencies do not. None in records from before it was kept.
     """
 
     name: str
@@ -42,13 +56,23 @@ class BaseIdentity:
     config: str
     weights: str
     tokenizer: str
+    parsed: str | None = None
+    forward: str | None = None
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
     def differences(self, other: BaseIdentity) -> list[str]:
-        """Which of config, weights and tokenizer differ; empty when an adapter fits."""
-        return [key for key in ("config", "weights", "tokenizer") if getattr(self, key) != getattr(other, key)]
+        """Which of config, weights and tokenizer differ; empty when an adapter fits.
+
+        Configurations are the same by their text or by their meaning (which a newer transformers may see otherwise).
+        Weights are compared by what the forward pass uses, and by the older fingerprint where one side has no other.
+        """
+        config = self.config == other.config or (self.parsed is not None and self.parsed == other.parsed)
+        both = self.forward is not None and other.forward is not None
+        weights = self.forward == other.forward if both else self.weights == other.weights
+        same = {"config": config, "weights": weights, "tokenizer": self.tokenizer == other.tokenizer}
+        return [key for key, equal in same.items() if not equal]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.architecture}, {self.shape}, weights {self.weights[:8]})"
@@ -59,14 +83,17 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = config.get("n_layer", config.get("num_hidden_layers", "?"))
     width = config.get("n_embd", config.get("hidden_size", "?"))
+    weights, forward = _weights_fingerprints(folder)
     return BaseIdentity(
         name=name,
         revision=revision,
         architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
         shape=f"{layers} layers x {width}, vocabulary {config.get('vocab_size', '?')}",
         config=_digest({k: v for k, v in config.items() if k not in _VOLATILE}),
-        weights=_weights_fingerprint(folder),
+        weights=weights,
         tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
+        parsed=_digest(_parsed(folder)),
+        forward=forward,
     )
 
 
@@ -74,22 +101,54 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _weights_fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    entries = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            entries += [(_plain_name(key), path, key) for key in file.keys()]  # noqa: SIM118 (not a dict)
-    for name, path, key in sorted(entries):
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name.startswith("lm_head."):
-            continue  # causal-mask buffers of old checkpoints, and a head that may be tied
-        with safe_open(path, framework="pt") as file:
-            part = file.get_slice(key)
-            shape = part.get_shape()
-            rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(key)
-            values = rows.flatten()[:SAMPLED_VALUES].float().tolist()
-        digest.update(json.dumps([name, shape, values]).encode())
-    return digest.hexdigest()
+def _parsed(folder: Path) -> dict[str, Any]:
+    """The configuration as transformers reads it, without what is the default and what changes no logits."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        default = type(config)().to_dict()
+    except Exception:  # whatever a configuration without defaults trips over
+        default = {}
+    return _function({key: value for key, value in config.to_dict().items() if default.get(key, ...) != value}) | {
+        "model_type": config.model_type
+    }
+
+
+def _function(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    kept = ((key, value) for key, value in values.items() if not _NO_FUNCTION.search(str(key)))
+    return {str(key): _function(value) for key, value in kept if key not in _VOLATILE and value is not None}
+
+
+def _weights_fingerprints(folder: Path) -> tuple[str, str]:
+    """(without any output embedding, as it always was; of what the forward pass uses)."""
+    stored = stored_tensors(folder)
+    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
+    digest, forward = hashlib.sha256(), hashlib.sha256()
+    for name, key in sorted((_plain_name(key), key) for key in stored):
+        head = name.startswith("lm_head.")
+        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # of old checkpoints
+        line = json.dumps([name, *_sample(stored[key])]).encode()
+        if not (mask or head):
+            digest.update(line)
+        if not (mask or IGNORED.search(key) or (head and tied and _is_copy(key, stored))):
+            forward.update(line)
+    return digest.hexdigest(), forward.hexdigest()
+
+
+def _sample(tensor: StoredTensor) -> tuple[list[int], list[float]]:
+    """Shape and leading values."""
+    with safe_open(tensor.file, framework="pt") as file:
+        part = file.get_slice(tensor.name)
+        shape = part.get_shape()
+        rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(tensor.name)
+        return shape, rows.flatten()[:SAMPLED_VALUES].float().tolist()
+
+
+def _is_copy(key: str, stored: dict[str, StoredTensor]) -> bool:
+    """Whether a stored tensor is one of the others again, so that nothing is lost with it."""
+    alike = (other for name, other in stored.items() if name != key and other.shape == stored[key].shape)
+    return any(same_values(stored[key], other, torch.float32) for other in alike if len(other.shape) > 1)
 
 
 def _plain_name(key: str) -> str:

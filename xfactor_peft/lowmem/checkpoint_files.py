@@ -63,6 +63,20 @@ class StoredTensor:
                 yield slice(first, first + count), values.view((count, *row_shape) if self.shape else ())
 
 
+def same_values(left: StoredTensor, right: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are equal once converted to `dtype`; read piece by piece."""
+    if left.shape != right.shape or left.dtype is None or right.dtype is None:
+        return False
+    width = max(left.dtype.itemsize, right.dtype.itemsize)
+    pieces = (t.pieces(PIECE_BYTES * t.dtype.itemsize // width) for t in (left, right) if t.dtype is not None)
+    ours, theirs = pieces
+    for _, values in ours:
+        kept = values.to(dtype, copy=True)  # the next read overwrites them
+        if not torch.equal(kept, next(theirs)[1].to(dtype)):
+            return False
+    return True
+
+
 def _fill(file: FileIO, buffer: torch.Tensor) -> None:
     view = buffer.numpy().data
     while view:

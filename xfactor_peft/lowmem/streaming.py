@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from .allocator import own_pages
-from .checkpoint_files import StoredTensor, stored_tensors
+from .checkpoint_files import StoredTensor, same_values, stored_tensors
 from .int8 import Int8Linear
 from .linears import is_linear
 from .nf4 import NF4Linear
@@ -51,10 +51,10 @@ def load_streaming(folder: Path, *, dtype: torch.dtype, quantization: str | None
         model = _empty_model(folder, dtype)
         if quantization is not None:
             replace_linears(model, quantization)
-        sources = _match(model, stored, folder)
+        sources = _match(model, stored, folder, dtype)
         for name, source in sources.items():
             _load_parameter(model, name, source, dtype)
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=False)
         release_scratch()
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     if left:
@@ -121,8 +121,10 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D, 
         yield name, layer, isinstance(layer, Conv1D)
 
 
-def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Which stored tensor fills which parameter or persistent buffer.
+def _match(
+    model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path, dtype: torch.dtype
+) -> dict[str, StoredTensor]:
+    """Which stored tensor fills which parameter or persistent buffer; what is tied and stored apart is untied.
 
     Raises:
         ValueError: tensors are missing, left over or of the wrong shape; names the first of each.
@@ -143,10 +145,8 @@ def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
             sources[name] = tensor
         elif not (IGNORED.search(key) or any(pattern.search(key) for pattern in ignored)):
             left_over.append(key)
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    for name in tied & sources.keys():  # one copy is enough, and it is the source's
-        if model.all_tied_weights_keys[name] in sources:
-            del sources[name]
+    _settle_ties(model, sources, dtype)
+    tied = model.all_tied_weights_keys.keys()
     problems = [
         ("missing", sorted(wanted - sources.keys() - tied)),
         ("not part of the model", sorted(left_over)),
@@ -156,6 +156,23 @@ def _match(model: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path
     if found:
         raise ValueError(f"{folder} does not hold a whole {type(model).__name__}: {found}")
     return sources
+
+
+def _settle_ties(model: PreTrainedModel, sources: dict[str, StoredTensor], dtype: torch.dtype) -> None:
+    """Of weights that the configuration ties: one copy is enough, under either name; two that differ stay two.
+
+    As transformers does it: a stored head of other values is what the checkpoint was trained with.
+    """
+    ties = model.all_tied_weights_keys
+    for name, source in list(ties.items()):
+        if name in sources and source not in sources:
+            sources[source] = sources.pop(name)
+        elif name in sources and same_values(sources[name], sources[source], dtype):
+            del sources[name]
+        elif name in sources:
+            del ties[name]
+            for config in (model.config, model.config.get_text_config()):  # so that what is saved from it says so
+                config.tie_word_embeddings = False
 
 
 def in_words(problems: Iterable[tuple[str, list[str]]]) -> str:
