@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ..lowmem.checkpoint_files import stored_tensors
-from ..lowmem.streaming import IGNORED, in_words
+from ..lowmem.checkpoint_files import IGNORED, stored_tensors
+from ..lowmem.streaming import in_words
 from .quantised import quantized_types
 
 

@@ -13,8 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..lowmem.checkpoint_files import StoredTensor, same_values, stored_tensors
-from ..lowmem.streaming import IGNORED
+from ..lowmem.checkpoint_files import IGNORED, StoredTensor, same_values, stored_tensors
 
 SAMPLED_VALUES = 256
 """Leading values of every tensor that enter the weights' fingerprint."""

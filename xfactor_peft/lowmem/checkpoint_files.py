@@ -8,6 +8,7 @@ of a JSON header, the header {name: {dtype, shape, data_offsets}}, the data (git
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -20,6 +21,8 @@ from .scratch import scratch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Stored tensors that follow from the configuration: causal masks of older checkpoints, frequencies, positions."""
 PIECE_BYTES = 8 * 2**20
 _LONGEST_HEADER = 100 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from .allocator import own_pages
-from .checkpoint_files import StoredTensor, same_values, stored_tensors
+from .checkpoint_files import IGNORED, StoredTensor, same_values, stored_tensors
 from .int8 import Int8Linear
 from .linears import is_linear
 from .nf4 import NF4Linear
@@ -25,8 +25,6 @@ from .quantized import QuantizedLinear
 from .scratch import release_scratch
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
-IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
-"""Stored tensors that follow from the configuration: causal masks of older checkpoints, frequencies, positions."""
 
 
 class UnsupportedCheckpoint(ValueError):
