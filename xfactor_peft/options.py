@@ -13,6 +13,8 @@ METHODS = ("lora", "full")
 OPTIMIZERS = ("adam", "adamw", "adam8bit", "adafactor")
 SHARDED_OPTIMIZERS = ("adam", "adamw")
 """Those whose state is element by element, so that a shard's is a shard of the whole one's."""
+SEEDS, SAMPLING_SEEDS = 2**43, 2**63
+"""Seeds are below these; a run's are multiplied for its samples, and torch takes 64 bits."""
 DEFAULT_LR = {"lora": 1e-3, "full": 1e-4}
 
 BLOCK_TARGETS = ("attention", "mlp", "all")
@@ -151,6 +153,7 @@ class TrainOptions(_Recorded):
             _check(getattr(self, name) >= 1, f"`{name}` must be at least 1", getattr(self, name))
         if self.lr is not None:
             _check(0 < self.lr < math.inf, "`lr` must be greater than 0", f"{self.lr:g}")
+        _check(0 <= self.seed < SEEDS, "`seed` must be at least 0 and below 2^43", self.seed)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _check(0 <= self.weight_decay < math.inf, "`weight_decay` must be at least 0", f"{self.weight_decay:g}")
         if self.fsdp and self.optimizer not in SHARDED_OPTIMIZERS:
@@ -242,6 +245,7 @@ class SamplingOptions(_Recorded):
         _check(self.max_new_tokens >= 1, "`max_new_tokens` must be at least 1", self.max_new_tokens)
         _check(0 <= self.temperature < math.inf, "`temperature` must be at least 0", f"{self.temperature:g}")
         _check(self.top_k >= 0, "`top_k` must be at least 0 (0 switches it off)", self.top_k)
+        _check(0 <= self.seed < SAMPLING_SEEDS, "`seed` must be at least 0 and below 2^63", self.seed)
         _check(0 < self.top_p <= 1, "`top_p` must be above 0 and at most 1", f"{self.top_p:g}")
 
     def kwargs(self) -> dict[str, Any]:

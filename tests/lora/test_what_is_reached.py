@@ -107,7 +107,7 @@ def test_lora_says_which_experts_it_leaves_out(folders, name, router):
     assert matched_modules(base.model, "all") == ATTENTION
     assert unmatched_modules(base.model, "all") == {f"mlp.{router}": 2} | EXPERTS
     assert unmatched_modules(base.model, "attention") == unmatched_modules(base.model, "head") == {}
-    refusal = "`lora.target=mlp` matches no layer.*cannot be on .*mlp.experts.down_proj x 2"
+    refusal = "`lora.target=mlp` matches no layer.*there is no LoRA for .*mlp.experts.down_proj x 2"
     with pytest.raises(XFactorError, match=refusal):
         matched_modules(base.model, "mlp")
 
@@ -132,5 +132,5 @@ def test_a_layer_that_peft_leaves_alone_is_an_error(load_tiny, monkeypatch):
     from xfactor_peft.lora import wrap
 
     monkeypatch.setattr(wrap, "get_peft_model", lambda model, config: model)
-    with pytest.raises(XFactorError, match=r"PEFT put no LoRA on transformer.h.0.attn.c_attn of GPT2LMHeadModel"):
+    with pytest.raises(XFactorError, match=r"PEFT puts no LoRA on transformer.h.0.attn.c_attn of GPT2LMHeadModel"):
         add_lora(load_tiny().model, LoraOptions())

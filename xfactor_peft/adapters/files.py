@@ -21,6 +21,8 @@ JSON_LIMIT = 16 * 2**20
 HEADER_LIMIT = 16 * 2**20
 """Bytes; a thousand layers of LoRA take a fiftieth of it."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+COMPUTED = (torch.float32, torch.bfloat16)
+"""What weights are converted to when they are used."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -118,3 +120,9 @@ def _check_tensor(path: Path, key: str, tensor: torch.Tensor) -> None:
         raise XFactorError(f"{path}: {key} holds {tensor.dtype}; adapters are float32, float16 or bfloat16")
     if not torch.isfinite(tensor).all():
         raise XFactorError(f"{path}: {key} holds NaN or infinity; train the adapter again")
+    for dtype in COMPUTED:
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise XFactorError(
+                f"{path}: {key} holds {tensor.abs().max():g}, infinity in {str(dtype).removeprefix('torch.')}, in "
+                "which adapters are used; train the adapter again"
+            )

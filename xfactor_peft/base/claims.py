@@ -1,10 +1,13 @@
-"""What a model's config.json claims about its files that no loader here can honour: refused by name, never ignored."""
+"""What a model's config.json claims that nothing here can honour: refused by name, never ignored."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 
@@ -32,6 +35,28 @@ def check_claims(folder: Path, name: str) -> dict[str, Any]:
             "made from as `model`, with `quantization=int8` or `quantization=nf4` for small memory"
         )
     return config
+
+
+def check_architecture(config: PretrainedConfig, name: str) -> None:
+    """Raises XFactorError for a model without attention (Mamba, RWKV): it keeps a state instead of keys and values."""
+    text = config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
+        raise XFactorError(
+            f"{name} is a {config.model_type} model, which has no attention heads: its state takes the place of a "
+            "key-value cache, and no text can be sampled from it here; give a transformer as `model`"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raises XFactorError when the tokenizer has a token that the model has no row for, as input or as output."""
+    sides = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = min(cast(torch.Tensor, side.weight).shape[0] for side in sides if side is not None)
+    largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest[1] >= rows:
+        raise XFactorError(
+            f"{name}: the tokenizer's largest id is {largest[1]} ({largest[0]!r}), but the model has {rows} rows of "
+            "embeddings; put the tokenizer that it was trained with into the folder of `model`"
+        )
 
 
 def stored_quantisation(config: dict[str, Any]) -> str | None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
+from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
-from .claims import check_claims
+from .claims import check_architecture, check_claims, check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
@@ -109,6 +110,7 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
             device or the quantisation is not available; or the checkpoint is quantised already.
     """
     check_claims(choice.folder, choice.name)
+    check_architecture(_config(choice), choice.name)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     try:
@@ -120,6 +122,7 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
+    check_vocabulary(tokenizer, model, choice.name)
     model.requires_grad_(False).eval()
     switch_off_dropout(model)
     quantized = quantized_layers(model)
@@ -128,6 +131,9 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
             f"`quantization={options.quantization}`: {backend} finds no layer to quantise in {type(model).__name__}; "
             + ("load it without" if backend == "native" else "use `backend=native`")
         )
+    load_peak = peaks(device)
+    if backend == "native":
+        _check_calls(model)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -138,8 +144,34 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         quantized=quantized,
         unquantized=unquantized_weights(model) if backend else {},
         backend=backend,
-        load_peak=peaks(device),
+        load_peak=load_peak,
     )
+
+
+def _config(choice: ModelChoice) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+
+
+def _check_calls(model: PreTrainedModel) -> None:
+    """Two tokens through a model whose layers were replaced: some read a layer's weight instead of calling it.
+
+    Raises:
+        XFactorError: that fails, as for Jamba's mixers.
+    """
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise XFactorError(
+            f"{type(model).__name__} does not run with quantised layers, whose weights are codes ({reason}); load it "
+            "without `quantization`"
+        ) from error
+    release_scratch()
 
 
 def load(model: str = "auto", options: LoadOptions = LoadOptions(), *, offline: bool = False) -> Base:

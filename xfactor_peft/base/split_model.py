@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import XFactorError
+from ..lowmem.kv_cache import reserved_cache
+from ..lowmem.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class SplitModel:
 
 
 def split(model: PreTrainedModel) -> SplitModel:
-    """Split `model`, after checking on eight tokens that the two parts give its logits.
+    """Split `model`, after checking on eight tokens that the two parts give its logits, also from a key-value cache.
 
     Raises:
         XFactorError: the model has no output embedding, or does something after it (soft-capping,
-            scaling), so that logits made from hidden states alone would be wrong.
+            scaling), so that logits made from hidden states alone would be wrong; it has no key-value cache, so that
+            samples would forget their context; or its own weights give logits that are not finite.
     """
     if model.get_output_embeddings() is None:
         raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
@@ -61,8 +64,15 @@ def split(model: PreTrainedModel) -> SplitModel:
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        actual = split_model.logits(split_model.hidden(ids)).float()
+        hidden = split_model.hidden(ids)
+        actual = split_model.logits(hidden).float()
+        _check_cache(split_model, ids, hidden)
     model.train(was_training)
+    if not torch.isfinite(expected).all():
+        raise XFactorError(
+            f"{type(model).__name__} gives logits that are not finite before anything is trained: its own weights hold "
+            "NaN or overflow; take another copy of `model`, or `dtype=fp32` if it was bf16"
+        )
     tolerance = 0.02 if split_model.weight.dtype == torch.bfloat16 else 1e-3
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # unseen where logits are small
     if capped or (actual - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1):
@@ -71,3 +81,28 @@ def split(model: PreTrainedModel) -> SplitModel:
             "which the chunked loss does not do; this architecture is not supported"
         )
     return split_model
+
+
+def _check_cache(split_model: SplitModel, ids: torch.Tensor, hidden: torch.Tensor) -> None:
+    """The states of the last two of `ids` are the same when one token at a time follows a prefix in a cache.
+
+    A model that has no such cache takes the argument and drops it, or stops at it.
+    """
+    model, (_, length) = split_model.model, ids.shape
+    cache, parts = reserved_cache(model.config, length), (ids[:, :-2], ids[:, -2:-1], ids[:, -1:])
+    try:
+        outputs = [model.base_model(input_ids=part, past_key_values=cache, use_cache=True) for part in parts]
+    except (TypeError, AttributeError, ValueError, IndexError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise XFactorError(
+            f"{type(model).__name__} does not run with a key-value cache ({reason}), so no text can be sampled; "
+            "this architecture is not supported"
+        ) from error
+    expected = hidden[:, -2:].float()
+    distance = (torch.cat([o.last_hidden_state for o in outputs[1:]], dim=1).float() - expected).norm()
+    quantised = any(isinstance(module, QuantizedLinear) for module in model.modules())  # rows of x are rounded, too
+    if distance > (0.3 if quantised else 0.05) * expected.norm():
+        raise XFactorError(
+            f"{type(model).__name__} gives other states with a key-value cache than without, so its samples would not "
+            "be its own; this architecture is not supported"
+        )

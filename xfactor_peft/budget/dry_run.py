@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from ..base.claims import check_claims
+from ..base.claims import check_architecture, check_claims
 from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
@@ -77,13 +77,16 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The configuration in a model folder.
 
     Raises:
-        XFactorError: there is none that transformers knows, or it is that of a quantised checkpoint.
+        XFactorError: there is none that transformers knows, or it is that of a quantised checkpoint or of a model
+            without attention.
     """
     check_claims(folder, str(folder))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise XFactorError(f"{folder} holds no configuration that can be planned with: {error}") from error
+    check_architecture(config, str(folder))
+    return config
 
 
 def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedModel | PeftModel:

@@ -55,6 +55,7 @@ FLAGS = {
     "root": "--adapters-dir",
     "save_every": "--save-every",
     "scale": "--scale",
+    "seed": "--seed",
     "seq_len": "--seq-len",
     "sequence_level": "--sequence-level",
     "sequence_steps": "--sequence-steps",

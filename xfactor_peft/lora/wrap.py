@@ -38,7 +38,7 @@ def projections(model: PreTrainedModel, target: str) -> list[str]:
     names = [name for name in _linear_layers(model) if _part(name) in (_PARTS if target == "all" else (target,))]
     if not names:
         left = listed(_without_lora(model, target, names))
-        others = f"; LoRA cannot be on {left}, which are no linear layers that it knows" if left else ""
+        others = f"; there is no LoRA for {left}" if left else ""
         raise XFactorError(
             f"`lora.target={target}` matches no layer of {type(model).__name__}; nothing could be trained{others}"
         )
@@ -132,7 +132,10 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> Pef
     wanted = set(projections(model, options.blocks)) if options.blocks else set()
     wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
     if left := sorted(name for name in wanted if not isinstance(model.get_submodule(name), LoraLayer)):
-        raise XFactorError(f"PEFT put no LoRA on {left[0]} of {type(model).__name__}, which `lora.target` matches")
+        raise XFactorError(
+            f"PEFT puts no LoRA on {left[0]} of {type(model).__name__}, whose name it takes for stacked experts; "
+            "use `lora.target=attention`"
+        )
     freeze_block_biases(wrapped)
     if options.variant == "pissa":
         remember_start(wrapped)

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from ..base.split_model import SplitModel
+from ..errors import XFactorError
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
@@ -78,6 +80,19 @@ class Samples:
         return self.starts[:, None] + torch.arange(self.length) + shift
 
 
+def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
+    """Raises XFactorError unless every prompt has ids, all of them of the `rows` of the input embedding."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise XFactorError(f"prompt {number} holds no token; a sample needs at least one to begin with")
+        wrong = next((i for i in prompt if not 0 <= i < rows), None)
+        if wrong is not None:
+            raise XFactorError(
+                f"prompt {number} holds the id {wrong}, but the model embeds ids from 0 to {rows - 1}; use the model's "
+                "own tokenizer"
+            )
+
+
 def rows_at_once(split_model: SplitModel, width: int) -> int:
     """How many texts of `width` tokens have a key-value cache within the limit; at least 1."""
     model = split_model.model
@@ -98,7 +113,12 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+
+    Raises:
+        XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
     """
+    embedding = cast(torch.nn.Embedding, split_model.model.get_input_embeddings())
+    check_ids(prompts, embedding.weight.shape[0])
     new = options.max_new_tokens
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together

@@ -66,7 +66,7 @@ def optimise(
             if stop(run.history):
                 hooks.on_step(run.history[-1])
                 break
-            _check_step(run.history[-1], hooks.checkpointer.resume_hint())
+            _check_step(run, hooks.checkpointer.resume_hint())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 and options.method == "lora":
@@ -127,14 +127,24 @@ def _norm(trainable: dict[str, nn.Parameter]) -> float:
     return float(whole_tensor(nn.utils.get_total_norm(gradients)))
 
 
-def _check_step(made: Step, resume_hint: str) -> None:
+def _check_step(run: TrainingRun, resume_hint: str) -> None:
+    made = run.history[-1]
     if not (math.isfinite(made.loss) and math.isfinite(made.grad_norm)):
-        raise XFactorError(
-            f"step {made.step}: loss {made.loss:g}, gradient norm {made.grad_norm:g}; lower `lr` or use `dtype=fp32`"
-            f"{resume_hint}"
-        )
+        found = f"step {made.step}: loss {made.loss:g}, gradient norm {made.grad_norm:g}"
+        raise XFactorError(f"{found}; {_cause(run, made)}{resume_hint}")
     if made.grad_norm == 0:
         raise XFactorError(f"step {made.step}: every gradient is 0, so nothing can be learnt; please report this model")
+
+
+def _cause(run: TrainingRun, made: Step) -> str:
+    """What to do about values that are not finite: nothing was updated before step 0, and frozen weights never are."""
+    weights = run.base.model.named_parameters()
+    frozen = (name for name, p in weights if not p.requires_grad and p.is_floating_point() and not p.isfinite().all())
+    if (broken := next(frozen, None)) is not None:
+        return f"the base's own {broken.replace('.base_layer', '')} is not finite; take another copy of `model`"
+    if made.step == 0:
+        return "nothing was updated yet, so it is the base that gives it; use `dtype=fp32` or another copy of `model`"
+    return "lower `lr` or use `dtype=fp32`"
 
 
 def _check_moved(trainable: dict[str, nn.Parameter]) -> None:
