@@ -68,19 +68,9 @@ ARCHITECTURES = (
     "lfm2", "jamba", "bamba", "falcon_h1", "recurrent_gemma", "mamba", "mamba2", "falcon_mamba", "rwkv",
 )  # fmt: skip
 FAST = (
-    "gptj",
-    "bloom",
-    "falcon",
-    "qwen3",
-    "gemma2",
-    "cohere",
-    "olmo2",
-    "mixtral",
-    "phimoe",
-    "deepseek_v3",
-    "mamba",
-    "rwkv",
-)
+    "gptj", "bloom", "falcon", "qwen3", "gemma2", "cohere", "olmo2", "mixtral", "phimoe", "deepseek_v3", "jamba",
+    "mamba", "openai-gpt",
+)  # fmt: skip
 IDS = torch.arange(24).view(2, 12) * 7 % 300
 BRIEF = EvalOptions(("The fox",), 1, SamplingOptions(max_new_tokens=3))
 

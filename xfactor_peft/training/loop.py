@@ -66,7 +66,7 @@ def optimise(
             if stop(run.history):
                 hooks.on_step(run.history[-1])
                 break
-            _check_step(run, hooks.checkpointer.resume_hint())
+            _check_step(run.history[-1], hooks.checkpointer.resume_hint(), run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 0 and options.method == "lora":
@@ -127,8 +127,7 @@ def _norm(trainable: dict[str, nn.Parameter]) -> float:
     return float(whole_tensor(nn.utils.get_total_norm(gradients)))
 
 
-def _check_step(run: TrainingRun, resume_hint: str) -> None:
-    made = run.history[-1]
+def _check_step(made: Step, resume_hint: str, run: TrainingRun) -> None:
     if not (math.isfinite(made.loss) and math.isfinite(made.grad_norm)):
         found = f"step {made.step}: loss {made.loss:g}, gradient norm {made.grad_norm:g}"
         raise XFactorError(f"{found}; {_cause(run, made)}{resume_hint}")
