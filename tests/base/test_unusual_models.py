@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from tests.architectures import architecture_folder
 from tests.base.test_claims import changed, load
@@ -18,6 +18,7 @@ from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.base import split_model as split_module
 from xfactor_peft.base.split_model import split
 from xfactor_peft.budget.dry_run import read_config
+from xfactor_peft.lowmem.kv_cache import token_bytes
 from xfactor_peft.objective.targets import TiltedTarget
 from xfactor_peft.options import ObjectiveOptions, SamplingOptions
 from xfactor_peft.sampling.sampler import sample
@@ -42,6 +43,11 @@ def test_a_model_without_attention_is_refused_by_name_by_loading_and_planning(bu
     for use in (load, read_config):
         with pytest.raises(XFactorError, match=f"is a {name} model, which has no attention heads"):
             use(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)  # one that was loaded by other means, as for `XFactorTrainer`
+    with pytest.raises(XFactorError, match="with a key-value cache"):
+        split(model)
+    with pytest.raises(XFactorError, match=f"a {name} model has no attention heads"):
+        token_bytes(model.config, torch.float32)
     for command in ("plan", "train", "tokens"):
         assert f"is a {name} model" in " ".join(run(command, "--model", folder, code=2).output.split())
 

@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import XFactorError
+
 
 class _Memory:
     """Tensors of one shape and dtype, `count` of them, cut from one; others are made one by one."""
@@ -68,8 +70,17 @@ def reserved_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
 
 
 def token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token of one sequence takes in the cache: 2 L H_kv D, in `dtype`."""
+    """Bytes that one token of one sequence takes in the cache: 2 L H_kv D, in `dtype`.
+
+    Raises:
+        XFactorError: the model has no attention heads, so it has no such cache.
+    """
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = getattr(text, "num_attention_heads", None)
+    if attention is None:
+        raise XFactorError(
+            f"a {config.model_type} model has no attention heads and no key-value cache; it is not supported"
+        )
+    heads = getattr(text, "num_key_value_heads", None) or attention
+    width = getattr(text, "head_dim", None) or text.hidden_size // attention
     return 2 * text.num_hidden_layers * heads * width * dtype.itemsize
