@@ -50,7 +50,10 @@ def command(**flags: Any) -> None:
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
-        lines = flags["prompts"].read_text(encoding="utf-8").splitlines()
+        try:
+            lines = flags["prompts"].read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise XFactorError(f"--prompts {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
         options = replace(options, prompts=tuple(line for line in lines if line.strip()))
         if not options.prompts:
             raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")

@@ -19,12 +19,14 @@ def command(**flags: Any) -> None:
     from ..base.split_model import split
     from ..options import EvalOptions
     from ..sampling.metrics import evaluate
+    from ..tokens.token_bytes import spelling_text
     from .console import console
     from .summary import decoding_text, rate_text
 
     options = EvalOptions(sampling=sampling(flags))
     base = load(flags)
     tokens = token_set(flags, base) or default_set(base)
+    console.print(f"vocabulary: {spelling_text(base.tokenizer)}", markup=False)
     console.print(f"{tokens.describe()}: {len(tokens)} of {tokens.vocab_size} tokens", markup=False)
     shown = ", ".join(repr(text) for text in tokens.texts[: flags["examples"]])
     console.print(shown + (" …" if len(tokens) > flags["examples"] else ""), markup=False)

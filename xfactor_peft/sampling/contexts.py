@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..errors import XFactorError
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids
 from .sampler import continued
 
 OPENING = 8
@@ -74,7 +74,7 @@ def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
         XFactorError: the file cannot be read, or holds fewer than `length` tokens.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise XFactorError(f"`contexts={path}`: cannot be read as UTF-8 text: {error}") from error
     ids = torch.tensor(base.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.split_model import SplitModel
 from ..lora.wrap import adapts_trunk
 from ..options import EvalOptions
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids
 from ..tokens.token_set import TokenSet
 from .generation import encode_prompt
 from .position_scores import PositionScores, score_positions

@@ -12,7 +12,7 @@ from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
 from ..options import SamplingOptions
 from ..progress import phase
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids
 from .contexts import openings, tokens_left
 from .position_scores import SCORE_BYTES
 from .sampler import continued, sample
