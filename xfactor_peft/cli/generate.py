@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .common import load, model_options, sampling, sampling_options, token_options, token_set
+from .common import chat_options, load_to_generate, model_options, sampling, sampling_options, token_options, token_set
 from .mixes import adapter_options, column_sets, load_mixes
 
 
@@ -19,8 +19,9 @@ from .mixes import adapter_options, column_sets, load_mixes
 @model_options
 @token_options
 @sampling_options
+@chat_options
 def command(**flags: Any) -> None:
-    """Continue PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
+    """Continue or answer PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
 
     The set is each adapter's own, unless a token option gives one; a mix has one R for each of its adapters' sets.
     """
@@ -30,7 +31,7 @@ def command(**flags: Any) -> None:
     from .console import console, highlighted
 
     options = sampling(flags)
-    base = load(flags)
+    base, chat = load_to_generate(flags)
     bank = AdapterBank(base, flags["adapters_dir"])
     mixes = _scaled(bank, load_mixes(bank, flags["adapters"] or ("none",)), flags)
     sets = column_sets(bank, mixes, token_set(flags, base))
@@ -38,7 +39,7 @@ def command(**flags: Any) -> None:
         console.print(f"\n{prompt!r}", style="bold", markup=False)
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
-            ids = bank.generate(prompt, options)
+            ids = bank.generate(prompt, options, chat)
             rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
             body = highlighted(base.tokenizer, ids, own)
             console.print(Panel(body, title=_title(mix), subtitle=rates, title_align="left", subtitle_align="left"))

@@ -10,7 +10,8 @@ import click
 from ..adapters.adapter import list_adapters
 from ..adapters.mix import Mix, parse_mix
 from ..errors import XFactorError
-from .common import adapters_dir_option, load, model_options, sampling, sampling_options
+from ..options import ChatOptions
+from .common import adapters_dir_option, chat_options, load_to_generate, model_options, sampling, sampling_options
 from .flags import as_flags
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ HELP = """\
 /list           adapters, the active one marked
 /seed NUMBER    seed of the next samples
 /help, /quit
-Anything else is a prompt."""
+Anything else is a prompt, each a conversation of its own."""
 
 
 @click.command("play")
@@ -34,13 +35,15 @@ Anything else is a prompt."""
 @adapters_dir_option
 @model_options
 @sampling_options
+@chat_options
 def command(**flags: Any) -> None:
     """Generate interactively and swap adapters in place; the base is loaded once."""
     from ..bank.bank import AdapterBank
     from .console import console
 
     options = sampling(flags)
-    session = Session(AdapterBank(load(flags), flags["adapters_dir"]), options)
+    base, chat = load_to_generate(flags)
+    session = Session(AdapterBank(base, flags["adapters_dir"]), options, chat)
     if flags["adapter"]:
         console.print(session.answer(f"/adapter {flags['adapter']}"), markup=False)
     console.print("A prompt, or /help.", style="dim")
@@ -61,6 +64,7 @@ class Session:
 
     bank: AdapterBank
     options: SamplingOptions
+    chat: ChatOptions = field(default_factory=ChatOptions)
     chosen: Mix = field(default_factory=Mix)
     over: bool = False
 
@@ -116,7 +120,7 @@ class Session:
         from .console import highlighted
 
         sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
-        ids = self.bank.generate(prompt, self.options)
+        ids = self.bank.generate(prompt, self.options, self.chat)
         text = highlighted(self.bank.base.tokenizer, ids, sets)
         for tokens in sets if ids else ():
             text.append(f"\nR {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")

@@ -56,7 +56,7 @@ class OwnSamples:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "openings", _drawn(self.base, self.seed))
-        object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer)))
+        object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer, self.base.model)))
 
     @property
     def atoms(self) -> Atoms:

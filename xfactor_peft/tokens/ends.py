@@ -8,13 +8,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> set[int]:
-    """Ids that stand for no text: EOS, BOS, padding, chat markers and the like; with a model, its ends too.
+    """Ids that stand for no text: EOS, BOS, padding, chat markers and the like.
+
+    With a model: its ends too, and only ids that it has.
 
     A token that serves as padding and is otherwise ordinary ("!" in some checkpoints) stays text.
     """
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = (added | set(tokenizer.all_special_ids)) - _ordinary_padding(tokenizer)
-    return special | (set(end_ids(tokenizer, model)) if model is not None else set())
+    if model is None:
+        return special
+    size = model.get_output_embeddings().weight.shape[0]
+    return {i for i in special if i < size} | set(end_ids(tokenizer, model))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
@@ -39,12 +44,15 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
     """Ids of a text that goes on: with what the tokenizer puts before it (BOS), without what it puts behind (EOS)."""
-    whole = tokenizer(text, **options)["input_ids"]
-    plain = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[: start + len(plain)]
-    return whole
+    ids, behind = tokenizer(text, **options)["input_ids"], _put_behind(tokenizer)
+    return ids[: len(ids) - behind]
+
+
+def _put_behind(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokenizer puts after every text, seen on a short one."""
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    fits = [start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain]
+    return len(whole) - fits[0] - len(plain) if fits and plain else 0
 
 
 def _setting(model: PreTrainedModel, name: str) -> Any:
