@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .console import say
+
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..base.resolve import ModelChoice
@@ -128,7 +130,7 @@ def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base
 
     logging.disable_progress_bar()
     base = load_base(choice, options)
-    click.echo(as_flags(base.describe()) + (f"; {about(base)}" if about else ""))
+    say(as_flags(base.describe()) + (f"; {about(base)}" if about else ""))
     return base
 
 
@@ -143,7 +145,7 @@ def load_to_generate(flags: dict[str, Any]) -> tuple[Base, ChatOptions]:
     base = load(flags, lambda base: chat_text(base.tokenizer, chat))
     if unused := unused_settings(base.model):
         settings = ", ".join(f"{name} {value}" for name, value in unused.items())
-        console.print(f"not used: the checkpoint's own decoding settings, {settings}", style="dim", markup=False)
+        console.print(f"not used: the checkpoint's own decoding settings, {settings}", style="dim")
     return base, chat
 
 

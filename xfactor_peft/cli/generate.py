@@ -26,8 +26,10 @@ def command(**flags: Any) -> None:
     The set is each adapter's own, unless a token option gives one; a mix has one R for each of its adapters' sets.
     """
     from rich.panel import Panel
+    from rich.text import Text
 
     from ..bank.bank import AdapterBank
+    from ..tokens.printable import printable
     from .console import console, highlighted
 
     options = sampling(flags)
@@ -36,13 +38,21 @@ def command(**flags: Any) -> None:
     mixes = _scaled(bank, load_mixes(bank, flags["adapters"] or ("none",)), flags)
     sets = column_sets(bank, mixes, token_set(flags, base))
     for prompt in [*flags["prompts"], *flags["more_prompts"]] or ["Once upon a time"]:
-        console.print(f"\n{prompt!r}", style="bold", markup=False)
+        console.print(f"\n{prompt!r}", style="bold")
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
             ids = bank.generate(prompt, options, chat)
             rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
             body = highlighted(base.tokenizer, ids, own)
-            console.print(Panel(body, title=_title(mix), subtitle=rates, title_align="left", subtitle_align="left"))
+            console.print(
+                Panel(
+                    body,
+                    title=Text(printable(_title(mix))),
+                    subtitle=Text(printable(rates)),
+                    title_align="left",
+                    subtitle_align="left",
+                )
+            )
 
 
 def _scaled(bank: Any, mixes: list[Any], flags: dict[str, Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..adapters.adapter import list_adapters
 from ..adapters.mix import Mix, parse_mix
 from ..errors import XFactorError
 from ..options import ChatOptions
+from ..tokens.printable import printable
 from .common import adapters_dir_option, chat_options, load_to_generate, model_options, sampling, sampling_options
 from .flags import as_flags
 
@@ -45,17 +47,26 @@ def command(**flags: Any) -> None:
     base, chat = load_to_generate(flags)
     session = Session(AdapterBank(base, flags["adapters_dir"]), options, chat)
     if flags["adapter"]:
-        console.print(session.answer(f"/adapter {flags['adapter']}"), markup=False)
+        console.print(session.answer(f"/adapter {flags['adapter']}"))
     console.print("A prompt, or /help.", style="dim")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     while not session.over:
         try:
-            line = input(f"{session.name}> ")
+            line = _line(f"{session.name}> ")
         except (EOFError, KeyboardInterrupt):
             break
         try:
-            console.print(session.answer(line), markup=False)
+            console.print(session.answer(line))
         except XFactorError as error:
-            console.print(f"Error: {as_flags(str(error))}", style="red", markup=False)
+            console.print(f"Error: {as_flags(str(error))}", style="red")
+
+
+def _line(prompt: str) -> str:
+    """A line of standard input, or EOFError where it is over, or was closed before the start."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise EOFError
+    return input(printable(prompt))
 
 
 @dataclass
