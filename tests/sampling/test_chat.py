@@ -2,6 +2,7 @@
 
 import pytest
 
+from xfactor_peft.cli.console import NOTHING
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import ChatOptions, SamplingOptions
 from xfactor_peft.sampling.generation import encode_prompt, generate, generate_batch, stream
@@ -91,6 +92,20 @@ def test_the_command_line_says_which(run, chat_folder, tiny_folders):
     assert "Error: --chat on needs a tokenizer with a chat template" in refused
     refused = run("generate", "--model", chat_folder, "--chat", "off", "--system", "Be short", *few, code=2).output
     assert "Error: --system is a chat's; pass --chat on with it" in refused
+
+
+def test_an_answer_of_no_tokens_is_said_to_be_one(run, chat_folder):
+    """In place of an empty box."""
+    import json
+
+    path = chat_folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"eos_token_id": list(range(384))}))
+    few = ("--model", chat_folder, "--max-new-tokens", 4)
+    assert shown(run("generate", *few, "The fox").output)[0].split("│")[1].strip() == NOTHING
+    assert NOTHING in run("play", *few, input="The fox\n").output
+    path.write_text(json.dumps(settings))
+    assert NOTHING not in run("generate", *few, "The fox").output
 
 
 def test_the_checkpoint_s_settings_are_named_and_not_used(run, chat_folder):

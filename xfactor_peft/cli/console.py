@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..tokens.token_set import TokenSet
 
 MEMBER_STYLE = "bold black on yellow"
+NOTHING = "(nothing: the model ended the text at once)"
 
 
 class PlainConsole(Console):
@@ -48,7 +49,7 @@ def highlighted(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], sets: It
     """The text of `ids`, with members of any of the sets marked."""
     from ..tokens.highlight import marked_parts
 
-    text = Text()
+    text = Text() if (ids := list(ids)) else Text(NOTHING, style="dim")
     for part, inside in marked_parts(tokenizer, ids, sets):
         text.append(part, style=MEMBER_STYLE if inside else "")
     return text

@@ -137,5 +137,4 @@ def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> 
         console.print(
             f"{name}: {scores.kl_from_base:.4f} nats/token, {frontier.ratio:.3f} x that of an exact logit bias at the "
             f"same rate ({frontier.kl:.4f}, lambda {frontier.strength:.2f})",
-            markup=False,
         )
