@@ -25,6 +25,7 @@ DTYPES = ("fp32", "bf16")
 QUANTIZATIONS = ("int8", "nf4")
 BACKENDS = ("auto", "native", "bitsandbytes")
 CHECKPOINTING = ("auto", "on", "off")
+CHAT = ("auto", "on", "off")
 
 DEFAULT_PROMPTS = (
     "Why did the chicken cross the road?",
@@ -254,6 +255,26 @@ class SamplingOptions(_Recorded):
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         settings = {name: value for name, value in asdict(self).items() if name != "seed"}
         return {"do_sample": True, **settings}
+
+
+@dataclass(frozen=True)
+class ChatOptions(_Recorded):
+    """Whether a prompt is a question in the tokenizer's chat template, or plain text to continue.
+
+    `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message. What is
+    measured is plain text always.
+
+    Raises:
+        XFactorError: an unknown mode, or a system's message without a chat.
+    """
+
+    mode: str = "off"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("chat", self.mode, CHAT)
+        if self.system is not None and self.mode == "off":
+            raise XFactorError("`system` is a chat's; pass `chat=on` with it")
 
 
 @dataclass(frozen=True)

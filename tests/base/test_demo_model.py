@@ -12,7 +12,7 @@ import torch
 
 import xfactor_peft as xf
 from xfactor_peft.base.resolve import DEMO_FOLDER
-from xfactor_peft.tokens.token_bytes import special_ids
+from xfactor_peft.tokens.ends import special_ids
 
 ROOT = Path(__file__).parents[2]
 PROSE = (

@@ -10,6 +10,7 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
 from xfactor_peft.sampling.generation import generate, stream
+from xfactor_peft.tokens.ends import until_end
 
 OPTIONS = SamplingOptions(max_new_tokens=21, seed=4)
 
@@ -22,12 +23,13 @@ def test_a_stream_is_what_transformers_generates(load_tiny, kind, piece):
     whole = _generated(base, OPTIONS)
     for end in (None, whole[0], whole[7], whole[9], whole[-1]):
         base.model.generation_config.eos_token_id = [base.tokenizer.eos_token_id, *([] if end is None else [end])]
-        expected = [i for i in _generated(base, OPTIONS) if i != base.tokenizer.eos_token_id]
+        expected = until_end(_generated(base, OPTIONS), base.model.generation_config.eos_token_id)
         pieces = list(stream(base.model, base.tokenizer, "The fox", OPTIONS, piece))
         assert pieces[-1] == generate(base.model, base.tokenizer, "The fox", OPTIONS) == expected
-        assert [len(ids) for ids in pieces] == [*range(piece, len(expected), piece), len(expected)]
+        through = len(expected) + (len(expected) < len(whole))  # tokens drawn, the end included
+        assert [len(ids) for ids in pieces] == [*range(piece, through, piece), len(expected)]
         assert all(ids == expected[: len(ids)] for ids in pieces)
-        assert end is None or len(expected) == whole.index(end) + 1
+        assert end is None or len(expected) == whole.index(end)
 
 
 def _generated(base, options):

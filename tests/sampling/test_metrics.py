@@ -14,7 +14,7 @@ from xfactor_peft.sampling import sampler
 from xfactor_peft.sampling.generation import encode_prompt, generate
 from xfactor_peft.sampling.metrics import bootstrap_interval, distinct_n, evaluate, rate_per_sequence
 from xfactor_peft.sampling.sampler import sample
-from xfactor_peft.tokens.token_bytes import special_ids
+from xfactor_peft.tokens.ends import special_ids
 from xfactor_peft.tokens.token_set import TokenSet
 
 PROMPTS = ("Once upon a time", "The fox", "A", "The cat")

@@ -53,8 +53,25 @@ def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
             return folder
     if (Path(reference) / "config.json").is_file():
         raise XFactorError(f"`adapter={reference}` is a whole model, not an adapter; use it as `model={reference}`")
+    for folder in (root / reference, Path(reference)):
+        if reference and folder.is_dir():
+            inside = [f"{folder / name}" for name in list_adapters(folder)]
+            what = (
+                f"the adapters in it are {_few(inside)}; give one of them"
+                if inside
+                else f"it holds {_contents(folder)}"
+            )
+            raise XFactorError(f"`adapter={reference}`: {folder} has no {CONFIG}, so it is no adapter; {what}")
     known = ", ".join(list_adapters(root)) or "none"
     raise XFactorError(f"`adapter={reference}`: no such adapter in {root}/ and no such folder; there are: {known}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _contents(folder: Path) -> str:
+    return _few(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def list_adapters(root: Path = Path("adapters")) -> list[str]:

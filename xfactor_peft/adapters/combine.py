@@ -16,7 +16,7 @@ from .adapter import AdapterInfo, find_adapter, read_adapter
 from .factors import mixed_factors
 from .files import WEIGHTS
 from .mix import Mix
-from .output import hashes, prepare_output, publish, write_record
+from .output import hashes, staged, write_record
 
 
 def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: bool = False) -> dict[str, Any]:
@@ -43,13 +43,14 @@ def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: boo
         tensors |= {f"{prefix}A.weight": layer.a, f"{prefix}B.weight": layer.b}
         if biased and layer.bias is not None:
             tensors[f"{prefix}B.bias"] = layer.bias
-    staging = prepare_output(output, force=force)
-    _config({name: len(layer.a) for name, layer in factors.items()}, biased, first.config).save_pretrained(str(staging))
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-    record = _record(mix, infos, output.name, hashes(staging))
-    if record:
-        write_record(staging, record)
-    publish(staging, output)
+    with staged(output, force=force) as staging:
+        _config({name: len(layer.a) for name, layer in factors.items()}, biased, first.config).save_pretrained(
+            str(staging)
+        )
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        record = _record(mix, infos, output.name, hashes(staging))
+        if record:
+            write_record(staging, record)
     return record
 
 

@@ -29,7 +29,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 def inside(path: Path) -> Path:
     """The path, when it is a plain file that lies in its folder.
 
-    A link may lead to another file of the folder, or, in a cache of the Hub's, to that repository's own blobs.
+    A link may lead to another file of the folder, or, in a snapshot of the Hub's cache and the folders in it, to that
+    repository's own blobs.
 
     Raises:
         XFactorError: it is missing, leads out of the folder, or is a device, a pipe or a folder.
@@ -40,8 +41,10 @@ def inside(path: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise XFactorError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     roots = [folder]
-    if folder.parent.name == "snapshots":
-        roots.append(folder.parent.parent / "blobs")
+    for place in (folder, *folder.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and (place == folder or repository.name.startswith("models--")):
+            roots.append(repository / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
         raise XFactorError(f"{path} is a link that leads out of its folder; put the file itself there")
     if not stat.S_ISREG(mode):

@@ -14,7 +14,7 @@ from ..base.resolve import in_words
 from ..errors import XFactorError
 from .adapter import read_adapter
 from .files import CARD, CONFIG, RECORD, WEIGHTS
-from .output import prepare_output, publish
+from .output import staged
 
 METRICS, CURVE = "metrics.jsonl", "training.png"
 FILES = (CONFIG, WEIGHTS, RECORD, CARD, METRICS, CURVE)
@@ -61,26 +61,23 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
     if repo.count("/") != 1:
         raise XFactorError(f"{repo!r} is no repository on the Hub; one is OWNER/NAME")
     folder = root / (name or repo.split("/")[1])
-    staging = prepare_output(folder, force=force)
-    try:
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), etag_timeout=5))
-        for path in (found / file for file in FILES):
-            if path.is_file():
-                shutil.copy(path, staging)
+    with staged(folder, force=force) as staging:
+        try:
+            found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), etag_timeout=5))
+            for path in (found / file for file in FILES):
+                if path.is_file():
+                    shutil.copy(path, staging)
+        except hub.RepositoryNotFoundError as error:
+            raise XFactorError(f"{repo}: no such repository on the Hub, or it is private (`hf auth login`)") from error
+        except Exception as error:  # the client's network errors have no common base of their own
+            known = isinstance(error, OSError | ValueError | hub.HfHubHTTPError) or "http" in type(error).__module__
+            if not known:
+                raise
+            why = in_words(error)
+            raise XFactorError(f"{repo} cannot be pulled: {why}; check the connection and try again") from error
         if not (staging / CONFIG).is_file():
             raise XFactorError(f"{repo} holds no {CONFIG}, so it is not an adapter")
         read_adapter(staging)
-    except XFactorError:
-        shutil.rmtree(staging)
-        raise
-    except Exception as error:  # the client's network errors have no common base of their own
-        shutil.rmtree(staging)
-        if isinstance(error, hub.RepositoryNotFoundError):
-            raise XFactorError(f"{repo}: no such repository on the Hub, or it is private (`hf auth login`)") from error
-        if not isinstance(error, OSError | ValueError | hub.HfHubHTTPError) and "http" not in type(error).__module__:
-            raise
-        raise XFactorError(f"{repo} cannot be pulled: {in_words(error)}; check the connection and try again") from error
-    publish(staging, folder)
     return folder
 
 

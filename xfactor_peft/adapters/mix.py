@@ -54,7 +54,7 @@ class Mix:
 def parse_mix(text: str, known: Iterable[str] = ()) -> Mix:
     """ "NAME", "NAME:WEIGHT" or several of these joined by "+"; "none" alone is the base.
 
-    A name in `known`, or an existing path, that itself holds ":" or "+" is taken whole.
+    A name in `known`, or an existing path, that itself holds ":" or "+" is taken whole, also with a weight behind it.
 
     Raises:
         XFactorError: an empty part, or a weight that is not a finite number.
@@ -62,9 +62,15 @@ def parse_mix(text: str, known: Iterable[str] = ()) -> Mix:
     known = set(known)
     if text == BASE:
         return Mix()
-    if text in known or Path(text).is_dir():
-        return Mix.of(text)
-    return Mix(tuple(_part(part.strip(), text, known) for part in text.split("+")))
+    pieces, parts = text.split("+"), []
+    while pieces:
+        joined = ["+".join(pieces[:count]).strip() for count in range(len(pieces), 0, -1)]
+        part = next(
+            (part for part in joined if _whole(part, known) or _whole(part.rpartition(":")[0], known)), joined[-1]
+        )
+        parts.append(_part(part, text, known))
+        del pieces[: part.count("+") + 1]
+    return Mix(tuple(parts))
 
 
 def parse_mixes(texts: Iterable[str], known: Iterable[str] = ()) -> list[Mix]:
@@ -90,8 +96,12 @@ def parse_mixes(texts: Iterable[str], known: Iterable[str] = ()) -> list[Mix]:
     return [Mix(tuple(weighted)) if mix is None else mix for mix in columns]
 
 
+def _whole(part: str, known: set[str]) -> bool:
+    return part in known or (bool(part) and Path(part).is_dir())
+
+
 def _part(part: str, text: str, known: set[str]) -> tuple[str, float]:
-    if part in known or (part and Path(part).is_dir()):
+    if _whole(part, known):
         return part, 1.0
     name, colon, number = part.rpartition(":")
     if not colon:

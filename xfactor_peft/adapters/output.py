@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,43 @@ def publish(staging: Path, folder: Path) -> None:
     os.replace(staging, folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def staged(folder: Path, *, force: bool) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block is done, and is gone when it fails.
+
+    Raises:
+        XFactorError: as `prepare_output`.
+    """
+    staging = prepare_output(folder, force=force)
+    try:
+        yield staging
+        publish(staging, folder)
+    except BaseException:  # a Ctrl-C too leaves nothing behind
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Where to write a file (and others beside it) that take their places when the block is done, and not before."""
+    staging = staging_of(path)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise XFactorError(
+            f"{path.parent} cannot be written: {error.strerror or error}; choose another `output`"
+        ) from error
+    try:
+        yield staging / path.name
+        sync_tree(staging)
+        for made in sorted(staging.iterdir()):
+            os.replace(made, path.parent / made.name)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ..adapters.fit import check_fits
 from ..adapters.mix import Mix
 from ..base.loading import Base
 from ..errors import XFactorError
-from ..options import SamplingOptions
+from ..options import ChatOptions, SamplingOptions
 from ..sampling.dial import scale_for_rate
 from ..sampling.generation import generate, generate_batch
 from ..tokens.token_set import TokenSet
@@ -125,9 +125,11 @@ class AdapterBank:
         finally:
             self.use(before)
 
-    def generate(self, prompt: str, options: SamplingOptions = SamplingOptions()) -> list[int]:
-        """Ids that the active adapters (or the base) generate after the prompt."""
-        return generate(self.model, self.base.tokenizer, prompt, options)
+    def generate(
+        self, prompt: str, options: SamplingOptions = SamplingOptions(), chat: ChatOptions = ChatOptions()
+    ) -> list[int]:
+        """Ids that the active adapters (or the base) generate after the prompt, or in answer to it."""
+        return generate(self.model, self.base.tokenizer, prompt, options, chat)
 
     def generate_batch(
         self,

@@ -117,8 +117,6 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import errors as hub
@@ -68,8 +69,8 @@ def _auto(offline: bool) -> ModelChoice:
     try:
         return _from_hub(DEFAULT_MODEL, None, offline)
     except XFactorError as error:
-        why = "is not in the local cache, and `offline`" if offline else f"cannot be had: {error.__cause__ or error}"
-        return _demo(f"{DEFAULT_MODEL} {why}".split("\n")[0][:160])
+        why = "is not in the local cache, and `offline`" if offline else f"cannot be had: {in_words(error)}"
+        return _demo(f"{DEFAULT_MODEL} {why}")
 
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
@@ -115,11 +116,14 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def in_words(error: BaseException) -> str:
-    """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it."""
+    """The innermost cause's first line, the most telling of a chain of network errors, without secrets in it.
+
+    Whole, unless it is very long: then it ends at a word, and says so.
+    """
     while cause := error.__cause__ or error.__context__:
         error = cause
     text = (str(error) or type(error).__name__).strip().split("\n")[0]
-    return without_secrets(text)[:120]
+    return shorten(without_secrets(text), 300, placeholder=" …").rstrip(".:,; ")
 
 
 def without_secrets(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -49,7 +50,7 @@ class _LazyGroup(click.Group):
 
             if not isinstance(error, Interrupted):
                 raise
-            click.echo(f"\n{self._in_flags(ctx, error)}", err=True)
+            click.echo(f"\n{_UserError(self._in_flags(ctx, error)).message}", file=sys.stderr)
             ctx.exit(error.status)
         except ValueError as error:
             from ..errors import XFactorError
@@ -66,16 +67,32 @@ class _LazyGroup(click.Group):
         return as_flags(" ".join(str(error).split()), ctx.meta.get(RESUME))
 
 
+def _writable(stream: Any) -> None:
+    """Let a stream whose encoding lacks a character write its number instead of failing half-way."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
 class _UserError(click.ClickException):
-    """One line, exit status 2."""
+    """One line, exit status 2; what it quotes may come from a stranger's file."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        from ..tokens.printable import printable
+
+        super().__init__(printable(message))
+
+    def show(self, file: Any = None) -> None:
+        super().show(file or sys.stderr)  # click would write UTF-8 where another encoding was asked for
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="xfactor-peft")
 def main() -> None:
     """Teach a causal language model to prefer, or avoid, chosen tokens."""
+    _writable(sys.stdout)
+    _writable(sys.stderr)
     # Quiet the libraries: their notes are not about anything that the user did.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from ..tokens.printable import printable
 from .common import adapters_dir_option, load, model_options, own_base
+from .console import say
 from .flags import as_flags
 
 
@@ -27,7 +29,7 @@ def list_command(adapters_dir: Path) -> None:
 
     entries = catalogue(adapters_dir)
     if not entries:
-        console.print(f"no adapter in {adapters_dir}/", markup=False)
+        console.print(f"no adapter in {adapters_dir}/")
         return
     table = Table("name", "base", "tokens", "R", "parameters", box=None, pad_edge=False)
     for entry in entries:
@@ -47,7 +49,7 @@ def show_command(name: str, adapters_dir: Path) -> None:
     from .console import console
 
     for label, value in facts(read_adapter(find_adapter(name, adapters_dir))).items():
-        console.print(f"{label + ':':14}{value}", markup=False, soft_wrap=True)
+        console.print(f"{label + ':':14}{value}", soft_wrap=True)
 
 
 @command.command("verify")
@@ -70,9 +72,9 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
         checks = verify(name, load(own_base(flags, name, adapters_dir)), adapters_dir)
     for check in checks:
         style = {OK: "green", FAILED: "bold red"}.get(check.outcome, "yellow")
-        console.print(f"{check.name + ':':12}", end="", markup=False)
+        console.print(f"{check.name + ':':12}", end="")
         console.print(f"{check.outcome:12}", end="", style=style)
-        console.print(as_flags(check.detail), markup=False, soft_wrap=True)
+        console.print(as_flags(check.detail), soft_wrap=True)
     if any(check.outcome == FAILED for check in checks):
         ctx.exit(1)
 
@@ -85,7 +87,7 @@ def rename_command(name: str, new: str, adapters_dir: Path) -> None:
     """Give an adapter another name."""
     from ..adapters.catalogue import rename_adapter
 
-    click.echo(f"{name} is now {rename_adapter(name, new, adapters_dir)}")
+    say(f"{name} is now {rename_adapter(name, new, adapters_dir)}")
 
 
 @command.command("remove")
@@ -97,8 +99,8 @@ def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
     from ..adapters.catalogue import remove_adapter
 
     if not yes:
-        click.confirm(f"Delete {adapters_dir / name}?", abort=True)
-    click.echo(f"removed {remove_adapter(name, adapters_dir)}")
+        click.confirm(printable(f"Delete {adapters_dir / name}?"), abort=True)
+    say(f"removed {remove_adapter(name, adapters_dir)}")
 
 
 @command.command("merge")
@@ -115,7 +117,7 @@ def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: b
     known = list_adapters(adapters_dir)
     mix = Mix(tuple(pair for part in parts for pair in parse_mix(part, known).parts))
     combine(mix, adapters_dir / new, adapters_dir, force=force)
-    click.echo(f"{adapters_dir / new} = {mix}; measure it with: xfactor eval --adapter {new}")
+    say(f"{adapters_dir / new} = {mix}; measure it with: xfactor eval --adapter {new}")
 
 
 @command.command("diff")
@@ -152,7 +154,7 @@ def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> Non
     from ..adapters.adapter import find_adapter
     from ..adapters.hub import push
 
-    click.echo(f"pushed to {push(find_adapter(name, adapters_dir), repo, private=private or None)}")
+    say(f"pushed to {push(find_adapter(name, adapters_dir), repo, private=private or None)}")
 
 
 @command.command("pull")
@@ -165,4 +167,4 @@ def pull_command(repo: str, adapters_dir: Path, name: str | None, revision: str 
     """Download an adapter from the Hub into the folder of adapters."""
     from ..adapters.hub import pull
 
-    click.echo(f"pulled {pull(repo, adapters_dir, name, revision=revision, force=force)}")
+    say(f"pulled {pull(repo, adapters_dir, name, revision=revision, force=force)}")

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .console import say
+
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..base.resolve import ModelChoice
-    from ..options import LoadOptions, SamplingOptions
+    from ..options import ChatOptions, LoadOptions, SamplingOptions
     from ..tokens.token_set import TokenSet
 
 Command = Callable[..., Any]
@@ -72,6 +74,18 @@ def sampling_options(function: Command) -> Command:
     )
 
 
+def chat_options(function: Command) -> Command:
+    """--chat, --system."""
+    return apply_options(
+        [
+            click.option("--chat", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+                         help="Put each prompt into the tokenizer's chat template; auto: where it has one."),
+            click.option("--system", metavar="TEXT", help="The system's message of the chat."),
+        ],
+        function,
+    )  # fmt: skip
+
+
 def adapters_dir_option(function: Command) -> Command:
     """--adapters-dir."""
     path = click.Path(path_type=Path)
@@ -98,16 +112,16 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     return options
 
 
-def load(flags: dict[str, Any]) -> Base:
-    """Load the base that the model options ask for; prints the line that names it."""
+def load(flags: dict[str, Any], about: Callable[[Base], str] | None = None) -> Base:
+    """Load the base that the model options ask for; prints the line that names it, which `about` adds to."""
     from ..base.resolve import resolve_model
 
     options = load_options(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    return load_chosen(choice, options)
+    return load_chosen(choice, options, about)
 
 
-def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
+def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base], str] | None = None) -> Base:
     """Load a model that was found; prints the line that names it."""
     from transformers.utils import logging
 
@@ -116,8 +130,23 @@ def load_chosen(choice: ModelChoice, options: LoadOptions) -> Base:
 
     logging.disable_progress_bar()
     base = load_base(choice, options)
-    click.echo(as_flags(base.describe()))
+    say(as_flags(base.describe()) + (f"; {about(base)}" if about else ""))
     return base
+
+
+def load_to_generate(flags: dict[str, Any]) -> tuple[Base, ChatOptions]:
+    """`load`, and how prompts are put; prints both, and what the checkpoint says of decoding, which is not used."""
+    from ..options import ChatOptions
+    from ..sampling.chat import chat_text
+    from ..sampling.generation import unused_settings
+    from .console import console
+
+    chat = ChatOptions(flags["chat"], flags["system"])
+    base = load(flags, lambda base: chat_text(base.tokenizer, chat))
+    if unused := unused_settings(base.model):
+        settings = ", ".join(f"{name} {value}" for name, value in unused.items())
+        console.print(f"not used: the checkpoint's own decoding settings, {settings}", style="dim")
+    return base, chat
 
 
 def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:

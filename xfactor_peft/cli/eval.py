@@ -50,7 +50,10 @@ def command(**flags: Any) -> None:
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
-        lines = flags["prompts"].read_text(encoding="utf-8").splitlines()
+        try:
+            lines = flags["prompts"].read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise XFactorError(f"--prompts {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
         options = replace(options, prompts=tuple(line for line in lines if line.strip()))
         if not options.prompts:
             raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
@@ -68,12 +71,12 @@ def command(**flags: Any) -> None:
             goals=[own, *others] if others else [], base=None if mix.parts else reference,
             adapter_off=bank.base_only if mix.parts else None,
         )  # fmt: skip
-    console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
+    console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}")
     print_scores(columns)
     for (name, scores), mix, (own, *_) in list(zip(columns.items(), mixes, sets, strict=True))[1:]:
         print_goals(name, scores)
         if len(mix.parts) == 1 and (wanted := bank.adapters[mix.names[0]].section("rate").get("wanted")):
-            console.print(f"{name}: wanted R {wanted[0]:g}, sampled {scores.rate:.4f}", markup=False)
+            console.print(f"{name}: wanted R {wanted[0]:g}, sampled {scores.rate:.4f}")
         if flags["frontier"]:
             bank.use(None)
             print_frontier(name, scores, measure_frontier(split_model, base.tokenizer, own, scores, options))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .common import adapters_dir_option, load, model_options, own_base
+from .console import say
 
 FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
 
@@ -35,4 +36,4 @@ def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, fo
     bank = AdapterBank(load(own_base(flags, adapter, adapters_dir)), adapters_dir)
     for name in mix.names:
         bank.load(name)
-    click.echo(export(bank, mix, kind, output or default_output(adapter, kind), force=force))
+    say(export(bank, mix, kind, output or default_output(adapter, kind), force=force))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .common import load, model_options, sampling, sampling_options, token_options, token_set
+from .common import chat_options, load_to_generate, model_options, sampling, sampling_options, token_options, token_set
 from .mixes import adapter_options, column_sets, load_mixes
 
 
@@ -19,29 +19,40 @@ from .mixes import adapter_options, column_sets, load_mixes
 @model_options
 @token_options
 @sampling_options
+@chat_options
 def command(**flags: Any) -> None:
-    """Continue PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
+    """Continue or answer PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
 
     The set is each adapter's own, unless a token option gives one; a mix has one R for each of its adapters' sets.
     """
     from rich.panel import Panel
+    from rich.text import Text
 
     from ..bank.bank import AdapterBank
+    from ..tokens.printable import printable
     from .console import console, highlighted
 
     options = sampling(flags)
-    base = load(flags)
+    base, chat = load_to_generate(flags)
     bank = AdapterBank(base, flags["adapters_dir"])
     mixes = _scaled(bank, load_mixes(bank, flags["adapters"] or ("none",)), flags)
     sets = column_sets(bank, mixes, token_set(flags, base))
     for prompt in [*flags["prompts"], *flags["more_prompts"]] or ["Once upon a time"]:
-        console.print(f"\n{prompt!r}", style="bold", markup=False)
+        console.print(f"\n{prompt!r}", style="bold")
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
-            ids = bank.generate(prompt, options)
+            ids = bank.generate(prompt, options, chat)
             rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
             body = highlighted(base.tokenizer, ids, own)
-            console.print(Panel(body, title=_title(mix), subtitle=rates, title_align="left", subtitle_align="left"))
+            console.print(
+                Panel(
+                    body,
+                    title=Text(printable(_title(mix))),
+                    subtitle=Text(printable(rates)),
+                    title_align="left",
+                    subtitle_align="left",
+                )
+            )
 
 
 def _scaled(bank: Any, mixes: list[Any], flags: dict[str, Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .common import load_options, model_options
+from .console import say
 from .rate import check_rate_flags, rate_options
 from .run_options import make_recipe, plan_run, run_options
 
@@ -26,7 +27,7 @@ def command(**flags: Any) -> None:  # fmt: skip
 
     check_rate_flags(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    click.echo(as_flags(f"model {choice.name} ({choice.reason})"))
+    say(as_flags(f"model {choice.name} ({choice.reason})"))
     load = load_options(flags, master_weights=flags["method"] == "full")
     plan = plan_run(flags, choice, load, make_recipe(flags))
     print_plan(plan)

@@ -39,7 +39,7 @@ def print_plan(plan: Plan) -> None:
     console.print(f"it does not fit into {mib(plan.budget)}", style="bold red")
     for settings, total in plan.advice:
         verdict = "would fit" if total <= plan.budget else "is the smallest, and does not fit either"
-        console.print(f"  {as_flags(settings)}: about {mib(total)}, {verdict}", markup=False)
+        console.print(f"  {as_flags(settings)}: about {mib(total)}, {verdict}")
 
 
 def print_expectation(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import click
 from ..adapters.adapter import list_adapters
 from ..adapters.mix import Mix, parse_mix
 from ..errors import XFactorError
-from .common import adapters_dir_option, load, model_options, sampling, sampling_options
+from ..options import ChatOptions
+from ..tokens.printable import printable
+from .common import adapters_dir_option, chat_options, load_to_generate, model_options, sampling, sampling_options
 from .flags import as_flags
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ HELP = """\
 /list           adapters, the active one marked
 /seed NUMBER    seed of the next samples
 /help, /quit
-Anything else is a prompt."""
+Anything else is a prompt, each a conversation of its own."""
 
 
 @click.command("play")
@@ -34,25 +37,36 @@ Anything else is a prompt."""
 @adapters_dir_option
 @model_options
 @sampling_options
+@chat_options
 def command(**flags: Any) -> None:
     """Generate interactively and swap adapters in place; the base is loaded once."""
     from ..bank.bank import AdapterBank
     from .console import console
 
     options = sampling(flags)
-    session = Session(AdapterBank(load(flags), flags["adapters_dir"]), options)
+    base, chat = load_to_generate(flags)
+    session = Session(AdapterBank(base, flags["adapters_dir"]), options, chat)
     if flags["adapter"]:
-        console.print(session.answer(f"/adapter {flags['adapter']}"), markup=False)
+        console.print(session.answer(f"/adapter {flags['adapter']}"))
     console.print("A prompt, or /help.", style="dim")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     while not session.over:
         try:
-            line = input(f"{session.name}> ")
+            line = _line(f"{session.name}> ")
         except (EOFError, KeyboardInterrupt):
             break
         try:
-            console.print(session.answer(line), markup=False)
+            console.print(session.answer(line))
         except XFactorError as error:
-            console.print(f"Error: {as_flags(str(error))}", style="red", markup=False)
+            console.print(f"Error: {as_flags(str(error))}", style="red")
+
+
+def _line(prompt: str) -> str:
+    """A line of standard input, or EOFError where it is over, or was closed before the start."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise EOFError
+    return input(printable(prompt))
 
 
 @dataclass
@@ -61,6 +75,7 @@ class Session:
 
     bank: AdapterBank
     options: SamplingOptions
+    chat: ChatOptions = field(default_factory=ChatOptions)
     chosen: Mix = field(default_factory=Mix)
     over: bool = False
 
@@ -116,7 +131,7 @@ class Session:
         from .console import highlighted
 
         sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
-        ids = self.bank.generate(prompt, self.options)
+        ids = self.bank.generate(prompt, self.options, self.chat)
         text = highlighted(self.bank.base.tokenizer, ids, sets)
         for tokens in sets if ids else ():
             text.append(f"\nR {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .common import adapters_dir_option, load, model_options
+from .console import say
 
 
 @click.command("playground")
@@ -24,5 +25,5 @@ def command(adapters_dir: Path, host: str, port: int, **flags: Any) -> None:
 
     require_gradio()
     bank = AdapterBank(load(flags), adapters_dir)
-    click.echo(f"http://{host}:{port}/  (Ctrl-C ends it)")
+    say(f"http://{host}:{port}/  (Ctrl-C ends it)")
     launch(bank, host, port)

@@ -26,11 +26,11 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     options, lora = recipe.train, recipe.lora
     if not target.goals:
         tokens = target.tokens
-        console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}", markup=False)
+        console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}")
     for goal in target.goals:
         wanted = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
         size = f"{len(goal.tokens)} of {goal.tokens.vocab_size}"
-        console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wanted}", markup=False)
+        console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wanted}")
     if options.method == "lora" and lora is not None:
         matched = matched_modules(base.model, lora.target)
         if lora.head:
@@ -100,7 +100,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     if result.rate:
         print_rate(result.rate, result.after)
     for warning in result.warnings:
-        console.print(f"the text has collapsed: {warning}", style="bold red", markup=False)
+        console.print(f"the text has collapsed: {warning}", style="bold red")
     share = result.parameters / sum(p.numel() for p in result.model.parameters())
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
     if steps:
@@ -108,7 +108,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
         count = f"{len(steps)} step" + "s" * (len(steps) > 1)
         console.print(f"time {result.seconds:.1f} s for {count} (median {pace:.3f} s)")
     print_measured(result)
-    console.print(f"saved to {output}", markup=False)
+    console.print(f"saved to {output}")
 
 
 def print_goals(name: str, scores: Evaluation) -> None:
@@ -116,7 +116,7 @@ def print_goals(name: str, scores: Evaluation) -> None:
     for goal in scores.goals:
         low, high = goal["interval"]
         rule = Rule.from_record(goal["rule"]).describe()
-        console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})", markup=False)
+        console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})")
 
 
 def print_rate(report: RateReport, scores: Evaluation | None) -> None:
@@ -140,5 +140,4 @@ def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> 
         console.print(
             f"{name}: {scores.kl_from_base:.4f} nats/token, {frontier.ratio:.3f} x that of an exact logit bias at the "
             f"same rate ({frontier.kl:.4f}, lambda {frontier.strength:.2f})",
-            markup=False,
         )

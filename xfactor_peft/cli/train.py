@@ -11,6 +11,7 @@ import click
 from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
 from ..training.parallel import quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
+from .console import say
 from .rate import check_rate_flags, make_target, rate_options
 from .resuming import name_resume_command, resumed, resuming_options, to_settings
 from .run_options import make_recipe, plan_run, run_options
@@ -131,7 +132,7 @@ def run(flags: dict[str, Any]) -> None:
             trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
     print_summary(result, record, output)
     if flags["push_to_hub"]:
-        click.echo(f"pushed to {push(output, flags['push_to_hub'])}")
+        say(f"pushed to {push(output, flags['push_to_hub'])}")
 
 
 def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan | None:

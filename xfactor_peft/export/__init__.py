@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.mix import Mix
+from ..adapters.output import staged_file
 from ..bank.bank import AdapterBank
 from ..errors import XFactorError
 from .folder import write_folder
@@ -47,5 +48,5 @@ def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool 
         return write_folder(bank, mix, output, force=force)
     if output.exists() and not force:
         raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return _FILES[kind][1](bank, mix, output)
+    with staged_file(output) as path:
+        return _FILES[kind][1](bank, mix, path).replace(str(path), str(output))

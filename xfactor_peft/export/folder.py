@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..adapters.files import RECORD, WEIGHTS, write_json
 from ..adapters.mix import Mix
-from ..adapters.output import hashes, prepare_output, publish
+from ..adapters.output import hashes, staged
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
 
@@ -17,22 +17,21 @@ def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> s
     Raises:
         XFactorError: `output` holds something else, or the adapter cannot be merged.
     """
-    staging = prepare_output(output, force=force)
-    model = merge(bank, mix)
-    model.save_pretrained(staging)
-    bank.base.tokenizer.save_pretrained(staging)
-    parts = [
-        {"name": name, "weight": weight, "sha256": bank.adapters[name].section("sha256").get(WEIGHTS)}
-        for name, weight in mix.parts
-    ]
-    record = {
-        "format": 1,
-        "kind": "merged",
-        "merged_from": parts,
-        "base": bank.base.record(),
-        "sha256": hashes(staging),
-    }
-    write_json(staging / RECORD, record)
-    publish(staging, output)
+    with staged(output, force=force) as staging:
+        model = merge(bank, mix)
+        model.save_pretrained(staging)
+        bank.base.tokenizer.save_pretrained(staging)
+        parts = [
+            {"name": name, "weight": weight, "sha256": bank.adapters[name].section("sha256").get(WEIGHTS)}
+            for name, weight in mix.parts
+        ]
+        record = {
+            "format": 1,
+            "kind": "merged",
+            "merged_from": parts,
+            "base": bank.base.record(),
+            "sha256": hashes(staging),
+        }
+        write_json(staging / RECORD, record)
     tied = "tied to the input embedding" if model.config.tie_word_embeddings else "a tensor of its own"
     return f"merged {mix} into {output}; the output embedding is {tied}"

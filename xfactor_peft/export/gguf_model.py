@@ -14,6 +14,7 @@ from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
 from ..errors import XFactorError
+from ..tokens.ends import special_ids
 from .gguf_lora import arranged, finish, tensor_names
 from .optional import need
 
@@ -87,7 +88,7 @@ def _add_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: PreTrainedTo
     import gguf
 
     texts = {i: text for text, i in tokenizer.get_vocab().items()}
-    special, size = set(tokenizer.all_special_ids), model.get_output_embeddings().weight.shape[0]
+    special, size = special_ids(tokenizer), model.get_output_embeddings().weight.shape[0]
     kinds = [
         gguf.TokenType.UNUSED if i not in texts else gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
         for i in range(size)

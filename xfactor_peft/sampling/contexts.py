@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..errors import XFactorError
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids, text_ids
 from .sampler import continued
 
 OPENING = 8
@@ -33,7 +33,7 @@ def tokens_left(base: Base, used: int) -> int:
 
 def allowed_ids(base: Base) -> torch.Tensor:
     """Ids of the tokenizer's tokens without its special ones."""
-    special = special_ids(base.tokenizer)
+    special = special_ids(base.tokenizer, base.model)
     return torch.tensor([i for i in range(min(len(base.tokenizer), base.vocab_size)) if i not in special])
 
 
@@ -54,7 +54,9 @@ def openings(base: Base, count: int, *, seed: int = 0, length: int = OPENING) ->
     new = length - 1 if keep else length
     if new == 0:
         return first
-    ids = continued(SplitModel(base.model), first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer)))
+    ids = continued(
+        SplitModel(base.model), first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer, base.model))
+    )
     return ids if keep else ids[:, 1:]
 
 
@@ -64,7 +66,9 @@ def self_contexts(base: Base, count: int, length: int, *, seed: int = 0) -> torc
     rest = length - head.shape[1]
     if rest == 0:
         return head
-    return continued(SplitModel(base.model), head, rest, seed=seed + 29, banned=sorted(special_ids(base.tokenizer)))
+    return continued(
+        SplitModel(base.model), head, rest, seed=seed + 29, banned=sorted(special_ids(base.tokenizer, base.model))
+    )
 
 
 def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
@@ -74,10 +78,10 @@ def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
         XFactorError: the file cannot be read, or holds fewer than `length` tokens.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise XFactorError(f"`contexts={path}`: cannot be read as UTF-8 text: {error}") from error
-    ids = torch.tensor(base.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = torch.tensor(text_ids(base.tokenizer, text, truncation=False, verbose=False), dtype=torch.long)
     count = len(ids) // length
     if count == 0:
         raise XFactorError(f"`contexts={path}` holds {len(ids)} tokens, fewer than `seq_len={length}`")

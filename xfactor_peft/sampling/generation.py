@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
-from ..options import SamplingOptions
+from ..options import ChatOptions, SamplingOptions
+from ..tokens.ends import end_ids, pad_id, text_ids, until_end
+from .chat import chat_used, question
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, prompt: str, new: int) -> list[int]:
-    """Ids of a prompt; an empty one becomes BOS.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    prompt: str,
+    new: int,
+    chat: ChatOptions = ChatOptions(),
+) -> list[int]:
+    """Ids of a prompt that is to go on, or of a question under the chat template; an empty prompt becomes BOS.
 
     Raises:
-        XFactorError: prompt and continuation exceed the model's context, or an empty prompt has no BOS.
+        XFactorError: prompt and continuation exceed the model's context, an empty prompt has no BOS, or the chat
+            template is missing or refuses.
     """
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    if chat_used(tokenizer, chat):
+        ids = question(tokenizer, prompt, chat)
+    else:
+        ids = text_ids(tokenizer, prompt) if prompt else []
     if not ids:
         if tokenizer.bos_token_id is None:
             raise XFactorError("an empty prompt needs a tokenizer with a BOS token; give a prompt")
@@ -35,35 +48,40 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pr
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: SamplingOptions,
+    chat: ChatOptions = ChatOptions(),
 ) -> list[int]:
-    """Continue one prompt; returns the generated ids (EOS, if reached, is left out)."""
-    *_, ids = stream(model, tokenizer, prompt, options, options.max_new_tokens)
+    """Continue one prompt, or answer it; returns the generated ids before the end token that ended them, if one did."""
+    *_, ids = stream(model, tokenizer, prompt, options, options.max_new_tokens, chat)
     return ids
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, options: SamplingOptions, piece: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: SamplingOptions,
+    piece: int = 8,
+    chat: ChatOptions = ChatOptions(),
 ) -> Iterator[list[int]]:
-    """Continue one prompt and yield the generated ids so far, `piece` more each time, until EOS or the full length.
+    """Continue one prompt and yield the generated ids so far, `piece` more each time, until an end or the full length.
 
     The ids are those of `generate`: a piece begins with the key-value cache and the random state of the one before.
     Between pieces nothing runs and nothing global is changed, so the iterator may be left at any time.
     """
-    start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens)
+    start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens, chat)
     ids, cache, random = torch.tensor([start]), None, _RandomState(options.seed)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = end_ids(tokenizer, model)
     left = options.max_new_tokens
     while left > 0:
         part = replace(options, max_new_tokens=min(piece, left))
         left -= part.max_new_tokens
-        output = _sample(
-            model, ids, part, random, pad_token_id=tokenizer.pad_token_id, past_key_values=cache,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+        output = _sample(model, tokenizer, ids, part, random, past_key_values=cache, return_dict_in_generate=True)
         ids, cache = output.sequences, output.past_key_values
-        yield _without_ends(tokenizer, ids[0, len(start) :])
+        yield until_end(ids[0, len(start) :].tolist(), ends)
         if int(ids[0, -1]) in ends:
             return
 
@@ -73,24 +91,54 @@ def generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     options: SamplingOptions,
+    chat: ChatOptions = ChatOptions(),
     **extra: Any,
 ) -> list[list[int]]:
     """Continue several prompts in one batch, shorter ones padded on the left; ids as in `generate`, a row each.
 
     `extra` goes to the model's `generate`, e.g. PEFT's `adapter_names`, one a prompt.
     """
-    rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens, chat) for prompt in prompts]
     if not rows:
         return []
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_attention_mask=True, return_tensors="pt")
-    ids, mask = batch["input_ids"], batch["attention_mask"].to(model.device)
+    width, ends = max(map(len, rows)), end_ids(tokenizer, model)
+    ids = torch.full((len(rows), width), pad_id(tokenizer, model))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(rows):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
     random = _RandomState(options.seed)
-    output = _sample(model, ids, options, random, pad_token_id=tokenizer.pad_token_id, attention_mask=mask, **extra)
-    return [_without_ends(tokenizer, row) for row in output[:, ids.shape[1] :]]
+    output = _sample(model, tokenizer, ids, options, random, attention_mask=mask.to(model.device), **extra)
+    return [until_end(row, ends) for row in output[:, width:].tolist()]
 
 
-def _without_ends(tokenizer: PreTrainedTokenizerBase, new: torch.Tensor) -> list[int]:
-    return [i for i in new.tolist() if i not in (tokenizer.eos_token_id, tokenizer.pad_token_id)]
+def unused_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What the checkpoint's `generation_config.json` would change in decoding; nothing of it is used here."""
+    settings = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
+    about_else = re.compile(
+        r"_?(output_.*|.*token_id|transformers_version|from_model_config|use_cache|return_.*|max_.*)"
+    )
+    return {
+        name: value
+        for name, value in settings.items()
+        if not about_else.fullmatch(name)
+        and (value not in (None, 0, 1) or (value == 1 and name in ("top_k", "no_repeat_ngram_size")))
+    }
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Without the checkpoint's own decoding settings (penalties, beams, banned words), which `generate` would apply."""
+    inner = getattr(model, "get_base_model", None)  # of PEFT's wrapper, which hands its settings on to it
+    holders: list[Any] = [model, *([inner()] if inner else [])]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, before, strict=True):
+            holder.generation_config = settings
 
 
 class _RandomState:
@@ -117,19 +165,22 @@ class _RandomState:
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     options: SamplingOptions,
     random: _RandomState,
     **kwargs: Any,
 ) -> Any:
-    """`generate` under `random`, in eval mode; the global random state and the model's mode are restored afterwards."""
+    """`generate` under `random`, in eval mode, with `options` alone; all that this changes is restored afterwards."""
     was_training = model.training
     model.eval()
     generate = cast(Callable[..., Any], model.generate)  # from GenerationMixin, which every causal model has
+    ends, pad = end_ids(tokenizer, model) or None, pad_id(tokenizer, model)
     try:
-        with random.active(model.device):
+        with random.active(model.device), _own_settings(model):
             ids = ids.to(model.device)
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
-            return generate(input_ids=ids, use_cache=True, **options.kwargs(), **kwargs)
+            settings = options.kwargs() | {"eos_token_id": ends, "pad_token_id": pad, "use_cache": True}
+            return generate(input_ids=ids, **settings, **kwargs)
     finally:
         model.train(was_training)

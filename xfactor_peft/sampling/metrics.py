@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.split_model import SplitModel
 from ..lora.wrap import adapts_trunk
 from ..options import EvalOptions
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids
 from ..tokens.token_set import TokenSet
 from .generation import encode_prompt
 from .position_scores import PositionScores, score_positions
@@ -106,7 +106,7 @@ def evaluate(
     new = options.sampling.max_new_tokens
     encoded = [encode_prompt(tokenizer, policy.model, prompt, new) for prompt in options.prompts]
     prompts = [ids for ids in encoded for _ in range(options.repeats)]
-    for batch in sample(policy, prompts, options.sampling, sorted(special_ids(tokenizer))):
+    for batch in sample(policy, prompts, options.sampling, sorted(special_ids(tokenizer, policy.model))):
         batches.append(batch.continuations)
         for row, start in zip(batch.ids.tolist(), batch.starts.tolist(), strict=True):
             texts.setdefault(tuple(row[:start]), row[: start + new])

@@ -12,7 +12,7 @@ from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
 from ..options import SamplingOptions
 from ..progress import phase
-from ..tokens.token_bytes import special_ids
+from ..tokens.ends import special_ids
 from .contexts import openings, tokens_left
 from .position_scores import SCORE_BYTES
 from .sampler import continued, sample
@@ -56,7 +56,7 @@ class OwnSamples:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "openings", _drawn(self.base, self.seed))
-        object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer)))
+        object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer, self.base.model)))
 
     @property
     def atoms(self) -> Atoms:

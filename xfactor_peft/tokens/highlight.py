@@ -7,6 +7,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from .printable import printable
 from .token_set import TokenSet
 
 
@@ -23,14 +24,9 @@ def marked_parts(
     inside = False
     for i in [*ids, None]:
         if run and (i is None or (i in members) != inside):
-            parts.append((_printable(cast(str, tokenizer.decode(run))), inside))
+            parts.append((printable(cast(str, tokenizer.decode(run))), inside))
             run = []
         if i is not None:
             inside = i in members
             run.append(i)
     return parts
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which generated text could use to drive a terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)

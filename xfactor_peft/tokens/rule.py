@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import XFactorError
-from .regex_guard import slow_regex
+from .scan import found_in
 
 KINDS = ("contains", "regex", "words", "token-ids")
 
@@ -18,6 +19,10 @@ KINDS = ("contains", "regex", "words", "token-ids")
 class Rule:
     """Which tokens are meant, whatever the vocabulary.
 
+    Text is compared in Unicode's composed form (NFC), whichever way it was typed or is spelt in the vocabulary; without
+    regard to case, one character answers to one: "ß" to "ẞ", never to "ss". What is written in ASCII alone is looked
+    for in the vocabulary's text as it is, and folded by `str.casefold`, as it was when adapters were first stored.
+
     Attributes:
         kind: "contains" (a text in the token), "regex" (a pattern found in it), "words" (the token is one of them, with
             or without the space before it) or "token-ids".
@@ -25,7 +30,7 @@ class Rule:
         ignore_case: not for token ids.
 
     Raises:
-        XFactorError: an unknown kind, a value of another type, or an empty one. (A pattern is compiled by `matcher`,
+        XFactorError: an unknown kind, a value of another type, or an empty one. (A pattern is compiled by `chosen`,
             so that a record stays readable on a Python that no longer takes its pattern.)
     """
 
@@ -45,11 +50,12 @@ class Rule:
                 raise XFactorError(f"`{self.kind}` must be a text; got {self.value!r}")
             if self.kind == "contains" and not self.value:
                 raise XFactorError("`contains` needs at least one character")
+            object.__setattr__(self, "value", _composed(self.value))
             return
         item = str if self.kind == "words" else int
         if not isinstance(self.value, list | tuple) or any(type(part) is not item for part in self.value):
             raise XFactorError(f"`{self.kind.replace('-', '_')}` must be a list of {item.__name__}; got {self.value!r}")
-        parts = {part.strip() for part in self.value} - {""} if self.kind == "words" else set(self.value)
+        parts = {_composed(part.strip()) for part in self.value} - {""} if self.kind == "words" else set(self.value)
         if self.kind == "words" and not parts:
             raise XFactorError("`words` holds no word (one word a line is expected)")
         object.__setattr__(self, "value", tuple(sorted(parts)))
@@ -65,7 +71,7 @@ class Rule:
             return cls(kind, str(text), ignore_case)
         where = f"`{kind.replace('-', '_')}` {text}"
         try:
-            content = Path(text).read_text(encoding="utf-8")
+            content = Path(text).read_text(encoding="utf-8-sig")
             value = content.splitlines() if kind == "words" else [int(part) for part in content.split()]
         except (OSError, UnicodeDecodeError) as error:
             raise XFactorError(f"{where}: cannot be read as UTF-8 text: {error}") from error
@@ -91,34 +97,46 @@ class Rule:
             return f"{self.kind} ({len(self.value)} given)"
         return f"{self.kind} {self.value!r}" + (" (any case)" if self.ignore_case else "")
 
-    def word_form(self, text: str) -> str:
-        """A word, or a token's text, as words are compared: without its leading space, and folded if asked."""
-        text = text.removeprefix(" ")
-        return text.casefold() if self.ignore_case else text
-
-    def matcher(self) -> Callable[[str], bool]:
-        """Whether a token's text is meant; not for token ids.
+    def chosen(self, texts: Mapping[int, str]) -> list[int]:
+        """The tokens that are meant, by their texts; not for token ids.
 
         Raises:
-            XFactorError: the pattern is no regular expression, or one that may take exponential time.
+            XFactorError: the pattern is no regular expression, or takes too long (see `scan.found_in`).
         """
-        if self.kind == "regex":
-            return _compiled(self.value, self.ignore_case)
         if self.kind == "words":
-            words = {self.word_form(word) for word in self.value}
-            return lambda text: self.word_form(text) in words
-        fold = str.casefold if self.ignore_case else str
-        part = fold(self.value)
-        return lambda text: part in fold(text)
+            return [i for i, text in texts.items() if self.words_of(text)]
+        if self.kind == "regex":
+            forms = list(texts.values()) if self.value.isascii() else [_composed(text) for text in texts.values()]
+            ids = list(texts)
+            return [ids[place] for place in found_in(self.value, forms, ignore_case=self.ignore_case)]
+        part, plain = self._form(self.value, self.value.isascii()), self.value.isascii()
+        return [i for i, text in texts.items() if part in self._form(text, plain)]
+
+    def words_of(self, text: str) -> list[str]:
+        """Which of the rule's words a token's text is, with or without the space beside it."""
+        word = text[1:] if text.startswith(" ") else text.removesuffix(" ")
+        table = self._words
+        return list({w: None for plain in (True, False) for w in table.get((plain, self._form(word, plain)), ())})
+
+    @cached_property
+    def _words(self) -> dict[tuple[bool, str], list[str]]:
+        """The rule's words by (whether in ASCII alone, the form in which they are compared)."""
+        table: dict[tuple[bool, str], list[str]] = {}
+        for word in self.value:
+            table.setdefault((word.isascii(), self._form(word, word.isascii())), []).append(word)
+        return table
+
+    def _form(self, text: str, plain: bool) -> str:
+        """As text is compared: `plain` with what is written in ASCII alone."""
+        if plain:
+            return text.casefold() if self.ignore_case else text
+        return _composed("".join(map(_folded, _composed(text)))) if self.ignore_case else _composed(text)
 
 
-def _compiled(pattern: str, ignore_case: bool) -> Callable[[str], bool]:
-    try:
-        compiled = re.compile(pattern, re.IGNORECASE if ignore_case else 0)
-    except re.error as error:
-        raise XFactorError(f"`regex` {pattern!r} is not a regular expression: {error}") from error
-    if slow_regex(pattern):
-        raise XFactorError(
-            f"`regex` {pattern!r} repeats a repeat or an alternative, which can take forever; write it without"
-        )
-    return lambda text: bool(compiled.search(text))
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _folded(character: str) -> str:
+    """Without case, one character for one: Unicode's simple folding, e.g. "ẞ" -> "ß"; "İ" has none."""
+    return next((form for form in (character.casefold(), character.lower()) if len(form) == 1), character)

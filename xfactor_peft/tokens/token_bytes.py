@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
-"""GPT-2's printable stand-ins for bytes (Radford et al. 2019)."""
+from .ends import special_ids
+from .spelling import spelling
 
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return False
-    spec = json.loads(backend.to_str())
-    return any('"ByteLevel"' in json.dumps(spec.get(part)) for part in ("decoder", "pre_tokenizer"))
+_MARKER = re.compile(r"<.+>|\[.+\]|\{.+\}", re.DOTALL)
 
 
-def _from_byte_level(token: str) -> bytes:
-    if all(character in _ALPHABET for character in token):
-        return bytes(_ALPHABET[character] for character in token)
-    return token.encode("utf-8")
+def markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Added tokens in brackets that are not special: <|fim_suffix|>, <unused0>, <tool_call>.
 
-
-def _from_sentencepiece(token: str) -> bytes:
-    match = _BYTE_TOKEN.fullmatch(token)
-    if match:
-        return bytes([int(match.group(1), 16)])
-    return token.replace("▁", " ").encode("utf-8")
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that stand for no text: EOS, BOS, padding, chat markers and the like."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    They are roles, not text, and in no rule's set; other added tokens (runs of spaces, words) are text.
+    """
+    how, special = spelling(tokenizer), special_ids(tokenizer)
+    return {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if i not in special and _MARKER.fullmatch(token.content)
+        and how.decoded(token.content).strip() == token.content.encode("utf-8")  # not a byte, <0x0A>
+    }  # fmt: skip
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """id -> the bytes it stands for, for every token that is not special.
+    """id -> the bytes it stands for amid a text, for every token that is neither special nor a marker.
 
-    Byte-level vocabularies (GPT-2, Llama 3, Qwen) are mapped back from their printable alphabet;
-    sentencepiece ones (Llama 2, Mistral, Gemma) read "▁" as a space and "<0xNN>" as one byte.
+    As the tokenizer's own decoder has it (see `spelling`): byte-level vocabularies (GPT-2, Llama 3, Qwen) are mapped
+    back from their printable alphabet; sentencepiece ones (Llama 2, Mistral, Gemma) read "▁" as a space and "<0xNN>" as
+    one byte; GPT-1's "the</w>" is "the " and WordPiece's "##ing" is "ing", its "the" " the".
+
+    Raises:
+        XFactorError: a decoder that is not known.
     """
-    decode = _from_byte_level if _is_byte_level(tokenizer) else _from_sentencepiece
-    special = special_ids(tokenizer)
-    added = tokenizer.added_tokens_decoder
+    how, left_out, added = (
+        spelling(tokenizer),
+        special_ids(tokenizer) | markers(tokenizer).keys(),
+        added_texts(tokenizer),
+    )
     result = {}
     for token, i in tokenizer.get_vocab().items():
-        if i not in special:
-            result[i] = added[i].content.encode("utf-8") if i in added else decode(token)
+        if i not in left_out:
+            raw = how.byte_level and i in added  # looked for in the text as it is
+            result[i] = token.encode("utf-8") if raw else how.decoded(token)
     return dict(sorted(result.items()))
+
+
+def added_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """id -> text of the tokens that were added to the vocabulary."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """id -> its bytes as text; bytes that are no UTF-8 on their own become lone surrogates, so nothing is lost."""
     return {i: raw.decode("utf-8", errors="surrogateescape") for i, raw in token_bytes(tokenizer).items()}
+
+
+def spelling_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What was decided about the vocabulary, for people."""
+    special, roles = special_ids(tokenizer), markers(tokenizer)
+    names = f" ({', '.join(list(roles.values())[:3])}{', …' if len(roles) > 3 else ''})" if roles else ""
+    return f"{spelling(tokenizer).name}; in no rule's set: {len(special)} special tokens, {len(roles)} markers{names}"

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import XFactorError
+from .ends import special_ids
 from .rule import Rule
-from .token_bytes import special_ids, token_texts
+from .token_bytes import markers, token_texts
 
 _THESE_IDS = Rule("token-ids", ())
 
@@ -83,15 +84,16 @@ class TokenSet:
         """The tokens of this vocabulary that a rule means.
 
         Raises:
-            XFactorError: none or all of them, a special token, or a pattern that `Rule.matcher` refuses.
+            XFactorError: none or all of them, a special token, or a pattern that `Rule.chosen` refuses, or a vocabulary
+                whose spelling is not known.
         """
         size, texts = vocab_size or len(tokenizer), token_texts(tokenizer)
         if rule.kind == "token-ids":
             if special := sorted(special_ids(tokenizer).intersection(rule.value)):
                 raise XFactorError(f"`token_ids`: {special[0]} is a special token, which a token set never holds")
+            texts |= markers(tokenizer)
             return cls(rule.value, size, rule, tuple(texts.get(i, "") for i in rule.value))
-        matches = rule.matcher()
-        chosen = [i for i, text in texts.items() if i < size and text and matches(text)]
+        chosen = rule.chosen({i: text for i, text in texts.items() if i < size and text})
         if len(chosen) == sum(i < size for i in texts):
             raise XFactorError(f"{rule.describe()} matches the whole vocabulary; narrow the rule")
         return cls(tuple(chosen), size, rule, tuple(texts[i] for i in chosen))
@@ -101,8 +103,8 @@ class TokenSet:
         """The rule's words that the vocabulary splits into several tokens, and that therefore add nothing."""
         if self.rule.kind != "words":
             return []
-        found = {self.rule.word_form(text) for text in self.texts}
-        return [word for word in self.rule.value if self.rule.word_form(word) not in found]
+        found = {word for text in self.texts for word in self.rule.words_of(text)}
+        return [word for word in self.rule.value if word not in found]
 
     def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """1[i in S] for i in [0, V); bool, shape (V,)."""
