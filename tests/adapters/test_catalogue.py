@@ -88,7 +88,7 @@ def test_a_mix_as_an_adapter_is_the_mix(load_tiny, root):
 
 def test_mixes_across_bases_and_dora_are_refused(root):
     record = json.loads((root / "z/xfactor.json").read_text())
-    record["base"]["weights"] = "0" * 64
+    record["base"] |= {"weights": "0" * 64, "forward": "0" * 64}  # another base has neither
     (root / "z/xfactor.json").write_text(json.dumps(record))
     with pytest.raises(XFactorError, match=r"x was made for .*, z for "):
         combine(parse_mix("x+z"), root / "mixed", root)
