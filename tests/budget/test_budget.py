@@ -151,8 +151,8 @@ def test_samples_take_a_bounded_cache(load_tiny):
     model.config.n_layer = 20_000  # 2 * 20 000 * 64 * 4 bytes a token
     assert rows_at_once(SplitModel(model), 4) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
     assert rows_at_once(SplitModel(model), 10_000) == 1
-    with cache_limit(32 * 2**20):
-        assert rows_at_once(SplitModel(model), 4) == 32 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
+    with cache_limit(96 * 2**20):
+        assert rows_at_once(SplitModel(model), 4) == 96 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
     with cache_limit(0), cache_limit(2**40):
         assert rows_at_once(SplitModel(model), 4) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
 
