@@ -21,8 +21,9 @@ from .position_scores import PositionScores, score_positions
 from .sampler import Samples, sample
 
 COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
-POSITIONS = 1024
-"""Tokens that go through the trunk together when texts are scored; PEFT keeps float32 copies of its inputs."""
+POSITIONS = 256
+"""Tokens that go through the trunk together when texts are scored, as many as in a usual step of training: buffers of
+quantised layers, and the float32 copies that PEFT makes of its inputs, grow with them."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .sampler import continued, sample
 
 TEXTS, LENGTH = 256, 64
 """How many texts measure a rate, and how many tokens of each are the model's own."""
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
 
