@@ -3,9 +3,9 @@
     python benchmarks/readme.py                     from benchmarks/results/quick
     python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
 
-The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. The tables of `memory.py` and
-`rate.py`, and the source's of the preset paper, go between markers named lowmem, rate and source, where the README has
-them.
+The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. The tables of `whole.py`,
+`memory.py` and `rate.py`, and the source's of the preset paper, go between markers named whole, lowmem, rate and
+source, where the README has them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from xfactor_peft.errors import XFactorError
 MARKER = "benchmark"
 FIGURES = ("rate-kl", "memory")
 OTHERS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "whole": ("whole", lambda folder: (folder / "table.md").read_text("utf-8")),
     "lowmem": ("lowmem", memory_table),
     "rate": ("rate", rate_table),
     "source": ("paper", lambda folder: source_page(load(folder)) or ""),

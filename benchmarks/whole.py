@@ -97,7 +97,8 @@ def run(words: list[str], threads: int, procs: Path | None = None) -> Record:
     status = "ok" if process.returncode == 0 else "failed"
     if process.returncode == -signal.SIGKILL:
         status = "killed: out of memory"
-    return {"status": status, "peak": round(peak / 1024, 1), "seconds": round(seconds, 1), "log": lines[-30:]}
+    made = {"status": status, "peak": round(peak / 1024, 1), "seconds": round(seconds, 1)}
+    return made if status == "ok" else {**made, "log": [line.replace(f"{REPOSITORY}/", "") for line in lines[-10:]]}
 
 
 def rows(records: list[Record]) -> list[list[str]]:
@@ -105,7 +106,7 @@ def rows(records: list[Record]) -> list[list[str]]:
     for record in records:
         good = [one for one in record["runs"] if one["status"] == "ok"]
         middle = [f"{statistics.median(one[key] for one in good):,.1f}" for key in ("peak", "seconds")] if good else []
-        where = f"`xfactor train {' '.join(record['command'])}`".replace(f"{GPT2M}", "gpt2-medium-random")
+        where = f"`xfactor train {' '.join(record['command'])}`"
         limit = f"{record['limit']:,}" if record["limit"] else "–"
         found.append([where, *(middle or ["–", "–"]), limit, record["runs"][-1]["status"]])
     return found
@@ -132,7 +133,8 @@ def main(only, rounds, limit, real, threads, output) -> None:  # fmt: skip
             one = runs[name][-1]
             click.echo(f"{number + 1}/{rounds} {name}: {one['status']}, {one['peak']:,.0f} MiB, {one['seconds']:.1f} s")
     for name, made in runs.items():
-        record = {"name": name, "command": COMMANDS[name], "limit": limit, "threads": threads, "runs": made}
+        words = [word.replace(f"{REPOSITORY}/", "") for word in COMMANDS[name]]
+        record = {"name": name, "command": words, "limit": limit, "threads": threads, "runs": made}
         store.write(output / f"{name}{f'-{limit}MiB' if limit else ''}.json", {**record, **store.provenance()})
     head = ["command", "peak, MiB", "wall, s", "limit, MiB", "ended"]
     table = Table(head, rows(store.read_all(output))).markdown()
