@@ -296,6 +296,7 @@ def test_bad_objective_options(options, message):
 def test_options_that_do_not_go_together(tiny):
     tilted, uniform = TiltedTarget.of(x_set(tiny), 0.1), UniformTarget(x_set(tiny))
     for target, options, lora, objective, message in (
+        (tilted, {}, LoraOptions(variant="pissa"), {}, "`lora.variant=pissa` takes a part out of the base"),
         (tilted, {}, None, {"kl_to_base": 1.0}, "`kl_to_base` belongs to the uniform target"),
         (uniform, {}, None, {"sequence_level": True}, "`sequence_level=True` needs `goal.rate`"),
         (tilted, {"method": "full"}, None, {}, "`method=lora`"),
