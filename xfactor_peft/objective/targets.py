@@ -172,9 +172,7 @@ class TiltedTarget:
         if train.method == "full":
             raise XFactorError("a rate needs `method=lora`: with `method=full` there is no base left to be tilted")
         if lora.variant == "pissa":
-            raise XFactorError(
-                "`lora.variant=pissa` takes a part out of the base, which a rate needs whole"
-            )
+            raise XFactorError("`lora.variant=pissa` takes a part out of the base, which a rate needs whole")
         if objective.kl_to_base:
             raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
         if objective.sequence_level and self.rates is None:
