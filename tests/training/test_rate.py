@@ -52,6 +52,19 @@ def test_the_rate_is_met_on_every_family(load_tiny, kind):
     parts_add_up(result.after)
 
 
+def test_a_set_head_costs_what_measuring_the_logit_bias_gives(tiny):
+    """A run takes the scores of a constant set head for those of the bias; here the bias is looked for and measured."""
+    result = train(tiny, TiltedTarget.of(x_set(tiny), 0.3), BRIEF, evaluation=SCORES, objective=PLAIN)
+    taken = result.rate.frontier
+    measured = measure_frontier(
+        SplitModel(tiny.model), tiny.tokenizer, x_set(tiny), result.after, SCORES, start=0.5,
+        adapter_off=result.model.disable_adapter,
+    )  # fmt: skip
+    assert measured.strength == pytest.approx(taken.strength, abs=0.1)
+    assert measured.kl == pytest.approx(taken.kl, rel=0.02)
+    assert measured.ratio == pytest.approx(taken.ratio, abs=0.02)
+
+
 def test_a_wanted_zero_silences_the_set(tiny):
     result = train(tiny, TiltedTarget.of(x_set(tiny), 0.0), BRIEF, evaluation=SCORES, objective=PLAIN)
     assert result.before.rate > 0.005

@@ -1,4 +1,4 @@
-"""Sampling text, and sampling many sequences of one length for a fair estimate of R."""
+"""Text for people, by `generate` of transformers; what is measured is drawn by `sampler`."""
 
 from __future__ import annotations
 

@@ -71,9 +71,9 @@ class OwnSamples:
         """`count` texts, (count, P + length)."""
         return continued(self.split_model, self._starts(seed, count), self.length, seed=seed, banned=self.banned)
 
-    def rates(self, tilt: torch.Tensor | None = None, index: int = 0) -> torch.Tensor:
-        """Sampled rates (K,) float64; `tilt` (V,) is added to the logits."""
-        return self.masses(tilt, TEXTS, index)[0].double().mean((0, 1))
+    def rates(self, index: int = 0) -> torch.Tensor:
+        """Sampled rates (K,) of the model as it is, float64."""
+        return self.masses(None, TEXTS, index)[0].double().mean((0, 1))
 
     def masses(self, tilt: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Along `count` texts the masses of the sets, and which tokens are members: (count, length, K) both.

@@ -59,7 +59,6 @@ class TrainingRun:
         recomputed: checkpointed blocks.
         wrapped: PEFT's wrapper round the base, or the base for full fine-tuning; None before a phase has made it.
         history: every step of every phase.
-        report: what the phases have to say of how the target was reached; None for the uniform target.
     """
 
     base: Base
