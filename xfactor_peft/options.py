@@ -290,6 +290,38 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class PhraseOptions(_Recorded):
+    """How an adapter for phrases is made.
+
+    Attributes:
+        r: rank of the phrase head; 0 is a logit bias.
+        texts: that the base writes to learn from; a quarter as many more are drawn with more of the patterns in them.
+        length: tokens of each.
+        rounds: how often the student's own texts are drawn, to correct the strengths and to learn from as well.
+        epochs: passes over all positions in a round.
+        eval_texts: texts of the base, and of the student, on the held-out prompts.
+
+    Raises:
+        XFactorError: a value outside its range.
+    """
+
+    r: int = 8
+    texts: int = 256
+    length: int = 112
+    rounds: int = 1
+    epochs: int = 20
+    lr: float = 3e-3
+    eval_texts: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("r", 0), ("texts", 4), ("length", 8), ("rounds", 0), ("epochs", 1), ("eval_texts", 0)):
+            _check(getattr(self, name) >= least, f"`{name}` must be at least {least}", getattr(self, name))
+        _check(0 < self.lr < math.inf, "`lr` must be greater than 0", f"{self.lr:g}")
+        _check(0 <= self.seed < SEEDS, "`seed` must be at least 0 and below 2^43", self.seed)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run, besides the base and the target.
 

@@ -13,8 +13,8 @@ from xfactor_peft.errors import XFactorError
 from xfactor_peft.tokens.automaton import TokenAutomaton
 from xfactor_peft.tokens.patterns import Pattern, found, phrases, read_phrases
 
-LINES = ("rich tapestry", "tapestry", "a testament to", "delv*", "*ing", "ha ha", "it's not just", "No", "—but", "œuvre",
-         "İstanbul", "straße", "the the", "in the heart of", "...", "K", "s")  # fmt: skip
+LINES = ("rich tapestry", "tapestry", "a testament to", "delv*", "*ing", "ha ha", "it's not just", "No", "—but",
+         "œuvre", "İstanbul", "straße", "the the", "in the heart of", "...", "K", "s")  # fmt: skip
 PATTERNS = (
     *phrases(LINES),
     Pattern("Elara", ignore_case=False),

@@ -14,6 +14,7 @@ import click
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
+    "unslop": "Train an adapter without the words and phrases that models overuse.",
     "plan": "Predict memory and time of a training run before anything is loaded.",
     "generate": "Continue prompts with the base and with adapters, side by side.",
     "play": "Generate interactively and swap adapters in place.",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -80,6 +80,17 @@ class Samples:
         return self.starts[:, None] + torch.arange(self.length) + shift
 
 
+class Watcher(Protocol):
+    """Looks on while texts are drawn, and may change what they are drawn from."""
+
+    def logits(self, texts: torch.Tensor, z: torch.Tensor, states: torch.Tensor) -> None:
+        """Before tokens of the texts (n,), by their prompts' numbers, are drawn from logits z (n, V), which it may
+        change in place; `states` (n, D) made them."""
+
+    def drawn(self, texts: torch.Tensor, ids: torch.Tensor) -> None:
+        """After they were drawn: ids (n,)."""
+
+
 def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
     """Raises XFactorError unless every prompt has ids, all of them of the `rows` of the input embedding."""
     for number, prompt in enumerate(prompts):
@@ -105,6 +116,7 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -113,6 +125,7 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+        watcher: told of every draw.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -123,15 +136,19 @@ def sample(
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together
     rows = rows_at_once(split_model, max(map(len, prompts), default=0) + new)
-    draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
+    draw = _Draw(
+        options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members, watcher
+    )
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, torch.tensor(part))
         report((start + len(part)) / len(order))
 
 
 @torch.no_grad()
-def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw) -> Samples:
+def _sample_batch(
+    split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw, texts: torch.Tensor
+) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
     shortest, new = int(starts.min()), uniforms.shape[1]
@@ -152,7 +169,9 @@ def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: t
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
+            drawn, masses[rows, made[rows]] = draw(
+                split_model, last[rows.to(device)], uniforms[rows, made[rows]], texts[rows]
+            )
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
     model.train(was_training)
@@ -170,8 +189,14 @@ def continued(
 class _Draw:
     """Tokens from states: logits, decoding settings, softmax, one uniform number a row."""
 
-    def __init__(self, options: SamplingOptions, banned: torch.Tensor, members: torch.Tensor | None) -> None:
-        self._options, self._banned, self._members = options, banned, members
+    def __init__(
+        self,
+        options: SamplingOptions,
+        banned: torch.Tensor,
+        members: torch.Tensor | None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self._options, self._banned, self._members, self._watcher = options, banned, members, watcher
         self.sets = 0 if members is None else len(members)
         self._warpers = [
             *([TopKLogitsWarper(options.top_k)] if options.top_k else []),
@@ -179,7 +204,7 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, texts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
@@ -189,7 +214,11 @@ class _Draw:
             z.index_fill_(1, self._banned, float("-inf"))
             if self._members is not None:
                 masses[rows] = (z.softmax(1) @ self._members.T).cpu()
+            if self._watcher is not None:
+                self._watcher.logits(texts[rows], z, states[rows])
             ids.append(self._drawn(z, uniforms[rows].to(z.device)))
+            if self._watcher is not None:
+                self._watcher.drawn(texts[rows], ids[-1])
         return torch.cat(ids), masses
 
     def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

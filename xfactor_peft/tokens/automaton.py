@@ -2,8 +2,8 @@
 
 A row of V entries would cost a state V numbers. Nearly all tokens do the same from every state inside a word, and from
 every state outside of one, so a row is what differs from one of those two (`ByteAutomaton.inside_word`, `.start`). It
-is found by walking the vocabulary's trie only as far as the two walks differ: a few nodes, not V. A whole word that only
-waits to be no part of a longer one ends with half of the vocabulary; that is one entry of the row, too.
+is found by walking the vocabulary's trie only as far as the two walks differ: a few nodes, not V. A whole word that
+only waits to be no part of a longer one ends with half of the vocabulary; that is one entry of the row, too.
 """
 
 from __future__ import annotations

@@ -69,6 +69,10 @@ class ByteAutomaton:
         """
         return min(self._trie.left[node] for node in self._states[state][2])
 
+    def nearest(self, state: int) -> int:
+        """The pattern whose occurrence under way lacks least; raises ValueError where none is."""
+        return self._trie.nearest[min(self._states[state][2], key=lambda node: self._trie.left[node])]
+
     def _number(self, state: State) -> int:
         number = self._numbers.setdefault(state, len(self._states))
         if number == len(self._states):
@@ -97,7 +101,7 @@ class _Trie:
         self._at_once: dict[int, tuple[int, ...]] = {}
         self._waiting: dict[int, tuple[int, ...]] = {}
         self._spaces: set[int] = set()
-        self.left = [0, 0]
+        self.left, self.nearest = [0, 0], [0, 0]
         self._labels: dict[tuple[str, str], int] = {}
         self._tests: list[Callable[[str], bool]] = []
         self._meant: dict[str, tuple[int, ...]] = {}
@@ -112,11 +116,13 @@ class _Trie:
             following = self._children.setdefault(node << 12 | self._label(key), len(self.left))
             if following == len(self.left):
                 self.left.append(left)
+                self.nearest.append(number)
                 self._inner.add(node)
                 if key[0] == "space":
                     self._spaces.add(following)
             node = following
-            self.left[node] = min(self.left[node], left)
+            if left < self.left[node]:
+                self.left[node], self.nearest[node] = left, number
         ended = self._waiting if ends else self._at_once
         ended[node] = (*ended.get(node, ()), number)
 

@@ -1,0 +1,84 @@
+"""What texts hold: rates with intervals, variety, and the words that came instead."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..sampling.intervals import rate_interval
+from ..sampling.metrics import distinct_n
+from ..tokens.automaton import TokenAutomaton
+from .texts import Texts
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+@dataclass(frozen=True)
+class PhraseScores:
+    """Of one model's texts.
+
+    Attributes:
+        per_1000_words: occurrences of all patterns; interval: 95 %, over texts (see `rate_interval`).
+        counts: of every pattern.
+        kl: mean KL from the base at a token of its own texts, nats.
+    """
+
+    per_1000_words: float
+    interval: tuple[float, float]
+    counts: list[int]
+    words: int
+    tokens: int
+    kl: float
+    distinct_2: float
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rate(self, patterns: Sequence[int]) -> float:
+        """Occurrences of some of the patterns per 1,000 words."""
+        return 1000 * sum(self.counts[k] for k in patterns) / max(1, self.words)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[str]:
+    """What was drawn, without the prompts."""
+    return [cast(str, tokenizer.decode(row)) for row in texts.ids.tolist()]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in small letters."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def score(tokenizer: PreTrainedTokenizerBase, automaton: TokenAutomaton, texts: Texts) -> PhraseScores:
+    """Count everything."""
+    counts = texts.counts(automaton)
+    words = np.array([len(words_of(text)) for text in decoded(tokenizer, texts)])
+    length = max(1, round(float(words.mean())))
+    low, high = rate_interval(torch.from_numpy(counts.sum(1)).clamp(max=length), length)
+    return PhraseScores(
+        per_1000_words=1000 * float(counts.sum()) / max(1, int(words.sum())),
+        interval=(1000 * low, 1000 * high),
+        counts=counts.sum(0).tolist(),
+        words=int(words.sum()),
+        tokens=texts.ids.numel(),
+        kl=float(texts.kl.double().mean()),
+        distinct_2=distinct_n(texts.ids.tolist()),
+    )
+
+
+def risen(before: Sequence[str], after: Sequence[str], most: int = 20) -> list[tuple[str, int, int]]:
+    """(word, count before, count after) of the words that rose most: by (a - b) / sqrt(a + b) at equal lengths."""
+    first, second = (Counter(word for text in texts for word in words_of(text)) for texts in (before, after))
+    scale = sum(second.values()) / max(1, sum(first.values()))
+    surprise = {w: (n - first[w] * scale) / math.sqrt(n + first[w] * scale) for w, n in second.items()}
+    return [
+        (word, first[word], second[word]) for word in sorted(surprise, key=surprise.__getitem__, reverse=True)[:most]
+    ]

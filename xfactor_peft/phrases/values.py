@@ -1,0 +1,203 @@
+"""What a state of the automaton is worth: the expected weight of what the occurrence under way becomes.
+
+The wanted texts are  p*(x) proportional to p(x) exp(sum_k lambda_k count_k(x)).  With f(c) = exp(sum_k lambda_k c_k)
+and delta(s, i) the state after token i, its next token is
+
+    q(i | context) proportional to p(i | context) w(s, i),        w(s, i) = f(c(s, i)) g(delta(s, i)),
+    g(s) = E[ f(all that the occurrences under way in s will count) ] = sum_i p(i | s) w(s, i),     g = 1 with none.
+
+p(i | s), the base's probabilities averaged over contexts in which it was in s, is counted along its own texts, the
+whole distribution at every visit rather than the token drawn. A state that was hardly visited is worth what states
+that lack as many characters are worth on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..objective.tilt import SUPPRESS
+from ..tokens.automaton import TokenAutomaton
+
+SWEEPS = 8
+"""Of the recursion; an occurrence under way has seldom more tokens left."""
+LACKING = 24
+"""Characters that are told apart."""
+
+
+@dataclass
+class Visits:
+    """Of one state: how often, and the summed probabilities of its row's ids and of tokens that begin no word."""
+
+    count: float
+    masses: np.ndarray
+    no_word: float
+
+
+class Statistics:
+    """The base's probabilities by state of the automaton. With nothing under way, of every token.
+
+    Attributes:
+        only_inside: from here on look only where an occurrence is under way: texts under a tilt go there more often,
+            and are otherwise not the base's.
+    """
+
+    only_inside = False
+
+    def __init__(self, automaton: TokenAutomaton) -> None:
+        self.automaton = automaton
+        self.visits: dict[int, Visits] = {}
+        self._no_word = torch.from_numpy(np.flatnonzero(~automaton.begins_word))
+
+    def add(self, states: np.ndarray, p: torch.Tensor) -> None:
+        """Probabilities (n, V) of the token that follows in each of the states (n,)."""
+        for state in np.unique(states):
+            if self.only_inside and not self.automaton.automaton.inside(int(state)):
+                continue
+            rows = torch.from_numpy(np.flatnonzero(states == state))
+            row = self.automaton.row(int(state))
+            mass = p[rows].sum(0) if len(rows) > 1 else p[rows[0]]
+            seen = self.visits.setdefault(int(state), Visits(0.0, np.zeros(len(row.ids)), 0.0))
+            seen.count += len(rows)
+            seen.masses += mass[torch.from_numpy(row.ids)].double().numpy()
+            if row.waiting:
+                others = row.ids[~self.automaton.begins_word[row.ids]]
+                seen.no_word += float(mass[self._no_word].sum() - mass[torch.from_numpy(others)].sum())
+
+    @property
+    def positions(self) -> float:
+        return sum(seen.count for seen in self.visits.values())
+
+
+class Values:
+    """g and w for given strengths.
+
+    Args:
+        strengths: lambda of every pattern, (K,); minus infinity for never.
+    """
+
+    def __init__(self, statistics: Statistics, strengths: np.ndarray) -> None:
+        self.statistics, self.automaton = statistics, statistics.automaton
+        self.strengths = np.maximum(strengths, SUPPRESS)
+        for reference in (self.automaton.start, self.automaton.automaton.inside_word):
+            self.automaton.row(reference)
+        self._g = self._solved()
+
+    def factor(self, ended: Sequence[int]) -> float:
+        """f of patterns that end together."""
+        return float(np.exp(max(SUPPRESS, sum(self.strengths[k] for k in ended))))
+
+    def row(self, state: int) -> tuple[np.ndarray, float]:
+        """(w of the row's ids, f of what ends with every other token that begins no word)."""
+        row = self.automaton.row(state)
+        return self._factors()[row.ended] * self.worth(row.following), self.factor(row.waiting)
+
+    def worth(self, states: np.ndarray) -> np.ndarray:
+        """g of states."""
+        size = len(self.automaton.automaton)
+        if len(self._g) < size:
+            self._g = np.concatenate([self._g, np.array([self._guess(s) for s in range(len(self._g), size)])])
+        return self._g[states]
+
+    def log_weights(self, state: int, ids: np.ndarray) -> np.ndarray:
+        """log w(state, i) for sorted ids, float32."""
+        row = self.automaton.row(state)
+        out = np.zeros(len(ids), np.float32)
+        if row.reference is not None:
+            out += self.log_weights(row.reference, ids)
+            if row.waiting:
+                out[~self.automaton.begins_word[ids]] += np.log(self.factor(row.waiting))
+        place = np.searchsorted(ids, row.ids)
+        hit = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == row.ids)
+        out[place[hit]] = np.log(np.maximum(self.row(state)[0][hit], np.exp(SUPPRESS)))
+        return np.maximum(out, SUPPRESS)
+
+    def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
+        """log w in place: texts drawn from the teacher (a `texts.Tilt`)."""
+        ids = np.arange(z.shape[1])
+        for state in np.unique(states):
+            rows = torch.from_numpy(np.flatnonzero(states == state)).to(z.device)
+            z[rows] += torch.from_numpy(self.log_weights(int(state), ids)).to(z.device)
+
+    def counts(self, goals: np.ndarray) -> np.ndarray:
+        """Rates of goals per token in texts of q, (G,), as the states' averages have it; `goals` (K, G) says which
+        patterns count for which.
+
+        n(s), what is counted until nothing is under way: n(s) = sum_i p(i|s) w(s, i) (c(s, i) + n(delta)) / g(s).
+        """
+        stats, size = self.statistics, len(self.automaton.automaton)
+        per_ending = np.array([goals[list(e)].sum(0) for e in self.automaton.endings])
+        n = np.zeros((size, goals.shape[1]))
+        inner, automaton = self._inner(), self.automaton.automaton
+        for state in range(size):
+            if inner(state):
+                pattern = automaton.nearest(state)
+                chance = self._chance[min(LACKING, automaton.left(state))] * self.factor((pattern,))
+                n[state] = goals[pattern] * min(1.0, chance / self._g[state])
+        rates = np.zeros(goals.shape[1])
+        for last in [False] * SWEEPS + [True]:
+            for state, seen in [item for item in stats.visits.items() if not inner(item[0])] if last else self._order:
+                row, (w, waiting) = self.automaton.row(state), self.row(state)
+                flow = seen.masses / seen.count * w
+                found = flow @ (per_ending[row.ended] + n[row.following])
+                total = 1 + (seen.masses / seen.count * (w - 1)).sum()
+                if row.waiting:
+                    rest = seen.no_word / seen.count * waiting
+                    found = found + rest * goals[list(row.waiting)].sum(0)
+                    total += seen.no_word / seen.count * (waiting - 1)
+                if last:
+                    rates += seen.count * found / total
+                else:
+                    n[state] = found / max(total, 1e-9)
+        free = sum(seen.count for state, seen in stats.visits.items() if not inner(state))
+        return rates / max(1.0, free)
+
+    def _inner(self) -> Callable[[int], bool]:
+        return self.automaton.automaton.inside
+
+    @property
+    def _order(self) -> list[tuple[int, Visits]]:
+        """Visited states with an occurrence under way, those that lack least first."""
+        inside = [(s, v) for s, v in self.statistics.visits.items() if self.automaton.automaton.inside(s)]
+        return sorted(inside, key=lambda item: self.automaton.automaton.left(item[0]))
+
+    def _factors(self) -> np.ndarray:
+        return np.array([self.factor(ended) for ended in self.automaton.endings])
+
+    def _solved(self) -> np.ndarray:
+        never = np.full_like(self.strengths, SUPPRESS)
+        self._chance = np.full(LACKING + 1, np.nan)
+        strengths, self.strengths = self.strengths, never
+        completes = 1 - self._swept(prior=0.0)
+        weights, totals = np.zeros(LACKING + 1), np.zeros(LACKING + 1)
+        for state, seen in self._order:
+            place = min(LACKING, self.automaton.automaton.left(state))
+            weights[place] += np.sqrt(seen.count)
+            totals[place] += np.sqrt(seen.count) * completes[state]
+        self._chance = (totals + 0.9 * np.exp(-np.arange(LACKING + 1) / 3)) / (weights + 1)
+        self.strengths = strengths
+        return self._swept(prior=1.0)
+
+    def _guess(self, state: int) -> float:
+        """g of a state by the characters that it lacks."""
+        automaton = self.automaton.automaton
+        if not automaton.inside(state):
+            return 1.0
+        chance = self._chance[min(LACKING, automaton.left(state))]
+        chance = 0.5 if np.isnan(chance) else chance
+        return 1 + chance * (self.factor((automaton.nearest(state),)) - 1)
+
+    def _swept(self, prior: float) -> np.ndarray:
+        """g of every state by the recursion; a guess counts as `prior` visits."""
+        self._g = np.array([self._guess(state) for state in range(len(self.automaton.automaton))])
+        guesses, factors = self._g.copy(), self._factors()
+        for _ in range(SWEEPS):
+            for state, seen in self._order:
+                row = self.automaton.row(state)
+                lost = (seen.masses * (1 - factors[row.ended] * self._g[row.following])).sum()
+                lost += seen.no_word * (1 - self.factor(row.waiting))
+                self._g[state] = (seen.count - lost + prior * guesses[state]) / (seen.count + prior)
+        return self._g
