@@ -66,6 +66,11 @@ class PhraseGoal:
     patterns: tuple[Pattern, ...]
     wanted: Wanted
 
+    @property
+    def hard(self) -> bool:
+        """Whether it is a ban that can be a proof: characters or scripts, never."""
+        return self.wanted.value == 0 and all(pattern.kind != "phrase" for pattern in self.patterns)
+
     def record(self) -> dict[str, Any]:
         patterns = [pattern.record() for pattern in self.patterns]
         return {"name": self.name, "patterns": patterns, "rate": self.wanted.value, "unit": self.wanted.unit}

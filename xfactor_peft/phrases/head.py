@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .ban import BAN
 from .texts import Texts
 from .values import Values
 
@@ -63,6 +64,7 @@ class PhraseHead(nn.Module):
         self.tokens = torch.from_numpy(tokens)
         self.base_weight = weight[self.tokens].float()
         self.base_bias = None if bias is None else bias[self.tokens].float()
+        self.banned = torch.zeros(0, dtype=torch.long)
         self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.b = nn.Parameter(torch.zeros(len(tokens), rank))
         self.offset = nn.Parameter(torch.zeros(len(tokens)))
@@ -91,6 +93,11 @@ class PhraseHead(nn.Module):
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
         """u in place: texts drawn from the student (a `texts.Tilt`)."""
         z.index_add_(1, self.tokens.to(z.device), self(hidden.float()).to(z))
+        z[:, self.banned.to(z.device)] += BAN
+
+    def ban(self, ids: np.ndarray) -> None:
+        """These tokens never, whatever was learnt."""
+        self.banned = torch.from_numpy(ids)
 
     @torch.no_grad()
     def start(self, at: Positions) -> None:

@@ -37,6 +37,7 @@ def phrase_record(result: PhraseResult) -> dict[str, Any]:
         "goals": goals,
         "options": result.options.record(),
         "tokens": result.tokens,
+        "proof": {"banned": len(result.proof.banned), "states": result.proof.states} if result.proof else None,
         "rounds": result.rounds,
         "before": result.before.record() if result.before else None,
         "after": result.after.record() if result.after else None,

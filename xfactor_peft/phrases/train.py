@@ -26,6 +26,7 @@ from ..lowmem.peft_parts import side_a, side_b
 from ..options import ChatOptions, LoraOptions, PhraseOptions, SamplingOptions
 from ..progress import phase
 from ..tokens.automaton import TokenAutomaton
+from .ban import BAN, Proof, ban
 from .goals import PhraseTarget
 from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
 from .scores import PhraseScores, decoded, risen, score
@@ -43,6 +44,7 @@ class PhraseResult:
 
     Attributes:
         model: the base, wrapped by PEFT with the new adapter.
+        tokens: how many the head has a row for; proof: of the bans, where characters or scripts are to come never.
         before, after: scores on the held-out prompts; None where none were asked for.
         rounds: one entry a round: loss, what is left to learn of it, rates of the student.
         samples: (prompt, text of the base, text of the student).
@@ -54,6 +56,7 @@ class PhraseResult:
     options: PhraseOptions
     solved: Solved
     tokens: int
+    proof: Proof | None
     before: PhraseScores | None = None
     after: PhraseScores | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -131,7 +134,26 @@ def train_phrases(
         raise XFactorError("`prompts` holds no prompt")
     started = time.perf_counter()
     torch.manual_seed(options.seed)
+    hard = tuple(pattern for goal in target.goals if goal.hard for pattern in goal.patterns)
+    proof = ban(base.tokenizer, hard, base.vocab_size) if hard else None
     run = _Run(base, target, options, encoded(base, prompts, options.length, chat))
+    if all(goal.hard for goal in target.goals):  # nothing to learn, and so nothing to learn from
+        rates = np.zeros(len(target.goals))
+        head, rounds = PhraseHead(np.zeros(0, dtype=np.int64), run.policy.weight, run.policy.bias, 0), []
+        solved = Solved(np.full(len(rates), -np.inf), rates, rates, rates)
+    else:
+        head, rounds, solved = _learnt(run)
+    if proof:
+        head.ban(proof.banned)
+    result = PhraseResult(base, _write(base, head), target, options, solved, len(head.tokens), proof, rounds=rounds)
+    if held_out and options.eval_texts:
+        _score(result, run, head, held_out, chat)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _learnt(run: _Run) -> tuple[PhraseHead, list[dict[str, Any]], Solved]:
+    target, options = run.target, run.options
     with phase("drawing texts of the base"):
         run.texts.append((run.draw(options.texts, 1, statistics=run.statistics), None))
     with phase("drawing texts with more of the patterns"):
@@ -152,15 +174,12 @@ def train_phrases(
             with phase(f"drawing texts of the student, round {number + 1}"):
                 own = run.draw(max(4, options.texts // 2), 3 + number, tilt=head)
             run.texts.append((own, run.values(solved)))
-            rounds[-1]["rates"] = run.goal_rates(own).tolist()
-            correction = correction * _correction(run.goal_rates(own), solved, own.ids.numel())
+            rates = run.goal_rates(own)
+            rounds[-1]["rates"] = rates.tolist()
+            correction = correction * _correction(rates, solved, own.ids.numel())
             solved = solve(run.statistics, target, words_per_token, correction)
     assert head is not None  # there is a round
-    result = PhraseResult(base, _write(base, head), target, options, solved, len(head.tokens), rounds=rounds)
-    if held_out and options.eval_texts:
-        _score(result, run, head, held_out, chat)
-    result.seconds = time.perf_counter() - started
-    return result
+    return head, rounds, solved
 
 
 def _check_reachable(target: PhraseTarget, solved: Solved) -> None:
@@ -201,4 +220,5 @@ def _write(base: Base, head: PhraseHead) -> PeftModel:
             a.weight.copy_(head.a)
             b.weight[head.tokens.to(b.weight.device)] = head.b.to(b.weight)
         b.bias[head.tokens.to(b.bias.device)] = head.offset.to(b.bias)
+        b.bias[head.banned.to(b.bias.device)] = BAN
     return model
