@@ -46,7 +46,7 @@ def test_generate_side_by_side(trained, run, tiny_folders):
     ).output  # fmt: skip
     assert output.count("base") >= 2
     assert output.count("X-lora-r8 x 1") == 2
-    rates = [float(part.split()[0]) for part in output.split("─ R ")[1:]]
+    rates = [float(part.split()[0]) for part in output.split("\n(R ")[1:]]
     assert len(rates) == 4
     assert rates[1] > rates[0] + 0.3
 
