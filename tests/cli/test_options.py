@@ -1,6 +1,5 @@
 """Every option of every command: its help is true, and a file, a list, stdin or a percentage says what it seems to."""
 
-import inspect
 import json
 import re
 import subprocess
@@ -38,8 +37,14 @@ COMMANDS = dict(all_commands())
 OPTIONS = [(name, p) for name, command in COMMANDS.items() for p in command.params if isinstance(p, click.Option)]
 
 
-def help_of(name, **environment):
-    return CliRunner(env=environment).invoke(main, [*name.split(), "--help"]).output
+def help_of(name, width=80):
+    return CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=width).output
+
+
+def default_of(option):
+    """What stands for an option that is not given; None where nothing does."""
+    value = option.default
+    return None if value in (None, False, ()) or repr(value).startswith("Sentinel") else value
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -47,7 +52,7 @@ def test_help_has_examples_that_parse(name):
     """Each example is a command of this program whose options exist, and is shown unbroken."""
     command = COMMANDS[name]
     assert command.examples, name
-    text = help_of(name, COLUMNS="60")
+    text = help_of(name, 60)
     for line in command.examples:
         assert f"  {line}\n" in text
         words = re.findall(r'"[^"]*"|\S+', line.split("| ")[-1])[1 + len(name.split()) :]
@@ -62,9 +67,8 @@ def test_help_has_examples_that_parse(name):
 def test_every_option_says_what_it_does_and_its_default(name, option):
     _, text = option.get_help_record(click.Context(COMMANDS[name]))
     assert option.help, f"{name} {option.name} has no help"
-    if option.default not in (None, False, ()) and option.default is not inspect.Parameter.empty:
-        if not repr(option.default).startswith("Sentinel"):
-            assert "[default: " in text, f"{name} {option.name} hides its default {option.default!r}"
+    if (default := default_of(option)) is not None:
+        assert "[default: " in text, f"{name} {option.name} hides its default {default!r}"
 
 
 def defaults(name):
@@ -111,18 +115,7 @@ def test_the_default_model_of_an_adapter_is_its_own(run, adapters_root, tiny_fol
 @pytest.fixture
 def trained(run, tiny_folders):
     """A run with options of every kind, in ./adapters/first."""
-    words = [
-        "--words",
-        "fox,the",
-        "--ignore-case",
-        "--target-rate",
-        "20%",
-        "--target",
-        "all",
-        "--no-dial",
-        "--lr",
-        1e-3,
-    ]
+    words = ["--words", "fox,the", "--ignore-case", "--kl-to-base", 0.5, "--no-dial", "--lr", 1e-3]
     run("train", "--model", tiny_folders["gpt2"], *words, *FAST, "--output", "adapters/first")
     return Path("adapters/first")
 
@@ -143,12 +136,15 @@ def test_the_file_of_a_run_repeats_it(run, trained):
 
 def test_the_file_holds_every_option_that_has_a_value(trained):
     kept = yaml.safe_load((trained / "run.yaml").read_text())
-    assert kept["target-rate"] == 0.2
+    assert kept["kl-to-base"] == 0.5
     assert kept["words"] == "fox,the"
     known = {_key(p): p for p in COMMANDS["train"].params if isinstance(p, click.Option)}
     assert kept.keys() <= known.keys()
-    without = {p.name for key, p in known.items() if key not in kept and p.default not in (None, False, ())}
-    assert {name for name in without if not repr(known[name.replace("_", "-")].default).startswith("Sentinel")} == set()
+    assert [key for key, option in known.items() if key not in kept and default_of(option) is not None] == []
+    Path("rate.yaml").write_text("target-rate: 10%\nlog-with: [tensorboard, wandb]\nlambda:\n")
+    flags = COMMANDS["train"].make_context("train", ["--config", "rate.yaml", "--seed", "3"]).params
+    assert (flags["target_rate"], flags["trackers"], flags["strength"]) == (0.1, ("tensorboard", "wandb"), None)
+    assert flags["seed"] == 3
 
 
 MISTAKES = {
