@@ -14,6 +14,7 @@ from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
 from xfactor_peft.playground import choices, continuations, launch, marked
 from xfactor_peft.tokens.highlight import marked_parts
+from xfactor_peft.tokens.printable import printable
 from xfactor_peft.tokens.token_set import TokenSet
 
 OPTIONS = SamplingOptions(max_new_tokens=24)
@@ -49,7 +50,7 @@ def test_the_text_is_that_of_generate(bank, run, tiny_folders, adapters_root):
     *_, (base, adapted) = continuations(bank, "The fox", ["x", "none"], [0.5, 1.0], 0.0, OPTIONS)
     words = ["--adapter", "none", "--adapter", "x:0.5", "--adapters-dir", adapters_root, "--dtype", "fp32"]
     printed = json.loads(run("generate", *words, "--max-new-tokens", 24, "--json", "The fox").stdout)
-    assert [part["text"] for part in printed] == [plain(base.text), plain(adapted.text)]
+    assert [printable(part["text"]) for part in printed] == [plain(base.text), plain(adapted.text)]
     assert plain(base.text) != plain(adapted.text)
 
 

@@ -7,6 +7,7 @@ and so is every block of Python. What is indented by four spaces needs a network
 import re
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_adapters_that_pages_name_exist_or_are_made_there():
         text = page.read_text(encoding="utf-8")
         made = set(re.findall(r"(?:--output adapters/|adapters merge |rename \S+ |X-rslora)([\w.-]*)", text))
         for _, words in [pair for language, body in blocks(page) if not language for pair in commands(body)]:
-            for option, value in zip(words, words[1:], strict=False):
+            for option, value in pairwise(words):
                 for part in value.split("+") if option == "--adapter" else ():
                     name = part.partition(":")[0]
                     known = made | {"none", "demo-X", "demo-Z", "demo-rate", "X-rslora-r8"}
