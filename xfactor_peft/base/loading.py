@@ -23,6 +23,10 @@ from .resolve import ModelChoice, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+BATCH_NATS = 0.01
+"""KL that the rest of a batch moves a next-token distribution by under int8: outlier columns are found over all rows.
+Measured on SmolLM2-135M: 0.004 to 0.026 from float32 for the same row among 1 to 64."""
+
 
 @dataclass
 class Base:
@@ -56,6 +60,8 @@ class Base:
         if self.quantized:
             layers = ", ".join(f"{count} {kind}" for kind, count in self.quantized.items())
             line += f", quantised by {self.backend}: {layers}"
+            if self.backend == "native" and self.quantization == "int8":
+                line += f" (rounded with the rows beside them, {BATCH_NATS:g} nats)"
         if self.unquantized:
             share = unquantized_share(self.model)
             line += f"; not quantised: {listed(self.unquantized)}, {share:.0%} of the blocks' weights"
