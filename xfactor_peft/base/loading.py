@@ -61,7 +61,7 @@ class Base:
             layers = ", ".join(f"{count} {kind}" for kind, count in self.quantized.items())
             line += f", quantised by {self.backend}: {layers}"
             if self.backend == "native" and self.quantization == "int8":
-                line += f" (rounded with the rows beside them, {BATCH_NATS:g} nats)"
+                line += f" (rounding varies with the batch by about {BATCH_NATS:g} nats)"
         if self.unquantized:
             share = unquantized_share(self.model)
             line += f"; not quantised: {listed(self.unquantized)}, {share:.0%} of the blocks' weights"
