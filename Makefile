@@ -1,4 +1,4 @@
-# make demo   create the environment, run the main job, show text before and after
+# make demo   create the environment, run the main job, show text before and after, and of a wanted rate
 # make test   create the environment, run the tests in two processes of one thread each
 # make lint / make typecheck / make bench / make audit / make coverage / make mutation / make clean
 PYTHON ?= python3
@@ -12,6 +12,8 @@ TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 demo: $(READY)
 	$(BIN)/python cli.py train --lora-r 8 --force
 	$(BIN)/python cli.py generate --adapter none --adapter X-lora-r8 --offline \
+	    "Once upon a time" "The captain stood on the deck and"
+	$(BIN)/python cli.py generate --adapter none --adapter demo-rate --offline \
 	    "Once upon a time" "The captain stood on the deck and"
 
 test: $(READY)

@@ -47,6 +47,18 @@ DEFAULT_PROMPTS = (
 )
 
 
+def parse_rate(text: str) -> float:
+    """A share as people write it: "0.1" or "10%".
+
+    Raises:
+        XFactorError: it is no number.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise XFactorError(f"{text!r} is not a rate; write for example 0.1 or 10%") from error
+
+
 class _Recorded:
     """A group of settings that can be stored with a result."""
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from ..errors import XFactorError
 from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
+from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
@@ -21,6 +22,7 @@ from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
 
+quiet_bitsandbytes()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 BATCH_NATS = 0.01

@@ -9,6 +9,7 @@ import click
 from ..errors import XFactorError
 from ..options import ObjectiveOptions
 from .common import Command, apply_options, default_set, token_set
+from .values import RATE
 
 if TYPE_CHECKING:
     from ..base.loading import Base
@@ -19,12 +20,12 @@ def rate_options(function: Command) -> Command:
     """--target-rate, --lambda, --goal, --sequence-level, --sequence-steps, --contexts, --kl-to-base, ..."""
     return apply_options(
         [
-            click.option("--target-rate", type=float, metavar="R",
-                         help="Wanted share of set tokens in the samples; 0 means never."),
+            click.option("--target-rate", type=RATE, metavar="R",
+                         help="Wanted share of set tokens in the samples, e.g. 10% or 0.1; 0 means never."),
             click.option("--lambda", "strength", type=float, metavar="L",
                          help="In place of a rate: add L to the logits of the set."),
             click.option("--goal", "goals", multiple=True, metavar="KIND:VALUE=RATE",
-                         help='Several sets at once, e.g. "contains:X=0.10"; repeatable.'),
+                         help='Several sets at once, e.g. "contains:X=10%" or "words:fox,dog=2%"; repeatable.'),
             click.option("--sequence-level", is_flag=True, help="For a rate: learn to plan whole texts."),
             click.option("--sequence-steps", default=80, show_default=True, help="Batches of that phase."),
             click.option("--contexts", metavar="random|self|FILE",
@@ -35,6 +36,7 @@ def rate_options(function: Command) -> Command:
             click.option("--no-dial", is_flag=True, help="For a rate: do not measure R at several scales."),
         ],
         function,
+        "How much of it",
     )  # fmt: skip
 
 

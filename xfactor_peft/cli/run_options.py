@@ -36,11 +36,13 @@ def run_options(function: Command) -> Command:
     """--method, --lora-*, --target, --batch-size, --grad-accum, --seq-len, --checkpointing, --memory-budget."""
     return apply_options(
         [
-            click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
+            click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True,
+                         help="full trains all weights."),
             click.option("--lora-r", default=8, show_default=True, help="Rank."),
             click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r."),
-            click.option("--lora-dropout", default=0.0, show_default=True),
-            click.option("--lora-variant", type=click.Choice(LORA_VARIANTS), default="lora", show_default=True),
+            click.option("--lora-dropout", default=0.0, show_default=True, help="Share of LoRA's inputs set to 0."),
+            click.option("--lora-variant", type=click.Choice(LORA_VARIANTS), default="lora", show_default=True,
+                         help="What else LoRA may be; see docs/variants.md."),
             click.option("--target", type=click.Choice(LORA_TARGETS),
                          help="Which layers carry LoRA; head is the output term of a rate.  "
                          "[default: all; head for a rate; all,head with --sequence-level]"),
@@ -55,6 +57,7 @@ def run_options(function: Command) -> Command:
                          help="Most memory the run may take, e.g. 1GiB.  [default: what is free]"),
         ],
         function,
+        "Size of the run",
     )  # fmt: skip
 
 

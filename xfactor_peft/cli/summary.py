@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..base.loading import Base
+from ..base.quantised import numbers
 from ..lora.wrap import matched_modules, unmatched_modules
 from ..lowmem.linears import listed
 from ..objective.targets import Target
@@ -17,7 +16,7 @@ from ..sampling.metrics import Evaluation
 from ..tokens.rule import Rule
 from ..training.rate import RateReport
 from ..training.train import TrainResult
-from .console import console
+from .console import console, print_columns
 from .plan_text import print_measured
 
 
@@ -46,9 +45,14 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )
     console.print(
-        f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "
-        f"{options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
+        f"train: {options.method}, {count(options.steps, 'step')} of {options.batch_size} x {options.seq_len} "
+        f"{contexts}, {options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
     )
+
+
+def count(number: int, what: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def rate_text(scores: Evaluation) -> str:
@@ -71,10 +75,6 @@ def decoding_text(decoding: dict[str, Any]) -> str:
 
 def print_scores(columns: dict[str, Evaluation]) -> None:
     """A table of evaluations side by side, with the decoding settings below."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
     rows = {
         "R (95 % interval)": rate_text,
         "spread of R between texts": lambda s: f"{s.spread:.3f}",
@@ -85,9 +85,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
         "distinct-2": lambda s: f"{s.distinct_2:.3f}",
         "distinct set tokens": lambda s: str(s.distinct_set_tokens),
     }
-    for label, show in rows.items():
-        table.add_row(label, *[show(scores) for scores in columns.values()])
-    console.print(table)
+    print_columns(list(rows), {name: [show(s) for show in rows.values()] for name, s in columns.items()})
     decoding = next(iter(columns.values())).decoding
     console.print(f"R and the rest are of samples: {decoding_text(decoding)}", style="dim")
 
@@ -95,19 +93,20 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
 def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> None:
     """Loss, R before and after, parameters, time and memory."""
     steps = result.history
-    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats" if steps else "")
+    console.print()
+    if len(steps) > 1:
+        console.print(f"loss {steps[0].loss:.4g} → {steps[-1].loss:.4g} nats")
     if result.before and result.after:
         print_scores({"before": result.before, "after": result.after})
     if result.rate:
         print_rate(result.rate, result.after)
     for warning in result.warnings:
         console.print(warning, style="bold red", markup=False)
-    share = result.parameters / sum(p.numel() for p in result.model.parameters())
-    console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
+    share = result.parameters / numbers(result.model)
+    console.print(f"trainable parameters {result.parameters:,} ({100 * share:.3g} %)")
     if steps:
         pace = sorted(step.seconds for step in steps)[len(steps) // 2]
-        count = f"{len(steps)} step" + "s" * (len(steps) > 1)
-        console.print(f"time {result.seconds:.1f} s for {count} (median {pace:.3f} s)")
+        console.print(f"time {result.seconds:.1f} s for {count(len(steps), 'step')} (median {pace:.3f} s)")
     print_measured(result)
     console.print(f"saved to {output}")
 
