@@ -59,7 +59,10 @@ def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]
     for peft_name in peft_names:
         if peft_name not in layer.lora_A:
             continue
-        weight += layer.get_delta_weight(peft_name).float()
+        if peft_name in layer.lora_variant:
+            weight = layer.lora_variant[peft_name].merge_safe(layer, peft_name, weight)
+        else:
+            weight += layer.get_delta_weight(peft_name).float()
         bias = side_b(layer, peft_name).bias
         if bias is not None and bias.any():
             offset = bias * layer.scaling[peft_name] + (0 if offset is None else offset)

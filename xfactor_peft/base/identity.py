@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..lowmem.checkpoint_files import IGNORED, StoredTensor, same_values, stored_tensors
+from ..lowmem.checkpoint_files import StoredTensor, follows_from_config, same_values, stored_tensors
 
 SAMPLED_VALUES = 256
 """Leading values of every tensor that enter the weights' fingerprint."""
@@ -130,7 +130,7 @@ def _weights_fingerprints(folder: Path) -> tuple[str, str]:
         line = json.dumps([name, *_sample(stored[key])]).encode()
         if not (mask or head):
             digest.update(line)
-        if not (mask or IGNORED.search(key) or (head and tied and _is_copy(key, stored))):
+        if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
             forward.update(line)
     return digest.hexdigest(), forward.hexdigest()
 

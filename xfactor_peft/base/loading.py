@@ -25,6 +25,10 @@ from .resolve import ModelChoice, resolve_model
 quiet_bitsandbytes()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+BATCH_NATS = 0.01
+"""KL that the rest of a batch moves a next-token distribution by under int8: outlier columns are found over all rows.
+Measured on SmolLM2-135M: 0.004 to 0.026 from float32 for the same row among 1 to 64."""
+
 
 @dataclass
 class Base:
@@ -58,6 +62,8 @@ class Base:
         if self.quantized:
             layers = ", ".join(f"{count} {kind}" for kind, count in self.quantized.items())
             line += f", quantised by {self.backend}: {layers}"
+            if self.backend == "native" and self.quantization == "int8":
+                line += f" (rounding varies with the batch by about {BATCH_NATS:g} nats)"
         if self.unquantized:
             share = unquantized_share(self.model)
             line += f"; not quantised: {listed(self.unquantized)}, {share:.0%} of the blocks' weights"
@@ -117,8 +123,8 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     dtype = pick_dtype(options.dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
+    except Exception as error:  # whatever a library makes of files that are not ours
+        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {_reason(error)}") from error
     backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
@@ -151,9 +157,15 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
 def _config(choice: ModelChoice) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+    except Exception as error:  # whatever a library makes of files that are not ours
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An exception of transformers in one line: what validation found is in its last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    validation = type(error).__name__.startswith("StrictDataclass") and len(lines) > 1
+    return f"{lines[0]} {lines[-1]}" if validation else lines[0]
 
 
 def _check_calls(model: PreTrainedModel) -> None:
@@ -203,9 +215,10 @@ def _load_model(
             model = quantize_linears(model, quantization)
             return model.to(device)  # type: ignore[arg-type]  # mypy does not bind self in functools.wraps
         return trainable_4bit(from_pretrained(choice.folder, dtype, device, bitsandbytes_config(quantization, dtype)))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a library makes of files that are not ours
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {_reason(error)}") from error
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
