@@ -51,7 +51,8 @@ class Samples:
         starts: (N,), lengths of the prompts.
         length: L.
         states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
-        masses: (N, L, K), the exact masses of K sets at these positions at temperature 1; None where none were asked.
+        masses: (N, L, K), the exact masses of K sets at these positions, in the distribution that tokens are drawn
+            from; None where none were asked.
     """
 
     ids: torch.Tensor
@@ -187,22 +188,24 @@ class _Draw:
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
             z.index_fill_(1, self._banned, float("-inf"))
-            if self._members is not None:
-                masses[rows] = (z.softmax(1) @ self._members.T).cpu()
-            ids.append(self._drawn(z, uniforms[rows].to(z.device)))
+            chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
+            ids.append(chosen)
         return torch.cat(ids), masses
 
-    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Ids (n,) from logits (n, V), which are used up."""
+    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
-            return z.argmax(1)
+            ids = z.argmax(1)
+            return ids, ids.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:
             z = warper(None, z)
         z -= z.amax(1, keepdim=True)
-        cumulative = z.exp_().cumsum_(1)
+        p = z.exp_()
+        masses = p.new_empty(len(p), 0) if self._members is None else p @ self._members.T / p.sum(1, keepdim=True)
+        cumulative = p.cumsum_(1)
         total = cumulative[:, -1:]
         wanted = (uniforms[:, None] * total).to(total.dtype)
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached it
-        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1), masses.cpu()
