@@ -10,6 +10,7 @@ scores, and metrics.jsonl line by line but for the seconds. Exit status 1 when a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -113,6 +114,7 @@ def kill_until_done(life: tuple, output: Path, most: int, moments: list[str], pa
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path))
 def main(kills: int, steps: int, save_every: int, seed: int, file: Path | None) -> None:
+    gc.freeze()  # what a fork shares with this process is no garbage
     dice, moments, lives, wrong = random.Random(seed), [], [], []
     with tempfile.TemporaryDirectory() as name:
         work, model = Path(name), str(Path(name) / "model")

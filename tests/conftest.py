@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests reach no network; those of the Hub use their own stand-in
@@ -30,6 +31,12 @@ from xfactor_peft.runs.run import train_to_folder
 from xfactor_peft.tokens.token_set import TokenSet
 
 SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
+
+
+def pytest_collection_finish():
+    """What is imported stays: a collection, of which a run has several, takes 0.2 s less without it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

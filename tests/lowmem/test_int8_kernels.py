@@ -79,6 +79,14 @@ def test_products_are_those_of_the_formula(shape, taken, dtype, default_dtype, m
     close(result, backward_formula(gradient, codes, scales, taken), dtype)
 
 
+def test_products_over_an_inner_dimension_of_one():
+    codes, scales = quantize_rows(draw(70, 1))
+    x = draw(9, 1)
+    close(int8_matmul.product(x, codes, scales, None), forward_formula(x, codes, scales), torch.float32)
+    codes, scales = quantize_rows(draw(1, 70))
+    close(int8_matmul.transposed_product(x, codes, scales), backward_formula(x, codes, scales), torch.float32)
+
+
 def test_quantised_by_hand():
     x = torch.tensor([[1.0, -4.0, 0.4], [0.0, 0.0, 0.0], [6.0, -2.0, 3.0]])
     codes, scales, outliers = int8_matmul._quantize(x, None)

@@ -10,6 +10,7 @@ import torch
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.objective.tilt import MAX_STRENGTH
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
 from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -85,3 +86,50 @@ def test_tilted_targets_that_are_refused():
         ((Goal(ONE, 0.1), Goal(TWO, strength=1.0)), "give every goal a rate, or every goal a strength"),
     ):
         refused(message, lambda g=goals: TiltedTarget(g))
+
+
+UNIFORM, RATE, STRENGTH = UniformTarget(ONE), TiltedTarget.of(ONE, 0.1), TiltedTarget.of(ONE, strength=1.0)
+PLAIN, WHOLE_TEXTS, NEAR_BASE = (
+    ObjectiveOptions(),
+    ObjectiveOptions(sequence_level=True),
+    ObjectiveOptions(kl_to_base=0.5),
+)
+HEAD, FULL = LoraOptions(target="head"), TrainOptions(method="full")
+
+
+def test_what_a_target_asks_for_by_itself():
+    asked = ObjectiveOptions(contexts="random")
+    assert [target.contexts(PLAIN) for target in (UNIFORM, RATE)] == ["random", "self"]
+    assert [target.contexts(ObjectiveOptions(contexts="self")) for target in (UNIFORM, RATE)] == ["self", "self"]
+    assert RATE.contexts(asked) == "random"
+    assert UNIFORM.default_lora(PLAIN) == LoraOptions()
+    assert [RATE.default_lora(objective).target for objective in (PLAIN, WHOLE_TEXTS)] == ["head", "all,head"]
+    assert RATE.needs_teacher(PLAIN) is True
+    assert [UNIFORM.needs_teacher(objective) for objective in (PLAIN, NEAR_BASE)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("target", "train", "lora", "objective", "message"),
+    [
+        (UNIFORM, TrainOptions(), LoraOptions(), WHOLE_TEXTS, "`sequence_level=True` needs `goal.rate`"),
+        (UNIFORM, TrainOptions(), HEAD, PLAIN, "`lora.target=head` needs `goal.rate`, `goal.strength` or `goal`"),
+        (UNIFORM, FULL, LoraOptions(), NEAR_BASE,
+         "`kl_to_base` needs `method=lora`: without an adapter to switch off there is no base"),
+        (RATE, FULL, HEAD, PLAIN, "a rate needs `method=lora`: with `method=full` there is no base left to be tilted"),
+        (RATE, TrainOptions(), LoraOptions(variant="pissa"), PLAIN,
+         "`lora.variant=pissa` takes a part out of the base, which a rate needs whole"),
+        (RATE, TrainOptions(), HEAD, NEAR_BASE,
+         "`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is"),
+        (STRENGTH, TrainOptions(), HEAD, WHOLE_TEXTS, "`sequence_level=True` needs `goal.rate`, not `goal.strength`"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_with_a_target(target, train, lora, objective, message):
+    refused(message, lambda: target.check(train, lora, objective))
+
+
+def test_options_that_go_with_a_target():
+    UNIFORM.check(TrainOptions(), LoraOptions(), PLAIN)
+    UNIFORM.check(TrainOptions(), LoraOptions(), NEAR_BASE)
+    UNIFORM.check(FULL, LoraOptions(), PLAIN)
+    RATE.check(TrainOptions(), HEAD, WHOLE_TEXTS)
+    STRENGTH.check(TrainOptions(), HEAD, PLAIN)

@@ -14,6 +14,7 @@ from xfactor_peft.lora.wrap import add_lora, matched_modules
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.objective import reference
 from xfactor_peft.options import LoraOptions, TrainOptions
+from xfactor_peft.sampling.metrics import evaluate
 from xfactor_peft.training.train import train
 
 SHORT = TrainOptions(steps=60, batch_size=4, seq_len=16, lr=1e-2)
@@ -100,6 +101,17 @@ def test_a_beta_target_is_reached_without_collapse(tiny):
     assert 0.0 < target.set_mass < 0.5
     assert result.history[-1].set_mass < 2 * target.set_mass
     assert result.history[-1].loss < result.history[0].loss
+
+
+def test_full_fine_tuning_is_scored_against_the_base_that_it_was(load_tiny):
+    """Nothing of the base is left in the model, so its own scores would be KL 0 and its own perplexity."""
+    base = load_tiny()
+    result = train(base, x_target(base), TrainOptions(method="full", steps=40, seq_len=16, lr=1e-3), evaluation=QUICK)
+    untrained = load_tiny()
+    expected = evaluate(split(base.model), base.tokenizer, x_target(base).tokens, QUICK, base=split(untrained.model))
+    assert result.after == expected
+    assert result.after.kl_from_base > 1
+    assert result.after.perplexity > 2 * result.before.perplexity
 
 
 def test_same_seed_same_run(load_tiny):

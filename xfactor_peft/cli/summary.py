@@ -77,6 +77,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
         table.add_column(name, justify="right")
     rows = {
         "R (95 % interval)": rate_text,
+        "spread of R between texts": lambda s: f"{s.spread:.3f}",
         "mass on the set": lambda s: f"{s.set_mass:.4f}",
         "KL from base, nats/token": lambda s: f"{s.kl_from_base:.3f}",
         "perplexity under base": lambda s: f"{s.perplexity:.1f}",
@@ -100,7 +101,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     if result.rate:
         print_rate(result.rate, result.after)
     for warning in result.warnings:
-        console.print(f"the text has collapsed: {warning}", style="bold red")
+        console.print(warning, style="bold red", markup=False)
     share = result.parameters / sum(p.numel() for p in result.model.parameters())
     console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
     if steps:
@@ -116,7 +117,7 @@ def print_goals(name: str, scores: Evaluation) -> None:
     for goal in scores.goals:
         low, high = goal["interval"]
         rule = Rule.from_record(goal["rule"]).describe()
-        console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f})")
+        console.print(f"{name}: R of {rule} {goal['rate']:.4f} ({low:.4f}–{high:.4f}), spread {goal['spread']:.3f}")
 
 
 def print_rate(report: RateReport, scores: Evaluation | None) -> None:

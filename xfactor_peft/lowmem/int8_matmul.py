@@ -121,7 +121,7 @@ def _int_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """int8 (M, K) and (K, N) -> float32 (M, N) in a scratch buffer."""
     shape = (left.shape[0], right.shape[1])
     if left.shape[1] == 1:  # `torch._int_mm` (2.13) reads past the end; a gate with one output has such a gradient
-        return torch.mul(left.float(), right.float(), out=scratch("float", shape, torch.float32))
+        return left.float() * right.float()
     product = torch._int_mm(left, right, out=scratch("product", shape, torch.int32))
     return scratch("float", shape, torch.float32).copy_(product)
 

@@ -17,10 +17,10 @@ from ..options import EvalOptions
 from ..tokens.ends import special_ids
 from ..tokens.token_set import TokenSet
 from .generation import encode_prompt
+from .intervals import mean_interval, rate_interval
 from .position_scores import PositionScores, score_positions
 from .sampler import Samples, sample
 
-COLLAPSE_DISTINCT, COLLAPSE_PERPLEXITY = 0.5, 10.0
 POSITIONS = 256
 """Tokens that go through the trunk together when texts are scored, as many as in a usual step of training: buffers of
 quantised layers, and the float32 copies that PEFT makes of its inputs, grow with them."""
@@ -32,14 +32,14 @@ class Evaluation:
 
     Attributes:
         rate: R, the share of generated tokens that are in the set.
-        interval: 95 % interval of R, by bootstrap over sequences.
+        interval: 95 % interval of R (`intervals.rate_interval`).
         set_mass: mean probability that the model gives to the set at the generated positions.
         kl_from_base: mean KL(model || base) per generated token, nats, over the full vocabulary.
-        kl_interval: 95 % interval of it, by bootstrap over sequences.
+        kl_interval: 95 % interval of it, by bootstrap over texts (`intervals.mean_interval`).
         kl_parts: its mass, inside-set and outside-set parts, which add up to it (see `PositionScores`), and
             "outside_conditional", the mean KL of the distributions without the set.
         spread: standard deviation of R between texts.
-        goals: for every set of several goals, its rule, R and interval.
+        goals: for every set of several goals, its rule, R, interval and spread.
         perplexity: exp of the mean negative log-likelihood of the samples under the base.
         distinct_2: distinct bigrams / bigrams over all samples (Li et al. 2016).
         distinct_set_tokens: how many different members of the set were generated.
@@ -69,15 +69,6 @@ class Evaluation:
 def rate_per_sequence(continuations: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Share of set tokens in each row; (N, L) ids and (V,) bool -> (N,) float64."""
     return mask[continuations].double().mean(dim=1)
-
-
-def bootstrap_interval(values: torch.Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (N,), resampling whole sequences (Efron 1979)."""
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    means = values[picks].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return low, high
 
 
 def distinct_n(continuations: Sequence[Sequence[int]], n: int = 2) -> float:
@@ -114,14 +105,13 @@ def evaluate(
         parts += [pair.score(part, tokens.mask()) for part in batch.split(POSITIONS)]
     samples = [cast(str, tokenizer.decode(texts[tuple(ids)])) for ids in encoded]
     rows, scores = torch.cat(batches), PositionScores.join(parts)
-    rate = rate_per_sequence(rows, tokens.mask())
-    kl = scores.kl.view(rows.shape).double().mean(1)
+    rate = _rate(rows, tokens)
+    kl = scores.kl.view(rows.shape)
     means = {name: float(getattr(scores, name).double().mean()) for name in ("kl_mass", "kl_inside", "kl_outside")}
     return Evaluation(
-        rate=float(rate.mean()),
-        interval=bootstrap_interval(rate),
+        **rate,
         set_mass=float(scores.mass.double().mean()),
-        kl_from_base=float(kl.mean()),
+        kl_from_base=float(kl.double().mean()),
         perplexity=math.exp(min(700.0, float(scores.base_nll.double().mean()))),
         distinct_2=distinct_n(rows.tolist()),
         distinct_set_tokens=len(set(rows.flatten().tolist()) & set(tokens.ids)),
@@ -133,19 +123,27 @@ def evaluate(
             "repeats": options.repeats,
         },
         samples=tuple(samples),
-        kl_interval=bootstrap_interval(kl),
+        kl_interval=mean_interval(kl),
         kl_parts={
             **{name.removeprefix("kl_"): value for name, value in means.items()},
             "outside_conditional": float(scores.outside.double().mean()),
         },
-        spread=float(rate.std()) if len(rate) > 1 else 0.0,
         goals=tuple(_goal(rows, goal) for goal in goals),
     )
 
 
-def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+def _rate(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
     rate = rate_per_sequence(rows, tokens.mask())
-    return {"rule": tokens.record()["rule"], "rate": float(rate.mean()), "interval": bootstrap_interval(rate)}
+    length = rows.shape[1]
+    return {
+        "rate": float(rate.mean()),
+        "interval": rate_interval((rate * length).round(), length),
+        "spread": float(rate.std()) if len(rate) > 1 else 0.0,
+    }
+
+
+def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
+    return {"rule": tokens.record()["rule"], **_rate(rows, tokens)}
 
 
 @dataclass(frozen=True)
@@ -176,15 +174,3 @@ class _Pair:
         return score_positions(
             self.policy, hidden.flatten(0, 1), base_hidden.flatten(0, 1), drawn, mask.to(device), base_logits
         )
-
-
-def collapse_warnings(before: Evaluation, after: Evaluation) -> list[str]:
-    """Says so when samples fell apart: distinct-2 below half, or perplexity above ten times, of what it was."""
-    found = []
-    if after.distinct_2 < COLLAPSE_DISTINCT * before.distinct_2:
-        found.append(f"distinct-2 fell from {before.distinct_2:.3f} to {after.distinct_2:.3f}, below half")
-    if after.perplexity > COLLAPSE_PERPLEXITY * before.perplexity:
-        found.append(
-            f"perplexity under the base rose from {before.perplexity:.0f} to {after.perplexity:.0f}, above tenfold"
-        )
-    return found

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..base.loading import Base
+from ..base.loading import Base, load_base
 from ..base.split_model import SplitModel, split
 from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
@@ -24,7 +24,7 @@ from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
-from ..options import LoraOptions, Recipe
+from ..options import LoadOptions, LoraOptions, Recipe
 from ..sampling.contexts import batches, check_length
 from ..sampling.metrics import Evaluation, evaluate
 from ..sampling.sampler import CACHE_BYTES
@@ -144,9 +144,16 @@ class TrainingRun:
         goals = [goal.tokens for goal in self.target.goals] if len(self.target.goals) > 1 else []
         scores = evaluate(
             self.split_model, self.base.tokenizer, self.target.tokens, self.recipe.evaluation,
-            adapter_off=self.adapter_off, goals=goals,
+            base=self._base_again(), adapter_off=self.adapter_off, goals=goals,
         )  # fmt: skip
         return scores, peaks(self.base.device)
+
+    def _base_again(self) -> SplitModel | None:
+        """The base as it was, read again where all of its weights were trained: there is no adapter to switch off."""
+        if self.wrapped is None or isinstance(self.wrapped, PeftModel):
+            return None
+        self.wrapped.zero_grad(set_to_none=True)
+        return split(load_base(self.base.choice, LoadOptions(self.base.dtype, str(self.base.device))).model)
 
     @contextmanager
     def explaining_out_of_memory(self) -> Iterator[None]:

@@ -19,8 +19,9 @@ from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, Recipe, TrainOptions
 from ..progress import phase
-from ..sampling.metrics import Evaluation, collapse_warnings
+from ..sampling.metrics import Evaluation
 from ..sampling.sampler import cache_limit
+from ..sampling.warnings import collapse_warnings, rate_warnings
 from .phases import phases_of
 from .rate import RateReport
 from .run import Hooks, TrainingRun
@@ -156,5 +157,10 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
         recomputed_blocks=run.recomputed,
         objective=recipe.objective,
         rate=report,
-        warnings=collapse_warnings(before, after) if before and after else [],
+        warnings=_warnings(before, after, report),
     )
+
+
+def _warnings(before: Evaluation | None, after: Evaluation | None, report: RateReport | None) -> list[str]:
+    found = collapse_warnings(before, after) if before and after else []
+    return found + (rate_warnings(report.wanted, after) if report and report.wanted and after else [])
