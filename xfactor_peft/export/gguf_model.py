@@ -30,7 +30,8 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
 
     names = tensor_names(bank.base.model)
     _check_tokenizer(bank.base.tokenizer)
-    model = merge(bank, mix)
+    notes: list[str] = []
+    model = merge(bank, mix, tell=notes.append)
     writer = gguf.GGUFWriter(output, model.config.model_type)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{bank.base.choice.name} with {mix}")
@@ -45,7 +46,7 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
             writer.add_tensor(f"{names[module]}.{kind}", value.contiguous().cpu().numpy())
             count += 1
     finish(writer)
-    return f"{output}: {count} tensors in float32 for llama.cpp, merged {mix}"
+    return "; ".join([f"{output}: {count} tensors in float32 for llama.cpp, merged {mix}", *notes])
 
 
 def _add_parameters(writer: Any, model: PreTrainedModel) -> None:

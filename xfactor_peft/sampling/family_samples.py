@@ -1,27 +1,24 @@
-"""Samples after the prompts of several families, with what fitting a head to them needs: states, masses, what was drawn."""
+"""Samples after the prompts of several families, and what fitting a head to them needs: states, masses, the tilt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
-from ..objective.head_fit import FamilyTexts
+from ..objective.head_fit import Contexts
+from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
 from ..options import SamplingOptions
 from ..tokens.ends import special_ids
-from .sampler import sample
+from .position_scores import SCORE_BYTES
+from .sampler import Samples, sample
 
-STATE_BYTES = 64 * 2**20
-"""Most that the stored states of all families and rounds take."""
-LEAST_MASS = 1e-12
-"""A mass that decoding cuts to 0 counts as this: a tilt of any size in use leaves it at nothing."""
-
-Tilt = Callable[[torch.Tensor], torch.Tensor]
-"""(N, L, D) states -> (N, L, K), the tilt under which texts were drawn."""
+STATES = 20_000
+"""Most states that are kept, over all families: a fit needs no more, and those of a wide model take 8 KiB each."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class FamilySamples:
     Attributes:
         members: F, membership in every set, float32 (K, V).
         prompts: ids of every family's prompts, by its name.
-        decoding: temperature, top-k and top-p of the text, and its length.
+        decoding: temperature, top-k, top-p and the length of a text; rates are those of texts decoded like this.
     """
 
     base: Base
@@ -41,44 +38,57 @@ class FamilySamples:
     decoding: SamplingOptions
 
     @property
+    def names(self) -> list[str]:
+        return list(self.prompts)
+
+    @property
     def atoms(self) -> Atoms:
         return Atoms.of(self.members.cpu())
 
-    def draw(self, name: str, count: int, seed: int, *, bias: torch.Tensor | None, tilt: Tilt) -> FamilyTexts:
-        """`count` texts of a family, its prompts in turn.
+    def rates(self, texts: int, seed: int) -> torch.Tensor:
+        """Expected rates of `texts` texts of every family by the model as it is, (F, texts, K) float64."""
+        rates = self.members.new_zeros(len(self.prompts) * texts, len(self.members), dtype=torch.float64, device="cpu")
+        for batch in self._drawn(self.names, texts, seed, None):
+            assert batch.masses is not None  # members are given
+            rates[batch.rows] = batch.masses.double().mean(1)
+        return rates.view(len(self.prompts), texts, -1)
 
-        Args:
-            bias: lambda (K,), added to the logits of the sets; None for the model as it is.
-            tilt: what the sets' logits were raised by over the base's, by the bias or by an adapter's head.
+    def contexts(self, name: str, texts: int, seed: int, tilt: torch.Tensor) -> tuple[Contexts, torch.Tensor]:
+        """Positions of texts of one family by the base tilted by lambda (K,), and their expected rates (K,).
+
+        Tilts are in units of the decoded logits, which are divided by the temperature: there a bias is lambda / T. The
+        masses in the contexts are those before top-k and top-p cut any, so that another tilt can be weighed in them.
         """
-        atoms, device = self.atoms, self.split_model.weight.device
-        raised = None if bias is None else bias.to(self.members) @ self.members
-        policy = SplitModel(self.split_model.model, raised)
-        indicators = torch.nn.functional.one_hot(atoms.of_token).T.float().to(device)
+        step = max(1, texts * self.decoding.max_new_tokens * len(self.prompts) // STATES)
+        states, rates = [], []
+        for batch in self._drawn([name], texts, seed, tilt * self.decoding.temperature):
+            assert batch.masses is not None  # members are given
+            states.append(batch.states.flatten(0, 1)[::step].clone())
+            rates.append(batch.masses.double().mean(1))
+        kept = torch.cat(states)
+        tilts = tilt.float().expand(len(kept), -1)
+        return Contexts(kept.bfloat16().cpu(), self._masses(kept), tilts), torch.cat(rates).mean(0)
+
+    @torch.no_grad()
+    def _masses(self, states: torch.Tensor) -> torch.Tensor:
+        """The base's masses of the atoms at states (M, D) at the decoding's temperature, (M, P) float32."""
+        base, atoms, parts = SplitModel(self.split_model.model), self.atoms, []
+        for chunk in states.split(chunk_positions(len(base.weight), SCORE_BYTES)):
+            logits = base.logits(chunk).float() / self.decoding.temperature
+            parts.append(atoms.masses(logits.log_softmax(-1)).float().cpu())
+        return torch.cat(parts)
+
+    def _drawn(self, names: list[str], texts: int, seed: int, bias: torch.Tensor | None) -> Iterator[Samples]:
+        """Batches of `texts` texts of each family, in order; every prompt of a family as often as its others."""
+        tilt = None if bias is None else bias.to(self.members) @ self.members
         banned = sorted(special_ids(self.base.tokenizer, self.base.model))
-        rows = [self.prompts[name][i % len(self.prompts[name])] for i in _order(len(self.prompts[name]), count, seed)]
-        parts = []
-        for batch in sample(policy, rows, replace(self.decoding, seed=seed), banned, indicators):
-            assert batch.masses is not None  # indicators are given
-            tilts = tilt(batch.states.float().cpu())
-            patterns = atoms.patterns.float()
-            tempered = tilts / (self.decoding.temperature or 1)
-            log_atoms = (batch.masses.clamp(min=LEAST_MASS).log() - tempered @ patterns.T).log_softmax(-1)
-            drawn = atoms.of_token[batch.continuations]
-            parts.append(FamilyTexts(batch.states.bfloat16().cpu(), log_atoms, drawn, tempered))
-        return FamilyTexts(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
+        rows = [row for name in names for row in in_turn(self.prompts[name], texts, seed)]
+        decoding = replace(self.decoding, seed=seed)
+        return sample(SplitModel(self.split_model.model, tilt), rows, decoding, banned, self.members)
 
 
-_FIELDS = ("states", "log_atoms", "drawn", "tilt")
-
-
-def _order(prompts: int, count: int, seed: int) -> Sequence[int]:
-    """Which prompt each text begins with: all of them equally often, in another order for every seed."""
+def in_turn(prompts: list[list[int]], texts: int, seed: int) -> list[list[int]]:
+    """A prompt for each of `texts` texts: all in turn, in another order for every seed."""
     generator = torch.Generator().manual_seed(seed)
-    turns = [torch.randperm(prompts, generator=generator) for _ in range(-(-count // prompts))]
-    return torch.cat(turns)[:count].tolist()
-
-
-def texts_that_fit(families: int, width: int, length: int, wanted: int) -> int:
-    """How many texts a family, at most `wanted`, have their states stored in `STATE_BYTES`; at least 8."""
-    return min(wanted, max(8, STATE_BYTES // (families * length * width * 2)))
+    turns = [torch.randperm(len(prompts), generator=generator) for _ in range(-(-texts // len(prompts)))]
+    return [prompts[i] for i in torch.cat(turns)[:texts].tolist()]

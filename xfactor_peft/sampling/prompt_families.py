@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.loading import Base
@@ -19,7 +20,7 @@ from ..errors import XFactorError
 from ..options import ChatOptions
 from ..tokens.ends import text_ids
 from .chat import question
-from .contexts import openings, tokens_left
+from .contexts import tokens_left
 
 FIT, HELD_OUT = "fit", "held-out"
 OPENINGS = "openings"
@@ -92,6 +93,8 @@ def _of_json(text: str, path: Path) -> list[PromptFamily]:
                 "the last two optional"
             )
         groups.setdefault((row.get("family", "prompts"), row.get("chat", False)), []).append(row["prompt"])
+    if mixed := {name for name, chat in groups if (name, not chat) in groups}:
+        raise XFactorError(f"`prompts={path}`: family {min(mixed)!r} mixes chat and plain prompts; give them two names")
     return [PromptFamily(name, tuple(prompts), chat) for (name, chat), prompts in groups.items()]
 
 
@@ -118,8 +121,8 @@ def encode(base: Base, families: Iterable[PromptFamily], length: int) -> dict[st
     return found
 
 
-def fitting_prompts(base: Base, file: Path | None, length: int, seed: int) -> dict[str, list[list[int]]]:
-    """What a rate is calibrated on: the user's families, or the model's own openings and the bundled ones."""
+def fitting_prompts(base: Base, openings: torch.Tensor, file: str | None, length: int) -> dict[str, list[list[int]]]:
+    """What a rate is calibrated on: the user's families, or the model's own openings (N, P) and the bundled ones."""
     if file is not None:
-        return encode(base, read_families(file), length)
-    return {OPENINGS: openings(base, 512, seed=seed).tolist(), **encode(base, bundled(FIT), length)}
+        return encode(base, read_families(Path(file)), length)
+    return {OPENINGS: openings.tolist(), **encode(base, bundled(FIT), length)}

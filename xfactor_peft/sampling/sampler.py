@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -51,6 +51,7 @@ class Samples:
         starts: (N,), lengths of the prompts.
         length: L.
         states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
+        rows: (N,), which of the prompts each text begins with; they come sorted by length.
         masses: (N, L, K), the exact masses of K sets at these positions, in the distribution that tokens are drawn
             from; None where none were asked.
     """
@@ -59,6 +60,7 @@ class Samples:
     starts: torch.Tensor
     length: int
     states: torch.Tensor
+    rows: torch.Tensor
     masses: torch.Tensor | None = None
 
     @property
@@ -70,7 +72,7 @@ class Samples:
         """The same texts, so many at a time that they hold about `positions` tokens; at least one."""
         for rows in torch.arange(len(self.ids)).split(max(1, positions // self.ids.shape[1])):
             masses = None if self.masses is None else self.masses[rows]
-            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], masses)
+            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], self.rows[rows], masses)
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of states (N, W, D) of a forward pass over `ids`, those that predict the generated tokens: (N, L, D)."""
@@ -127,7 +129,8 @@ def sample(
     draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+        yield replace(batch, rows=torch.tensor(part))
         report((start + len(part)) / len(order))
 
 
@@ -157,7 +160,7 @@ def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: t
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
     model.train(was_training)
-    return Samples(ids, starts, new, states, masses if draw.sets else None)
+    return Samples(ids, starts, new, states, torch.arange(len(ids)), masses if draw.sets else None)
 
 
 def continued(
