@@ -65,9 +65,8 @@ def fold_by_states(base: Base, bias: torch.Tensor) -> StateFold:
     length = min(LENGTH, tokens_left(base, 1) // 2)
     prompts = encode(base, bundled(FIT), length)
     samples = FamilySamples(base, split(base.model), members, prompts, SamplingOptions(length))
-    none = torch.zeros(len(values))
-    contexts = Contexts.join([samples.contexts(name, TEXTS, 11, none)[0] for name in samples.names])
-    fold = _solved(contexts, samples.atoms, values.double().cpu())
+    contexts, _ = samples.contexts(TEXTS, 11, torch.zeros(len(prompts), len(values)))
+    fold = _solved(Contexts.join(contexts), samples.atoms, values.double().cpu())
     missed = (fold.rates_after - fold.rates).abs()
     if (missed > MOST_MISSED * fold.rates + 1e-4).any():
         raise XFactorError(

@@ -156,18 +156,31 @@ class HeadFitter:
         tilt = family.states.float() @ direction.T + offset
         return (self._tilted(family, tilt) @ self._patterns).mean(0)
 
-    def price(self, direction: torch.Tensor, offset: torch.Tensor) -> Price:
-        """What this head costs in the contexts, and what teacher and constant cost."""
-        tilts = [family.states.float() @ direction.T + offset for family in self._families]
+    def price(self) -> Price:
+        """What the three cost that hold their rates in these very contexts: a head, the teacher, one constant."""
         masses = [family.masses.double() for family in self._families]
         teacher = [solve_rates(m, self._patterns, self._rates) for m in masses]
         size = min(map(len, masses))  # every family counts the same
         constant = solve_rates(torch.cat([m[:size] for m in masses]), self._patterns, self._rates)
         plain = [tilted_atoms(m, self._patterns, constant) @ self._patterns for m in masses]
+        direction, offset = self.head(self._exact(torch.stack(teacher)))
+        tilts = [family.states.float() @ direction.T + offset for family in self._families]
         return Price(
             torch.stack(teacher), constant, torch.stack([m.mean(0) for m in plain]),
             self._mean_kl(tilts), self._mean_kl(teacher), self._mean_kl([constant] * len(masses)),
         )  # fmt: skip
+
+    def _exact(self, tilts: torch.Tensor) -> torch.Tensor:
+        """Mean tilts (F, K) near `tilts` under which a head holds every rate in these contexts."""
+        wanted = torch.tensor(self._rates, dtype=torch.float64)
+        for _ in range(30):
+            head = self.head(tilts)
+            found = torch.stack([self.rates(family, *head) for family in self._families])
+            missed = torch.where(wanted > 0, torch.logit(wanted) - torch.logit(found), 0.0)
+            if missed.abs().max() < 1e-3:
+                break
+            tilts = tilts + missed.clamp(-1, 1)
+        return tilts
 
     def _mean_kl(self, tilts: Sequence[torch.Tensor]) -> float:
         """KL(q || p) per token under a tilt for every family, mean over the families."""

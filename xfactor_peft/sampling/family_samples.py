@@ -47,27 +47,32 @@ class FamilySamples:
 
     def rates(self, texts: int, seed: int) -> torch.Tensor:
         """Expected rates of `texts` texts of every family by the model as it is, (F, texts, K) float64."""
-        rates = self.members.new_zeros(len(self.prompts) * texts, len(self.members), dtype=torch.float64, device="cpu")
-        for batch in self._drawn(self.names, texts, seed, None):
+        rates = torch.zeros(len(self.prompts) * texts, len(self.members), dtype=torch.float64)
+        for batch in self._drawn(texts, seed, None):
             assert batch.masses is not None  # members are given
             rates[batch.rows] = batch.masses.double().mean(1)
         return rates.view(len(self.prompts), texts, -1)
 
-    def contexts(self, name: str, texts: int, seed: int, tilt: torch.Tensor) -> tuple[Contexts, torch.Tensor]:
-        """Positions of texts of one family by the base tilted by lambda (K,), and their expected rates (K,).
+    def contexts(self, texts: int, seed: int, tilts: torch.Tensor) -> tuple[list[Contexts], torch.Tensor]:
+        """Positions of texts by the base tilted by lambda_f (F, K), and the expected rates (F, K) there, float64.
 
         Tilts are in units of the decoded logits, which are divided by the temperature: there a bias is lambda / T. The
         masses in the contexts are those before top-k and top-p cut any, so that another tilt can be weighed in them.
         """
-        step = max(1, texts * self.decoding.max_new_tokens * len(self.prompts) // STATES)
-        states, rates = [], []
-        for batch in self._drawn([name], texts, seed, tilt * self.decoding.temperature):
+        families, length = len(self.prompts), self.decoding.max_new_tokens
+        step = max(1, texts * length * families // STATES)
+        states, width = {}, self.split_model.weight.shape[1]
+        rates = torch.zeros(families * texts, len(self.members), dtype=torch.float64)
+        for batch in self._drawn(texts, seed, tilts * self.decoding.temperature):
             assert batch.masses is not None  # members are given
-            states.append(batch.states.flatten(0, 1)[::step].clone())
-            rates.append(batch.masses.double().mean(1))
-        kept = torch.cat(states)
-        tilts = tilt.float().expand(len(kept), -1)
-        return Contexts(kept.bfloat16().cpu(), self._masses(kept), tilts), torch.cat(rates).mean(0)
+            rates[batch.rows] = batch.masses.double().mean(1)
+            for row, text in zip(batch.rows.tolist(), batch.states, strict=True):
+                states[row] = text[row % step :: step].clone()
+        found = []
+        for family, tilt in enumerate(tilts.float()):
+            kept = torch.cat([states.pop(family * texts + i) for i in range(texts)]).view(-1, width)
+            found.append(Contexts(kept.bfloat16().cpu(), self._masses(kept), tilt.expand(len(kept), -1)))
+        return found, rates.view(families, texts, -1).mean(1)
 
     @torch.no_grad()
     def _masses(self, states: torch.Tensor) -> torch.Tensor:
@@ -75,16 +80,16 @@ class FamilySamples:
         base, atoms, parts = SplitModel(self.split_model.model), self.atoms, []
         for chunk in states.split(chunk_positions(len(base.weight), SCORE_BYTES)):
             logits = base.logits(chunk).float() / self.decoding.temperature
-            parts.append(atoms.masses(logits.log_softmax(-1)).float().cpu())
+            parts.append(atoms.masses(logits.log_softmax(-1)).float().clamp(min=1e-30).cpu())
         return torch.cat(parts)
 
-    def _drawn(self, names: list[str], texts: int, seed: int, bias: torch.Tensor | None) -> Iterator[Samples]:
+    def _drawn(self, texts: int, seed: int, tilts: torch.Tensor | None) -> Iterator[Samples]:
         """Batches of `texts` texts of each family, in order; every prompt of a family as often as its others."""
-        tilt = None if bias is None else bias.to(self.members) @ self.members
         banned = sorted(special_ids(self.base.tokenizer, self.base.model))
-        rows = [row for name in names for row in in_turn(self.prompts[name], texts, seed)]
+        rows = [row for prompts in self.prompts.values() for row in in_turn(prompts, texts, seed)]
+        each = None if tilts is None else tilts.to(self.members).repeat_interleave(texts, dim=0)
         decoding = replace(self.decoding, seed=seed)
-        return sample(SplitModel(self.split_model.model, tilt), rows, decoding, banned, self.members)
+        return sample(SplitModel(self.split_model.model), rows, decoding, banned, self.members, each)
 
 
 def in_turn(prompts: list[list[int]], texts: int, seed: int) -> list[list[int]]:

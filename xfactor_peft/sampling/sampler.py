@@ -108,6 +108,7 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
+    tilts: torch.Tensor | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -116,6 +117,7 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+        tilts: (N, K), an exact logit bias on these sets for each text.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -129,13 +131,20 @@ def sample(
     draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
+        own = None if tilts is None else tilts[part].to(split_model.weight.device)
+        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own)
         yield replace(batch, rows=torch.tensor(part))
         report((start + len(part)) / len(order))
 
 
 @torch.no_grad()
-def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw) -> Samples:
+def _sample_batch(
+    split_model: SplitModel,
+    prompts: list[list[int]],
+    uniforms: torch.Tensor,
+    draw: _Draw,
+    tilts: torch.Tensor | None,
+) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
     shortest, new = int(starts.min()), uniforms.shape[1]
@@ -156,7 +165,8 @@ def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: t
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
+            own = None if tilts is None else tilts[rows.to(device)]
+            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]], own)
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
     model.train(was_training)
@@ -183,13 +193,15 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, tilts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
+            if tilts is not None and self._members is not None:
+                z.addmm_(tilts[rows], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
             chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
             ids.append(chosen)
@@ -199,7 +211,7 @@ class _Draw:
         """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
             ids = z.argmax(1)
-            return ids, ids.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
+            return ids, torch.empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:

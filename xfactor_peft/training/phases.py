@@ -99,7 +99,12 @@ class Solve:
         if not rate.looks:
             rate.head.shift(rate.strengths)
             return
-        rate.fitted = restore_head(rate.head, start.facts["rate"]["head"]) if start else fit_head(rate)
+        dial = run.recipe.objective.dial
+        if start:
+            rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
+        else:
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, dial=dial)
+            rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
         rate.enter(SOLVED)
 
     def report(self, scores: Evaluation | None) -> RateReport:

@@ -26,8 +26,6 @@ from .sequence.trainer import SequenceStep
 SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
 """Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
-HEAD_SCALES = (0.0, 0.5, 1.0, 1.25)
-"""For a head that looks, whose every scale is sampled; between them log-odds are nearly a line."""
 
 
 @dataclass
@@ -184,12 +182,11 @@ class RateRun:
         Where the adapter is a logit bias only the lowest and the highest scale are sampled; those between follow from
         the masses that were measured there and in calibration (`TiltedSamples`).
         """
-        bias = self._is_logit_bias()
-        scales: tuple[float, ...] = DIAL_SCALES
-        if bias or self.looks:
-            scales = HEAD_SCALES if self.looks else (DIAL_SCALES[0], DIAL_SCALES[-1])
+        if self.fitted is not None:
+            return self.fitted.dial
+        bias, ends = self._is_logit_bias(), (DIAL_SCALES[0], DIAL_SCALES[-1])
         pairs = {}
-        for number, scale in enumerate(scales):
+        for number, scale in enumerate(ends if bias else DIAL_SCALES):
             _set_scale(self.run.model, scale)
             with phase(f"measuring R at scale {scale:g}"):
                 masses, hits = self.samples.masses(None, TEXTS // 3, number)
@@ -197,8 +194,6 @@ class RateRun:
             if bias:
                 self.tilted.add(scale * float(self.strengths[0]), masses[..., 0], hits[..., 0])
         _set_scale(self.run.model, 1.0)
-        if not bias:
-            return sorted(pairs.items())
         between = {s: self.tilted.rate(s * float(self.strengths[0])) for s in DIAL_SCALES if s not in pairs}
         return sorted({**pairs, **between}.items())
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,13 +19,12 @@ from ..objective.head_fit import HeadFitter
 from ..progress import phase
 from ..sampling.calibration import Trace, calibrate, log_odds, solve
 from ..sampling.intervals import mean_interval
+from ..sampling.own_samples import OwnSamples
 
-if TYPE_CHECKING:
-    from .rate import RateRun
-
-PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 16, 32, 64
+PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, 80
 """Texts a family in the three parts, the last in every round."""
-LEAST_ROUNDS, MOST_ROUNDS = 2, 3
+ROUNDS = 2
+DIAL_SCALES, DIAL_TEXTS = (0.5, 1.25), 8
 CAUTION = 0.8
 """Of the lambda that the base's own texts ask for: what raises a set in one place makes it likelier in those behind."""
 SLOPE = 1.2
@@ -41,17 +40,20 @@ class HeadReport:
         rates: expected R (F, K) after the prompts of each, in the last round, before its correction.
         intervals: 95 % intervals of them.
         strengths: lambda_f (F, K) of the teacher, which has one constant a family.
-        rates_of_constant: (F, K), of the one constant that holds the rate on average.
+        constant: the one lambda (K,) that holds the rates on average.
+        rates_of_constant: (F, K), with it.
         kl, kl_of_teacher, kl_of_constant: in the same contexts, nats per token.
         offset: whether the head has a constant part b; without one its weights alone say it all, so it merges.
         ridge: of the fit.
         rounds: of calibration; in each the mean tilt of every family (and set), and the expected rates.
+        dial: pairs (scale, expected R) of the first set, mean over the families.
     """
 
     families: list[str]
     rates: list[list[float]]
     intervals: list[list[tuple[float, float]]]
     strengths: list[list[float]]
+    constant: list[float]
     rates_of_constant: list[list[float]]
     kl: float
     kl_of_teacher: float
@@ -59,6 +61,7 @@ class HeadReport:
     offset: bool
     ridge: float
     rounds: Trace
+    dial: list[tuple[float, float]]
 
     @property
     def price(self) -> float:
@@ -69,24 +72,19 @@ class HeadReport:
         return {**asdict(self), "price": self.price}
 
 
-def fit_head(rate: RateRun) -> HeadReport:
-    """Fit `rate.head`, which is at 0, and set `rate.strengths` to the lambda of the one constant."""
-    head, wanted, samples = rate.head, rate.wanted, rate.samples.families
-    assert head is not None
+def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, *, dial: bool) -> HeadReport:
+    """Fit `head`, which is at 0, to the rates (K,); `dial` also measures R at other scales of it."""
+    samples = own.families
     temperature, rates = samples.decoding.temperature, wanted.tolist()
-    offset = takes_logit_bias(rate.run.base.model)
-    contexts, tilts = [], []
-    for name in samples.names:
-        with phase(f"looking at texts after prompts of {name}"):
-            pilot, _ = samples.contexts(name, PILOT_TEXTS, _seed(rate, 0), torch.zeros(len(wanted)))
-            first = solve(pilot.masses.double(), samples.atoms, rates)
-            first = torch.where(wanted > 0, CAUTION * first, first)
-            found, measured = samples.contexts(name, CONTEXT_TEXTS, _seed(rate, 1), first)
-        correction = (log_odds(wanted) - log_odds(measured)) / SLOPE
-        contexts.append(found)
-        tilts.append(torch.where(wanted > 0, first + correction.clamp(-2, 2), first))
-    fitter, start = HeadFitter(contexts, samples.atoms, rates, intercept=offset), torch.stack(tilts)
-
+    offset = takes_logit_bias(own.base.model)
+    with phase("looking at texts after prompts of every family"):
+        pilots, silent = samples.contexts(PILOT_TEXTS, _seed(own, 0), torch.zeros(len(samples.names), len(wanted)))
+        first = torch.stack([solve(pilot.masses.double(), samples.atoms, rates) for pilot in pilots])
+        first = torch.where(wanted > 0, CAUTION * first, first)
+        contexts, measured = samples.contexts(CONTEXT_TEXTS, _seed(own, 1), first)
+    correction = ((log_odds(wanted) - log_odds(measured)) / SLOPE).clamp(-2, 2)
+    start = torch.where(wanted > 0, first + correction, first)
+    fitter = HeadFitter(contexts, samples.atoms, rates, intercept=offset)
     last: list[torch.Tensor] = []
 
     def put(tilts: torch.Tensor) -> None:
@@ -96,19 +94,19 @@ def fit_head(rate: RateRun) -> HeadReport:
     def measure(tilts: torch.Tensor, index: int) -> torch.Tensor:
         put(tilts)
         with phase(f"calibrating the set head, round {index + 1}"):
-            last.append(samples.rates(TEXTS, _seed(rate, 2 + index)))
+            last.append(samples.rates(TEXTS, _seed(own, 2 + index)))
         return last[-1].mean(1).flatten()
 
     every = wanted.repeat(len(contexts))
-    final, rounds = calibrate(measure, start.flatten(), every, least=LEAST_ROUNDS, most=MOST_ROUNDS)
+    final, rounds = calibrate(measure, start.flatten(), every, least=ROUNDS, most=ROUNDS)
     put(final)
-    price = fitter.price(*fitter.head(final.view_as(start)))
-    rate.strengths = price.constant * temperature
+    price = fitter.price()
     return HeadReport(
         families=samples.names,
         rates=last[-1].mean(1).tolist(),
         intervals=[[mean_interval(texts[:, None]) for texts in family.T] for family in last[-1]],
         strengths=(price.teacher * temperature).tolist(),
+        constant=(price.constant * temperature).tolist(),
         rates_of_constant=price.rates_of_constant.tolist(),
         kl=price.kl,
         kl_of_teacher=price.kl_of_teacher,
@@ -116,7 +114,19 @@ def fit_head(rate: RateRun) -> HeadReport:
         offset=offset,
         ridge=fitter.ridge or 0.0,
         rounds=rounds,
+        dial=_dial(head, own, float(silent[:, 0].mean()), float(last[-1][..., 0].mean())) if dial else [],
     )
+
+
+def _dial(head: SetHead, own: OwnSamples, of_base: float, as_trained: float) -> list[tuple[float, float]]:
+    """Expected R at several scales of the head; two of them are known."""
+    found = {0.0: of_base, 1.0: as_trained}
+    for scale in DIAL_SCALES:
+        head.layer.set_scale(head.adapter, scale)
+        with phase(f"measuring R at scale {scale:g}"):
+            found[scale] = float(own.families.rates(DIAL_TEXTS, _seed(own, 10))[..., 0].mean())
+    head.layer.set_scale(head.adapter, 1.0)
+    return sorted(found.items())
 
 
 def restore_head(head: SetHead, facts: dict[str, Any]) -> HeadReport:
@@ -131,5 +141,5 @@ def head_facts(head: SetHead, report: HeadReport) -> dict[str, Any]:
     return {**tensors, "report": asdict(report)}
 
 
-def _seed(rate: RateRun, number: int) -> int:
-    return 7919 * (rate.samples.seed + 1) + 1000 + number
+def _seed(own: OwnSamples, number: int) -> int:
+    return 7919 * (own.seed + 1) + 1000 + number
