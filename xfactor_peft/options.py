@@ -26,6 +26,7 @@ QUANTIZATIONS = ("int8", "nf4")
 BACKENDS = ("auto", "native", "bitsandbytes")
 CHECKPOINTING = ("auto", "on", "off")
 CHAT = ("auto", "on", "off")
+SAME_RATE = ("everywhere", "on-average")
 
 DEFAULT_PROMPTS = (
     "Why did the chicken cross the road?",
@@ -182,6 +183,40 @@ class TrainOptions(_Recorded):
 
 
 @dataclass(frozen=True)
+class RateOptions(_Recorded):
+    """Where a rate is to hold, and under which decoding.
+
+    Attributes:
+        same_rate: "everywhere": after every family of prompts, by a set head that looks at the state (see
+            `objective.head_fit`); "on-average": over all of them, by a constant. None means everywhere for a rate that
+            the set head alone carries, and on average for every other.
+        prompts: a file with the user's own families (see `sampling.prompt_families`); None means the bundled ones.
+        temperature, top_k, top_p: of the decoding that the rate is for, as in `SamplingOptions`.
+
+    Raises:
+        XFactorError: a value outside its range, or a file that does not exist.
+    """
+
+    same_rate: str | None = None
+    prompts: str | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.same_rate is not None:
+            _one_of("same_rate", self.same_rate, SAME_RATE)
+        self.decoding(1)
+        _check(self.temperature > 0, "`temperature` must be greater than 0 for a rate", f"{self.temperature:g}")
+        if self.prompts is not None and not Path(self.prompts).is_file():
+            raise XFactorError(f"`prompts` must be a file; {self.prompts!r} is none")
+
+    def decoding(self, length: int, seed: int = 0) -> SamplingOptions:
+        """The settings of a text of `length` tokens."""
+        return SamplingOptions(length, self.temperature, self.top_k, self.top_p, seed)
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions(_Recorded):
     """What training looks at and how it stops.
 
@@ -193,6 +228,7 @@ class ObjectiveOptions(_Recorded):
         early_stop: stop when the loss no longer falls (the tilted target only).
         dial: measure R at several scales of the finished adapter (a rate only).
         frontier: measure the exact logit bias at the same rate (a rate only).
+        rate: where a rate is to hold.
 
     Raises:
         XFactorError: a value outside its range, or a file that does not exist.
@@ -205,6 +241,7 @@ class ObjectiveOptions(_Recorded):
     early_stop: bool = True
     dial: bool = True
     frontier: bool = True
+    rate: RateOptions = field(default_factory=RateOptions)
 
     def __post_init__(self) -> None:
         _check(0 <= self.kl_to_base < math.inf, "`kl_to_base` must be at least 0", f"{self.kl_to_base:g}")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from xfactor_peft.base.split_model import split
+from xfactor_peft.options import RateOptions
 from xfactor_peft.sampling.own_samples import OwnSamples
 from xfactor_peft.sampling.reweighting import TiltedSamples
 from xfactor_peft.tokens.token_set import TokenSet
@@ -23,7 +24,7 @@ def test_contexts_that_never_drift_give_the_closed_form():
 def test_contexts_that_drift_are_weighed(tiny):
     """A set that calls for more of itself: a rate between two tilts is that of samples there."""
     tokens = TokenSet.contains(tiny.tokenizer, "e", vocab_size=tiny.vocab_size)
-    own = OwnSamples(tiny, split(tiny.model), tokens.mask()[None].float(), 0)
+    own = OwnSamples(tiny, split(tiny.model), tokens.mask()[None].float(), 0, RateOptions())
     samples, rates = TiltedSamples(), {}
     for number, strength in enumerate((0.0, 1.5, 3.0)):
         masses, hits = own.masses(strength * own.members[0], 384, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,10 +78,17 @@ def make_recipe(flags: dict[str, Any]) -> Recipe:
 def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
     if flags.get("no_eval"):
         return None
-    sampling = SamplingOptions(seed=flags.get("seed", 0))
+    decoding = {name: flags[name] for name in ("temperature", "top_k", "top_p")}
+    sampling = SamplingOptions(seed=flags.get("seed", 0), **decoding)
     if flags.get("eval_tokens") is not None:
         sampling = replace(sampling, max_new_tokens=flags["eval_tokens"])
-    return EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
+    options = EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
+    if flags["prompts"] is None:
+        return options
+    from ..sampling.prompt_families import read_families
+
+    own = [prompt for family in read_families(Path(flags["prompts"])) if not family.chat for prompt in family.prompts]
+    return replace(options, prompts=tuple(own)) if own else options
 
 
 def plan_run(

@@ -15,9 +15,13 @@ from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
 from ..tokens.rule import Rule
 from ..training.rate import RateReport
+from ..training.rate_head import HeadReport
 from ..training.train import TrainResult
 from .console import console, print_columns
 from .plan_text import print_measured
+
+MOST_PRICE = 1.15
+"""Of the KL of one constant; above it the other choice is named."""
 
 
 def print_start(base: Base, target: Target, recipe: Recipe) -> None:
@@ -129,9 +133,30 @@ def print_rate(report: RateReport, scores: Evaluation | None) -> None:
     console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
     if scores:
         print_frontier("KL", scores, report.frontier)
+    if report.head:
+        print_head(report.head)
     if report.dial:
         pairs = "  ".join(f"{scale:g}: {rate:.4f}" for scale, rate in report.dial)
         console.print(f"dial, scale: R  {pairs}")
+
+
+def print_head(head: HeadReport) -> None:
+    """Expected rates after every family of prompts, beside those of one constant, and the price."""
+    reached = [
+        ", ".join(f"{r:.4f} ({low:.4f}–{high:.4f})" for r, (low, high) in zip(rates, intervals, strict=True))
+        for rates, intervals in zip(head.rates, head.intervals, strict=True)
+    ]
+    plain, strengths = (
+        [", ".join(f"{x:.3f}" for x in row) for row in rows] for rows in (head.rates_of_constant, head.strengths)
+    )
+    columns = {"R (95 % interval)": reached, "one constant": plain, "lambda": strengths}
+    print_columns(list(head.families), columns)
+    console.print(
+        f"KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, which holds the rate on average alone; "
+        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each family"
+    )
+    if head.price > MOST_PRICE:
+        console.print("the same rate everywhere is dear here; --same-rate on-average costs less", style="yellow")
 
 
 def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> None:

@@ -26,6 +26,7 @@ from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import atom_masses
 from .loop import optimise, plateau
 from .rate import DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .rate_head import fit_head, restore_head
 from .run import TrainingRun
 from .sequence.phase import Sequence
 from .sharding import ShardedCopy
@@ -77,7 +78,7 @@ class Uniform:
 
 class Solve:
     """lambda (K,): given, or solved on contexts and corrected on samples of the tilted base. Then the adapter is made,
-    and a set head, whose offset starts at lambda."""
+    and a set head, whose offset starts at lambda; or a head is fitted that looks (`rate_head`)."""
 
     def __init__(self, rate: RateRun) -> None:
         self._rate = rate
@@ -87,13 +88,24 @@ class Solve:
         if start := run.hooks.checkpointer.start:
             rate.restore(start.facts["rate"])
             load_random(start.state()["random"])
-        else:
+        elif not rate.looks:
             rate.strengths = self._solved()
-        rate.enter(SOLVED)
+        if not rate.looks:
+            rate.enter(SOLVED)  # wrapping draws random numbers
         model = run.wrap(sets=len(rate.samples.members))
-        if run.lora.head:
-            rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not run.lora.head:
+            return
+        rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not rate.looks:
             rate.head.shift(rate.strengths)
+            return
+        dial = run.recipe.objective.dial
+        if start:
+            rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
+        else:
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, dial=dial)
+            rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
+        rate.enter(SOLVED)
 
     def report(self, scores: Evaluation | None) -> RateReport:
         return self._rate.report(scores)
@@ -132,6 +144,9 @@ class Distil:
     def run(self) -> None:
         rate, run = self._rate, self._rate.run
         if run.hooks.checkpointer.start_phase == SEQUENCE:
+            return
+        if rate.looks:
+            rate.stopped = "the set head is fitted: nothing is left to learn"
             return
         if rate.head is not None and run.recipe.objective.early_stop:
             rate.stopped = rate.stopped or "the set head is the tilt from the start: nothing is left to learn"

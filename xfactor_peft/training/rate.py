@@ -19,6 +19,7 @@ from ..sampling.frontier import Frontier, measure_frontier
 from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, OwnSamples
 from ..sampling.reweighting import TiltedSamples
+from .rate_head import HeadReport, head_facts
 from .run import TrainingRun
 from .sequence.trainer import SequenceStep
 
@@ -53,6 +54,7 @@ class RateReport:
         sequence: the sequence-level phase; None without it.
         frontier: the exact logit bias at the same set mass; None for several goals, whose tilt is one itself.
         dial: pairs (scale, expected R).
+        head: the fit of a head that looks; None where the tilt is a constant.
     """
 
     wanted: list[float] | None
@@ -63,10 +65,12 @@ class RateReport:
     frontier: Frontier | None
     dial: list[tuple[float, float]]
     stopped: str | None
+    head: HeadReport | None = None
 
     def record(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["sequence"] = asdict(self.sequence) if self.sequence else None
+        values["head"] = self.head.record() if self.head else None
         values["frontier"] = self.frontier.record() if self.frontier else None
         return values
 
@@ -79,6 +83,8 @@ class RateRun:
         strengths: lambda (K,) of the teacher, float64.
         calibration: rounds of (strength or offset, sampled rates).
         stopped: why training ended before its last step.
+        looks: whether the set head is fitted to the families of prompts.
+        fitted: how it was, once it is.
         sequence: what the sequence-level phase did.
         tilted: what was sampled of the tilted base, for one set.
     """
@@ -89,8 +95,11 @@ class RateRun:
         self.run, self.target = run, target
         self.wanted = torch.tensor(target.rates or [], dtype=torch.float64)
         members = target.members(run.split_model.weight.device)
-        self.samples = OwnSamples(run.base, run.split_model, members, run.recipe.train.seed)
+        options = run.recipe.objective
+        self.samples = OwnSamples(run.base, run.split_model, members, run.recipe.train.seed, options.rate)
+        self.looks = target.looks(run.lora, options)
         self.head: SetHead | None = None
+        self.fitted: HeadReport | None = None
         self.strengths = torch.zeros(0)
         self.calibration: Trace = []
         self.stopped: str | None = None
@@ -99,10 +108,12 @@ class RateRun:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds of the run besides its tensors, JSON-serialisable."""
-        return {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+        head = head_facts(self.head, self.fitted) if self.head is not None and self.fitted else None
+        found = {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+        return {**found, "head": head}
 
     def restore(self, facts: dict[str, Any]) -> None:
-        """The inverse of `facts`."""
+        """The inverse of `facts`, but for the head, which is made later."""
         self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
         self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
 
@@ -130,7 +141,8 @@ class RateRun:
         """What is stored of the run; measures the frontier and the dial where they are asked for."""
         run, options, evaluation = self.run, self.run.recipe.objective, self.run.recipe.evaluation
         frontier = None
-        if options.frontier and len(self.target.goals) == 1 and scores is not None and evaluation is not None:
+        asked = options.frontier and len(self.target.goals) == 1 and not self.looks  # whose price the fit knows
+        if asked and scores is not None and evaluation is not None:
             if self._is_logit_bias():
                 frontier = Frontier(float(self.strengths[0]), scores.kl_from_base, 1.0, scores)
             else:
@@ -148,6 +160,7 @@ class RateRun:
             frontier=frontier,
             dial=self._dial() if options.dial else [],
             stopped=self.stopped,
+            head=self.fitted,
         )
 
     def tilted_rates(self, strengths: torch.Tensor, index: int) -> torch.Tensor:
@@ -169,6 +182,8 @@ class RateRun:
         Where the adapter is a logit bias only the lowest and the highest scale are sampled; those between follow from
         the masses that were measured there and in calibration (`TiltedSamples`).
         """
+        if self.fitted is not None:
+            return self.fitted.dial
         bias, ends = self._is_logit_bias(), (DIAL_SCALES[0], DIAL_SCALES[-1])
         pairs = {}
         for number, scale in enumerate(ends if bias else DIAL_SCALES):
