@@ -46,7 +46,7 @@ def write_run(ctx: click.Context, flags: dict[str, Any], choice: ModelChoice, ou
     kept = {
         _key(param): _plain(values[param.name])
         for param in _options(ctx.command)
-        if param.name not in _NOT_KEPT and values.get(param.name) not in (None, (), False)
+        if param.name not in _NOT_KEPT and _has_value(values.get(param.name))
     }
     head = f"# Repeats this run: xfactor train --config {output / RUN} --output ANOTHER_FOLDER\n"
     text = head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
@@ -60,6 +60,10 @@ def _options(command: click.Command) -> list[click.Option]:
 def _key(param: click.Option) -> str:
     """The option's name in a file: its long flag without the dashes."""
     return max(param.opts, key=len).lstrip("-")
+
+
+def _has_value(value: Any) -> bool:
+    return value is not None and value is not False and value != ()  # 0 is one: a wanted rate of 0 means never
 
 
 def _plain(value: Any) -> Any:
