@@ -123,6 +123,8 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
     dtype = pick_dtype(options.dtype, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
+        tokenizer("a")
+        tokenizer.decode(tokenizer.all_special_ids)
     except Exception as error:  # whatever a library makes of files that are not ours
         raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {_reason(error)}") from error
     backend = quantized_by(options, device)
@@ -230,5 +232,6 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and ("dropout" in name or name.endswith("pdrop")):
                 setattr(module, name, 0.0)
