@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
@@ -17,15 +18,15 @@ from .contexts import openings, tokens_left
 from .position_scores import SCORE_BYTES
 from .sampler import continued, sample
 
-TEXTS, LENGTH = 256, 64
-"""How many texts measure a rate, and how many tokens of each are the model's own."""
+TEXTS, LENGTH, OPENINGS = 256, 64, 256
+"""How many texts measure a rate, how many tokens of each are the model's own, and how many beginnings there are."""
 ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
 
 def _drawn(base: Base, seed: int) -> torch.Tensor:
     with phase("drawing openings"):
-        return openings(base, 512, seed=seed)
+        return openings(base, OPENINGS, seed=seed)
 
 
 @torch.no_grad()
@@ -73,23 +74,28 @@ class OwnSamples:
 
     def rates(self, index: int = 0) -> torch.Tensor:
         """Sampled rates (K,) of the model as it is, float64."""
-        return self.masses(None, TEXTS, index)[0].double().mean((0, 1))
+        masses, _ = self.texts(None, TEXTS, index)
+        return masses.double().mean((0, 1)) @ self.atoms.patterns
 
-    def masses(self, tilt: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Along `count` texts the masses of the sets, and which tokens are members: (count, length, K) both.
+    def texts(self, strengths: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` texts of the model tilted by lambda (K,), or as it is: masses of the atoms along them,
+        (count, length, P), and the atom of every token, (count, length).
 
         The same texts come again for the same index.
         """
-        seed = 7919 * (self.seed + 1) + index
+        seed, atoms = 7919 * (self.seed + 1) + index, self.atoms
+        tilt = None if strengths is None else strengths.to(self.members) @ self.members
         policy, options = SplitModel(self.split_model.model, tilt), SamplingOptions(self.length, seed=seed)
-        prompts, member = self._starts(seed, count).tolist(), self.members.cpu().T
-        masses, hits = [], []
-        for batch in sample(policy, prompts, options, self.banned, self.members):
-            assert batch.masses is not None  # members are given
+        indicators = F.one_hot(atoms.of_token, len(atoms.patterns)).T.to(self.members)
+        masses, drawn = [], []
+        for batch in sample(policy, self._starts(seed, count).tolist(), options, self.banned, indicators):
+            assert batch.masses is not None  # sets are given
             masses.append(batch.masses)
-            hits.append(member[batch.continuations])
-        return torch.cat(masses), torch.cat(hits)
+            drawn.append(atoms.of_token[batch.continuations])
+        return torch.cat(masses), torch.cat(drawn)
 
     def _starts(self, seed: int, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return self.openings[torch.randperm(len(self.openings), generator=generator)[:count]]
+        turns = -(-count // len(self.openings))
+        order = torch.cat([torch.randperm(len(self.openings), generator=generator) for _ in range(turns)])
+        return self.openings[order[:count]]

@@ -24,7 +24,7 @@ from ..errors import XFactorError
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
-from ..progress import report
+from ..progress import Progress
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
@@ -51,7 +51,8 @@ class Samples:
         starts: (N,), lengths of the prompts.
         length: L.
         states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
-        masses: (N, L, K), the exact masses of K sets at these positions at temperature 1; None where none were asked.
+        masses: (N, L, K), the exact masses of K sets at these positions, in the distribution that tokens are drawn
+            from; None where none were asked.
     """
 
     ids: torch.Tensor
@@ -126,12 +127,14 @@ def sample(
     draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw)
-        report((start + len(part)) / len(order))
+        done = Progress(start, len(part), len(order))
+        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, done)
 
 
 @torch.no_grad()
-def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw) -> Samples:
+def _sample_batch(
+    split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw, done: Progress
+) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
     shortest, new = int(starts.min()), uniforms.shape[1]
@@ -155,6 +158,7 @@ def _sample_batch(split_model: SplitModel, prompts: list[list[int]], uniforms: t
             drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
+        done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
     return Samples(ids, starts, new, states, masses if draw.sets else None)
 
@@ -187,22 +191,24 @@ class _Draw:
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
             z.index_fill_(1, self._banned, float("-inf"))
-            if self._members is not None:
-                masses[rows] = (z.softmax(1) @ self._members.T).cpu()
-            ids.append(self._drawn(z, uniforms[rows].to(z.device)))
+            chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
+            ids.append(chosen)
         return torch.cat(ids), masses
 
-    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Ids (n,) from logits (n, V), which are used up."""
+    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
-            return z.argmax(1)
+            ids = z.argmax(1)
+            return ids, ids.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:
             z = warper(None, z)
         z -= z.amax(1, keepdim=True)
-        cumulative = z.exp_().cumsum_(1)
+        p = z.exp_()
+        masses = p.new_empty(len(p), 0) if self._members is None else p @ self._members.T / p.sum(1, keepdim=True)
+        cumulative = p.cumsum_(1)
         total = cumulative[:, -1:]
         wanted = (uniforms[:, None] * total).to(total.dtype)
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached it
-        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1), masses.cpu()
