@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..lowmem.attention import use_short_attention
@@ -16,21 +16,14 @@ from ..lowmem.memory import peaks
 from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
-from .claims import check_architecture, check_claims, check_vocabulary
+from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
+from .vocabulary import Vocabulary, read_vocabulary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What of a base is known before its weights are read: enough for token sets."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
 
 
 @dataclass
@@ -111,22 +104,6 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def read_vocabulary(choice: ModelChoice) -> Vocabulary:
-    """The tokenizer, and V as the configuration has it.
-
-    Raises:
-        XFactorError: as `load_base`, as far as these show it.
-    """
-    check_claims(choice.folder, choice.name)
-    config = _config(choice)
-    check_architecture(config, choice.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
-    return Vocabulary(tokenizer, config.get_text_config().vocab_size)
-
-
 def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
     """Load the model and its tokenizer, unless `vocabulary` holds that already.
 
@@ -166,14 +143,6 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabul
         backend=backend,
         load_peak=load_peak,
     )
-
-
-def _config(choice: ModelChoice) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
 
 
 def _check_calls(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from ..options import ObjectiveOptions
 from .common import Command, apply_options, default_set, token_set
 
 if TYPE_CHECKING:
-    from ..base.loading import Vocabulary
+    from ..base.vocabulary import Vocabulary
     from ..objective.targets import Target, TiltedTarget, UniformTarget
 
 
