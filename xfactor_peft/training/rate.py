@@ -123,7 +123,8 @@ class RateRun:
 
         def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())
-            return self.samples.rates(index=index)
+            with phase(f"calibrating the set head, round {index + 1}"):
+                return self.samples.rates(index=index)
 
         offset, rounds = calibrate(measure, head.offset.detach().double().cpu(), self.wanted)
         head.shift(offset.to(head.offset) - head.offset.detach())
