@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..base.loading import Base
     from ..tokens.token_set import TokenSet
 
-WITHOUT_MODEL = ("measure", "examples", "model", "revision", "offline")
-WITHOUT_MODEL += ("contains", "regex", "words", "token_ids", "ignore_case")
+WITHOUT_MODEL = ["measure", "examples", "model", "revision", "offline"]
+WITHOUT_MODEL += ["contains", "regex", "words", "token_ids", "ignore_case"]
 """Options that have a meaning where only the tokenizer is read."""
 
 
