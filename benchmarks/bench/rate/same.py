@@ -25,7 +25,7 @@ LENGTH, LONG, WINDOW = 64, 1024, 64
 
 
 def measure(spec: Record, on_step: OnStep) -> Record:
-    """The figures of {"model", "dtype", "contains", "wanted", "seed", "texts", "long_texts", "temperature", "top_p"}."""
+    """The figures of {"model", "label", "dtype", "contains", "wanted", "seed", "texts", "long_texts", decoding}."""
     base = xf.load(spec["model"], xf.LoadOptions(dtype=spec["dtype"]), offline=True)
     tokens = xf.TokenSet.contains(base.tokenizer, spec["contains"], ignore_case=True, vocab_size=base.vocab_size)
     options = RateOptions(temperature=spec["temperature"], top_p=spec["top_p"])
@@ -96,8 +96,8 @@ def windows(base, result, members: torch.Tensor, options: RateOptions, spec: Rec
 def report(records: list[Record]) -> str:
     """One row a record: how many held-out families hold the rate, of head and constant, price, drift, time."""
     lines = [
-        "| model | wanted R | T, top-p | held-out families within max(0.004, 8 %): head | constant | head's R | constant's R "
-        "| KL / I-projection | KL / constant | slope of R per window: head | CPU s |",
+        "| model | wanted R | T, top-p | held-out families within max(0.004, 8 %): head | constant | head's R "
+        "| constant's R | KL / I-projection | KL / constant | slope of R per window: head | CPU s |",
         "|" + "---|" * 11,
     ]
     for record in sorted(records, key=lambda r: (r["spec"]["model"], r["spec"]["wanted"], -r["spec"]["temperature"])):
