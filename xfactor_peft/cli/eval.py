@@ -23,7 +23,7 @@ from .mixes import adapter_options, column_sets, load_mixes
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="One prompt a line.  [default: sixteen openings]",
+    help="One prompt a line, or JSON lines, as for `train`.  [default: sixteen openings]",
 )
 @click.option("--repeats", default=4, show_default=True, help="Samples per prompt.")
 @click.option("--frontier", is_flag=True, help="Also measure the exact logit bias at each adapter's rate.")
@@ -45,18 +45,16 @@ def command(**flags: Any) -> None:
     from ..options import EvalOptions
     from ..sampling.frontier import measure_frontier
     from ..sampling.metrics import evaluate
+    from ..sampling.prompt_families import read_families
     from .console import console
     from .summary import print_frontier, print_goals, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
-        try:
-            lines = flags["prompts"].read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise XFactorError(f"--prompts {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
-        options = replace(options, prompts=tuple(line for line in lines if line.strip()))
-        if not options.prompts:
-            raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
+        families = read_families(flags["prompts"])
+        if any(family.chat for family in families):
+            raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
+        options = replace(options, prompts=tuple(prompt for family in families for prompt in family.prompts))
     base = load(flags)
     bank = AdapterBank(base, flags["adapters_dir"])
     split_model, given = split(base.model), token_set(flags, base)
