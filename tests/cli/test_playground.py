@@ -107,7 +107,7 @@ def test_the_port_is_taken(bank):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(XFactorError, match="cannot be opened; choose another --port"):
+        with pytest.raises(XFactorError, match="cannot be opened; choose another `port`"):
             launch(bank, "127.0.0.1", taken.getsockname()[1], block=False)
 
 

@@ -74,7 +74,11 @@ def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]
     base, offset = cast(nn.Linear, layer.base_layer), _offset(layer, peft_names)
     weight, dtype = base.weight.float().clone(), base.weight.dtype
     for peft_name in peft_names:
-        if peft_name in layer.lora_A:
+        if peft_name not in layer.lora_A:
+            continue
+        if peft_name in layer.lora_variant:
+            weight = layer.lora_variant[peft_name].merge_safe(layer, peft_name, weight)
+        else:
             weight += layer.get_delta_weight(peft_name).float()
     base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     model.set_output_embeddings(base)

@@ -49,6 +49,10 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )
+    objective = recipe.objective
+    if lora is not None and lora.head and objective.early_stop and not objective.sequence_level:
+        console.print(f"no training steps: the set head is solved, and calibrated on samples, seed {options.seed}")
+        return
     console.print(
         f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "
         f"{options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
@@ -99,7 +103,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
 def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> None:
     """Loss, R before and after, parameters, time and memory."""
     steps = result.history
-    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats" if steps else "")
+    console.print(*[f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats"] if steps else "")
     if result.before and result.after:
         print_scores({"before": result.before, "after": result.after})
     if result.rate:
