@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
+from ..lowmem.attention import use_short_attention
 from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
 from ..lowmem.noise import quiet_bitsandbytes
@@ -28,6 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH_NATS = 0.01
 """KL that the rest of a batch moves a next-token distribution by under int8: outlier columns are found over all rows.
 Measured on SmolLM2-135M: 0.004 to 0.026 from float32 for the same row among 1 to 64."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of a base is known before its weights are read: enough for token sets."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
 
 
 @dataclass
@@ -110,29 +119,42 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base:
-    """Load the model and its tokenizer.
+def read_vocabulary(choice: ModelChoice) -> Vocabulary:
+    """The tokenizer, and V as the configuration has it.
 
     Raises:
-        XFactorError: the files are not a causal language model that transformers can load, or the
-            device or the quantisation is not available; or the checkpoint is quantised already.
+        XFactorError: as `load_base`, as far as these show it.
     """
     check_claims(choice.folder, choice.name)
-    check_architecture(_config(choice), choice.name)
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
+    config = _config(choice)
+    check_architecture(config, choice.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
         tokenizer("a")
         tokenizer.decode(tokenizer.all_special_ids)
     except Exception as error:  # whatever a library makes of files that are not ours
         raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {_reason(error)}") from error
+    return Vocabulary(tokenizer, config.get_text_config().vocab_size)
+
+
+def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
+    """Load the model and its tokenizer, unless `vocabulary` holds that already.
+
+    Raises:
+        XFactorError: the files are not a causal language model that transformers can load, or the
+            device or the quantisation is not available; or the checkpoint is quantised already.
+    """
+    tokenizer = (vocabulary or read_vocabulary(choice)).tokenizer
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
     backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
     check_vocabulary(tokenizer, model, choice.name)
     model.requires_grad_(False).eval()
     switch_off_dropout(model)
+    if device.type == "cpu":
+        use_short_attention(model)
     quantized = quantized_layers(model)
     if backend and not quantized:
         raise XFactorError(

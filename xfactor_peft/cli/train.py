@@ -106,7 +106,9 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     load = load_options(flags, master_weights=flags["method"] == "full")
 
     from ..adapters.hub import check_push, push
+    from ..base.loading import read_vocabulary
     from ..base.resolve import resolve_model
+    from ..runs.folder import check_output
     from ..runs.run import FolderOptions, default_name, train_to_folder
     from ..runs.tracking import check_trackers
     from .plan_text import print_expectation
@@ -119,13 +121,16 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     if flags["push_to_hub"]:
         check_push(flags["push_to_hub"])
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    plan = _plan(flags, choice, load, recipe)
-    base = load_chosen(choice, load)
-    target = make_target(flags, base)
-    if flags["preset"] == "source" and recipe.evaluation:
-        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
+    vocabulary = read_vocabulary(choice)
+    target = make_target(flags, vocabulary)
     assert recipe.lora is not None  # `make_recipe` decides it
     output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
+    if not flags["resume"]:
+        check_output(output, force=flags["force"])
+    plan = _plan(flags, choice, load, recipe)
+    base = load_chosen(choice, load, vocabulary=vocabulary)
+    if flags["preset"] == "source" and recipe.evaluation:
+        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
     name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:

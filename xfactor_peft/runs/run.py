@@ -66,10 +66,11 @@ def train_to_folder(
 ) -> tuple[TrainResult, dict[str, Any]]:
     """`train`, with its results in `output`; returns the result and the record written.
 
-    While it runs, everything is in a hidden folder beside `output`, which takes its name when the run is done:
-    `metrics.jsonl`, a first line with the model, the token set and the settings and then one line a step, and
-    checkpoints (see `folder`). A run that was stopped, killed or lost its power resumes with the same arguments, and
-    ends with the same bytes on a CPU as if nothing had happened. With `fsdp` there are no checkpoints.
+    While it trains, everything is in a hidden folder beside `output`: `metrics.jsonl`, a first line with the model, the
+    token set and the settings and then one line a step, and checkpoints (see `folder`). It takes the name `output` with
+    the trained adapter; R after training is measured then, and completes the record. A run that was stopped, killed or
+    lost its power resumes with the same arguments, and ends with the same bytes on a CPU as if nothing had happened.
+    With `fsdp` there are no checkpoints.
 
     Args:
         plan: what was predicted of the run, for the record.
@@ -101,10 +102,15 @@ def train_to_folder(
                 log(step)
                 on_step(step)
 
-            try:
-                result = train_recipe(base, target, replace(recipe, lora=lora), Hooks(record_step, checkpointer))
+            def publish(result: TrainResult) -> None:
                 result.plan = plan
-                return result, place.finish(result)
+                place.publish(result)
+
+            try:
+                result = train_recipe(
+                    base, target, replace(recipe, lora=lora), Hooks(record_step, publish, checkpointer)
+                )
+                return result, place.complete(result)
             except Interrupted as stopped:
                 raise place.with_resume_hint(stopped) from None
             except XFactorError:
