@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..lowmem.attention import use_short_attention
@@ -17,11 +17,12 @@ from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
-from .claims import check_architecture, check_claims, check_vocabulary
+from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
+from .vocabulary import Vocabulary, read_vocabulary, reason
 
 quiet_bitsandbytes()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,14 +30,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH_NATS = 0.01
 """KL that the rest of a batch moves a next-token distribution by under int8: outlier columns are found over all rows.
 Measured on SmolLM2-135M: 0.004 to 0.026 from float32 for the same row among 1 to 64."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What of a base is known before its weights are read: enough for token sets."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
 
 
 @dataclass
@@ -119,24 +112,6 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def read_vocabulary(choice: ModelChoice) -> Vocabulary:
-    """The tokenizer, and V as the configuration has it.
-
-    Raises:
-        XFactorError: as `load_base`, as far as these show it.
-    """
-    check_claims(choice.folder, choice.name)
-    config = _config(choice)
-    check_architecture(config, choice.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
-        tokenizer("a")
-        tokenizer.decode(tokenizer.all_special_ids)
-    except Exception as error:  # whatever a library makes of files that are not ours
-        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {_reason(error)}") from error
-    return Vocabulary(tokenizer, config.get_text_config().vocab_size)
-
-
 def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
     """Load the model and its tokenizer, unless `vocabulary` holds that already.
 
@@ -176,20 +151,6 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabul
         backend=backend,
         load_peak=load_peak,
     )
-
-
-def _config(choice: ModelChoice) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)
-    except Exception as error:  # whatever a library makes of files that are not ours
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """An exception of transformers in one line: what validation found is in its last one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    validation = type(error).__name__.startswith("StrictDataclass") and len(lines) > 1
-    return f"{lines[0]} {lines[-1]}" if validation else lines[0]
 
 
 def _check_calls(model: PreTrainedModel) -> None:
@@ -242,7 +203,7 @@ def _load_model(
     except MemoryError:
         raise
     except Exception as error:  # whatever a library makes of files that are not ours
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {_reason(error)}") from error
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason(error)}") from error
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:

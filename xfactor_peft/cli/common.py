@@ -14,8 +14,9 @@ from .help import OTHER, grouped
 from .values import Listed
 
 if TYPE_CHECKING:
-    from ..base.loading import Base, Vocabulary
+    from ..base.loading import Base
     from ..base.resolve import ModelChoice
+    from ..base.vocabulary import Vocabulary
     from ..options import ChatOptions, LoadOptions, SamplingOptions
     from ..tokens.token_set import TokenSet
 

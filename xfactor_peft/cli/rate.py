@@ -12,7 +12,7 @@ from .common import Command, apply_options, default_set, token_set
 from .values import RATE
 
 if TYPE_CHECKING:
-    from ..base.loading import Vocabulary
+    from ..base.vocabulary import Vocabulary
     from ..objective.targets import Target, TiltedTarget, UniformTarget
 
 

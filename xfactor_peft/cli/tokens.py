@@ -10,7 +10,6 @@ from ..errors import XFactorError
 from .common import (
     default_set,
     load,
-    load_options,
     model_options,
     sampling,
     sampling_options,
@@ -46,29 +45,26 @@ WITHOUT_MODEL += ("contains", "regex", "words", "token_ids", "ignore_case")
 @click.pass_context
 def command(ctx: click.Context, **flags: Any) -> None:
     """Show how many tokens a rule matches, and examples; with --measure the base model's own mass on them."""
-    from ..base.loading import Base, Vocabulary, read_vocabulary
     from ..base.resolve import resolve_model
+    from ..base.vocabulary import read_vocabulary
     from ..tokens.token_bytes import spelling_text
 
     for parameter in ctx.command.params if not flags["measure"] else ():
         name = str(parameter.name)
         if name not in WITHOUT_MODEL and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise XFactorError(f"{parameter.opts[0]} is for measuring the model's own mass; add --measure")
-    load_options(flags)  # leaves libraries out
-    base: Base | Vocabulary
-    if flags["measure"]:
-        base = load(flags)
-    else:
-        base = read_vocabulary(resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"]))
-    tokens = token_set(flags, base) or default_set(base)
-    console.print(f"vocabulary: {spelling_text(base.tokenizer)}")
+    base = load(flags) if flags["measure"] else None
+    where = {"offline": flags["offline"], "revision": flags["revision"]}
+    vocabulary = base or read_vocabulary(resolve_model(flags["model"], **where))
+    tokens = token_set(flags, vocabulary) or default_set(vocabulary)
+    console.print(f"vocabulary: {spelling_text(vocabulary.tokenizer)}")
     console.print(f"{tokens.describe()}: {len(tokens)} of {tokens.vocab_size} tokens")
     shown = ", ".join(repr(text) for text in tokens.texts[: flags["examples"]])
     console.print(shown + (" …" if len(tokens) > flags["examples"] else ""))
     if tokens.without_token:
         console.print(f"no single token: {', '.join(tokens.without_token)}")
     record: dict[str, Any] = {"tokens": tokens.record(), "texts": tokens.texts}
-    if isinstance(base, Base):
+    if base is not None:
         record |= {"base": base.record(), "scores": _measure(base, tokens, flags)}
     if flags["as_json"]:
         print_json(record)

@@ -106,8 +106,8 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     load = load_options(flags, master_weights=flags["method"] == "full")
 
     from ..adapters.hub import check_push, push
-    from ..base.loading import read_vocabulary
     from ..base.resolve import resolve_model
+    from ..base.vocabulary import read_vocabulary
     from ..runs.folder import check_output
     from ..runs.run import FolderOptions, default_name, train_to_folder
     from ..runs.tracking import check_trackers

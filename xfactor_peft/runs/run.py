@@ -81,14 +81,7 @@ def train_to_folder(
         Interrupted: SIGINT or SIGTERM came; the message says how to resume.
     """
     lora = recipe.lora or target.default_lora(recipe.objective)
-    header = {
-        "base": base.record(),
-        "tokens": target.tokens.record(),
-        "train": recipe.train.record(),
-        "lora": asdict(lora) if recipe.train.method == "lora" else None,
-        "target": target.record(),
-        "objective": recipe.objective.record(),
-    }
+    header = _header(base, target, recipe, lora)
     if folder.resume and process()[1] > 1:
         raise XFactorError("`resume` works in one process; start it without accelerate launch")
     with own_output(output) as output, folder_lock(output), Interruption() as interruption:
@@ -107,12 +100,23 @@ def train_to_folder(
                 place.publish(result)
 
             try:
-                result = train_recipe(
-                    base, target, replace(recipe, lora=lora), Hooks(record_step, publish, checkpointer)
-                )
+                hooks = Hooks(record_step, checkpointer)
+                result = train_recipe(base, target, replace(recipe, lora=lora), hooks, publish)
                 return result, place.complete(result)
             except Interrupted as stopped:
                 raise place.with_resume_hint(stopped) from None
             except XFactorError:
                 place.discard_if_empty()
                 raise
+
+
+def _header(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> dict[str, Any]:
+    """What a run is, for its log; a resumed one must say the same."""
+    return {
+        "base": base.record(),
+        "tokens": target.tokens.record(),
+        "train": recipe.train.record(),
+        "lora": asdict(lora) if recipe.train.method == "lora" else None,
+        "target": target.record(),
+        "objective": recipe.objective.record(),
+    }

@@ -213,7 +213,7 @@ class _Draw:
         """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
             ids = z.argmax(1)
-            return ids, torch.empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
+            return ids, z.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:
