@@ -8,7 +8,8 @@ value is among the weights already). A recomputed block keeps its input alone, a
     saved = rest + sum over the last blocks of what they save + k block_input + (one block, if k > 0)
 
 `workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
-way through a block. On a CPU `baseline` is what the process holds before it loads anything.
+way through a block. They add up although they are not alive at once: what a step saves later lies in the holes that an
+earlier one left, so a chunk finds no room there the next time. On a CPU `baseline` is what the process holds before it loads anything.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _workspace(step: StepMemory, shape: Shape) -> int:
     block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
-    return int(max(loss, block)) + scratch_bytes(step, shape)
+    return int(loss + block) + scratch_bytes(step, shape)
 
 
 def block_workspace(step: StepMemory, shape: Shape) -> int:
