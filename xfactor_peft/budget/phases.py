@@ -36,6 +36,8 @@ SCORE_CHUNKS = 4
 """Chunks of scored logits that are alive at once."""
 DRAW_CHUNKS = 2.5
 """Chunks of drawn logits that are alive at once: in the model's dtype, in float32, and their sum or a set's masses."""
+OPENINGS = 512
+"""Beginnings of texts that a run for a rate draws."""
 SEQUENCES = 64
 """Texts in a batch of the sequence-level phase."""
 
@@ -98,7 +100,8 @@ def predict_phases(
     if course.texts:
         found.append(Phase("R before", sampler.peak(course.texts, PROMPT + course.new)))
     if course.rate:
-        found.append(Phase("calibration", sampler.peak(2 * TEXTS, OPENING + LENGTH)))
+        drawn = sampler.peak(OPENINGS, OPENING), sampler.peak(TEXTS, OPENING + LENGTH)
+        found.append(Phase("calibration", max(drawn)))
     if course.steps:
         found.append(Phase("training", training))
     if texts_step is not None:
