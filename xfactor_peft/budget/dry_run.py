@@ -23,9 +23,14 @@ from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
+from ..lowmem.checkpoint_files import PIECE_BYTES
 from ..lowmem.peft_parts import unwrapped
+from ..lowmem.quantized import QuantizedLinear
 from ..lowmem.streaming import replace_linears
 from ..options import LoraOptions
+
+QUANTISING = {"int8": 5, "nf4": 17}
+"""Bytes a weight, of one layer as it is stored in float32 and on its way to codes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class StepMemory:
         block_input: bytes of one block's input, which a recomputed block keeps.
         vocab_size: V.
         width: D.
+        largest: bytes that reading the largest layer takes, and quantising it.
     """
 
     weights: int
@@ -71,6 +77,7 @@ class StepMemory:
     block_input: int
     vocab_size: int
     width: int
+    largest: int = PIECE_BYTES
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -136,7 +143,14 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
         block_input=block_input,
         vocab_size=head.weight.shape[0],
         width=head.weight.shape[1],
+        largest=PIECE_BYTES if shape.quantization is None else QUANTISING[shape.quantization] * _widest(base),
     )
+
+
+def _widest(base: PreTrainedModel) -> int:
+    """Weights of the largest quantised layer."""
+    layers = (m for m in base.modules() if isinstance(m, QuantizedLinear))
+    return max((m.in_features * m.out_features for m in layers), default=0)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

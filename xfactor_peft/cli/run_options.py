@@ -103,7 +103,9 @@ def plan_run(
     """
     from ..base.loading import pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
+    from ..budget.phases import Course
     from ..budget.plan import make_plan
+    from ..objective.targets import TiltedTarget
 
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
@@ -120,7 +122,10 @@ def plan_run(
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
     )
-    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time)
+    course = Course.of(recipe, rate=target_kind(flags) is TiltedTarget)
+    return make_plan(
+        choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time, course=course
+    )
 
 
 def parse_size(text: str) -> int:
