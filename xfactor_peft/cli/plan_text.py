@@ -15,7 +15,7 @@ _PARTS = {
     "weights": "weights of the base",
     "trained": "trained weights, gradients, Adam",
     "saved": "activations saved for backward",
-    "workspace": "workspace",
+    "workspace": "workspace of training",
 }
 
 
@@ -24,14 +24,15 @@ def print_plan(plan: Plan) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    for name, label in _PARTS.items():
+    trains = not plan.phases or "training" in {phase.name for phase in plan.phases}
+    for name, label in _PARTS.items() if trains else ():
         if getattr(plan.memory, name):
             table.add_row(label, mib(getattr(plan.memory, name)))
     for phase in plan.phases or (plan.highest,):
         highest = phase.name == plan.highest.name
         table.add_row(f"peak: {phase.name}", mib(phase.total), style="bold" if highest else None)
     console.print(table)
-    console.print(f"predicted peak: {mib(plan.total)}, {plan.highest.name}", style="bold")
+    console.print(f"predicted peak {mib(plan.total)}, {plan.highest.name}", style="bold")
     if plan.recomputed:
         console.print(f"checkpointing: {plan.recomputed} of {plan.blocks} blocks are recomputed in backward")
     if plan.seconds is not None:
