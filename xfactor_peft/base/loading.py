@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
+from ..lowmem.attention import use_short_attention
 from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
+from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
 from ..options import LoadOptions
-from .claims import check_architecture, check_claims, check_vocabulary
+from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
+from .vocabulary import Vocabulary, read_vocabulary, reason
 
+quiet_bitsandbytes()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 BATCH_NATS = 0.01
@@ -108,27 +112,24 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base:
-    """Load the model and its tokenizer.
+def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
+    """Load the model and its tokenizer, unless `vocabulary` holds that already.
 
     Raises:
         XFactorError: the files are not a causal language model that transformers can load, or the
             device or the quantisation is not available; or the checkpoint is quantised already.
     """
-    check_claims(choice.folder, choice.name)
-    check_architecture(_config(choice), choice.name)
+    tokenizer = (vocabulary or read_vocabulary(choice)).tokenizer
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {error}") from error
     backend = quantized_by(options, device)
     stored = torch.float32 if options.master_weights else DTYPES[dtype]
     model = _load_model(choice, stored, device, options.quantization, backend)
     check_vocabulary(tokenizer, model, choice.name)
     model.requires_grad_(False).eval()
     switch_off_dropout(model)
+    if device.type == "cpu":
+        use_short_attention(model)
     quantized = quantized_layers(model)
     if backend and not quantized:
         raise XFactorError(
@@ -150,14 +151,6 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions()) -> Base
         backend=backend,
         load_peak=load_peak,
     )
-
-
-def _config(choice: ModelChoice) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
 
 
 def _check_calls(model: PreTrainedModel) -> None:
@@ -207,9 +200,10 @@ def _load_model(
             model = quantize_linears(model, quantization)
             return model.to(device)  # type: ignore[arg-type]  # mypy does not bind self in functools.wraps
         return trainable_4bit(from_pretrained(choice.folder, dtype, device, bitsandbytes_config(quantization, dtype)))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a library makes of files that are not ours
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason(error)}") from error
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:
@@ -221,5 +215,6 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and ("dropout" in name or name.endswith("pdrop")):
                 setattr(module, name, 0.0)

@@ -27,6 +27,14 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
     return dict(Counter(type(module).__name__ for module in model.modules() if type(module) in types))
 
 
+def numbers(model: torch.nn.Module) -> int:
+    """How many numbers the weights of a model stand for: a 4-bit layer holds two of them in one byte."""
+    types = tuple(quantized_types())
+    layers = [cast(torch.nn.Linear, layer) for layer in model.modules() if isinstance(layer, types)]
+    packed = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
 def unquantized_weights(model: torch.nn.Module) -> dict[str, int]:
     """The blocks' weights that stay as they are beside quantised layers, e.g. {"mlp.experts.down_proj": 24}."""
     names = other_weights(model, tuple(quantized_types()))

@@ -179,7 +179,10 @@ def _checked(folder: Path, name: str) -> Path:
     index = folder / "model.safetensors.index.json"
     shards = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        shards = [folder / shard for shard in set(json.loads(index.read_text())["weight_map"].values())]
+        try:
+            shards = [folder / str(shard) for shard in set(json.loads(index.read_text())["weight_map"].values())]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise XFactorError(f"{name}: {index} is not an index of weight files; fetch it again") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:
         what = f"{missing[0]} is missing" if missing else "no *.safetensors file"

@@ -59,7 +59,9 @@ def split(model: PreTrainedModel) -> SplitModel:
         raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
     split_model = SplitModel(model)
     device = split_model.weight.device
-    ids = torch.arange(8, device=device).remainder(split_model.weight.shape[0])[None]
+    rows = split_model.weight.shape[0]
+    # not the first ones, which are special tokens: their states are large and pass rounding on many times over
+    ids = torch.arange(rows // 2, rows // 2 + 8, device=device).remainder(rows)[None]
     was_training = model.training
     model.eval()
     with torch.no_grad():

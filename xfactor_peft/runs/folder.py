@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import RECORD
-from ..adapters.output import prepare_output, publish, staging_of
+from ..adapters.output import check_replaceable, prepare_output, publish, staging_of
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
 from ..checkpoint.state import Step, steps_of
 from ..errors import XFactorError
 from ..training.train import TrainResult
-from .save_result import save_result
+from .save_result import complete_record, save_result
 
 METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
 _VOLATILE = ("why", "name")
@@ -36,6 +36,7 @@ class RunFolder:
 
     Attributes:
         start: the checkpoint to resume from, None for a run from its first step.
+        record: what was written with the adapter, once it is.
     """
 
     output: Path
@@ -43,6 +44,7 @@ class RunFolder:
     header: dict[str, Any]
     checkpoints: Checkpoints
     start: Checkpoint | None = None
+    record: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -54,11 +56,7 @@ class RunFolder:
         found = checkpoints.latest()
         if resume:
             return cls(output, path, _checked_header(output, path, header), checkpoints, found)
-        if found and not force:
-            raise XFactorError(
-                f"an interrupted run is in {path}, at step {found.step}; resume it with `resume=True`, "
-                "or start again with `force=True`"
-            )
+        check_output(output, force=force)
         path = prepare_output(output, force=force)
         run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
         try:
@@ -86,20 +84,33 @@ class RunFolder:
 
             yield write
 
-    def finish(self, result: TrainResult) -> dict[str, Any]:
-        """Save the result and give the folder its name; returns the record."""
-        try:
-            record = save_result(result, self.path, self.output.name)
+    def publish(self, result: TrainResult) -> None:
+        """Save the trained adapter and give the folder its name; only scores are missing from its record."""
+        with self._writing(f"what there is stays in {self.path}"):
+            self.record = save_result(result, self.path, self.output.name)
             publish(self.path, self.output)
+            _tidy(self.output)
+
+    def complete(self, result: TrainResult) -> dict[str, Any]:
+        """Put what was measured after `publish` into the record; returns it."""
+        assert self.record is not None  # published
+        with self._writing("the adapter itself is whole"):
+            return complete_record(result, self.output, self.record)
+
+    @contextmanager
+    def _writing(self, left: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise XFactorError(
-                f"{self.output} cannot be written ({error.strerror}); what there is stays in {self.path}"
-            ) from error
-        _tidy(self.output)
-        return record
+            raise XFactorError(f"{self.output} cannot be written ({error.strerror}); {left}") from error
 
     def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
+        if self.record is not None:
+            return Interrupted(
+                f"stopped; the adapter is trained and whole in {self.output}, only scores are missing from its record",
+                stopped.status - 128,
+            )
         saved = self.checkpoints.saved
         if saved is None:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -111,8 +122,20 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step."""
         with suppress(OSError):
-            if self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
+            if self.record is None and self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
                 shutil.rmtree(self.path)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raises XFactorError where a new run could not be written: before anything is loaded."""
+    path = staging_of(output)
+    found = Checkpoints(path / CHECKPOINTS).latest()
+    if found and not force:
+        raise XFactorError(
+            f"an interrupted run is in {path}, at step {found.step}; resume it with `resume=True`, "
+            "or start again with `force=True`"
+        )
+    check_replaceable(output, force=force)
 
 
 def interrupted_settings(output: Path) -> dict[str, Any]:

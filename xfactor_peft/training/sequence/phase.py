@@ -43,8 +43,11 @@ class Sequence:
                 checkpointer.after_step(state, last=len(made) == steps, every=1)
         self._keep_the_better(trainer, state)
 
-    def report(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.report(scores)
+    def report(self) -> RateReport:
+        return self._rate.report()
+
+    def measured(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.measured(scores)
 
     def _trainer(self) -> SequenceTrainer:
         rate, train, members = self._rate, self._rate.run.recipe.train, self._rate.samples.members
