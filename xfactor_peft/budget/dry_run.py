@@ -19,12 +19,14 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..base.claims import check_architecture, check_claims
+from ..base.gguf_config import config_of
+from ..base.gguf_tokenizer import open_gguf
 from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
 from ..lowmem.peft_parts import unwrapped
-from ..lowmem.streaming import replace_linears
+from ..lowmem.streaming import QUANTIZED, replace_linears
 from ..options import LoraOptions
 
 
@@ -74,12 +76,14 @@ class StepMemory:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a model folder.
+    """The configuration in a model folder or a GGUF file.
 
     Raises:
         XFactorError: there is none that transformers knows, or it is that of a quantised checkpoint or of a model
             without attention.
     """
+    if folder.suffix == ".gguf":
+        return config_of(open_gguf(folder))
     check_claims(folder, str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -97,7 +101,7 @@ def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedMode
     stored = torch.float32 if shape.method == "full" else DTYPES[shape.dtype]
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored)
-    if shape.quantization is not None:
+    if shape.quantization in QUANTIZED:
         replace_linears(model, shape.quantization)
     model.requires_grad_(False)
     switch_off_dropout(model)

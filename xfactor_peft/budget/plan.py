@@ -48,7 +48,7 @@ class Plan:
 
 
 def make_plan(
-    folder: Path,
+    source: Path,
     shape: Shape,
     options: MemoryOptions = MemoryOptions(),
     *,
@@ -56,7 +56,7 @@ def make_plan(
     device: torch.device = torch.device("cpu"),
     time: bool = True,
 ) -> Plan:
-    """Predict a run on the model in `folder`, of which only the configuration is read.
+    """Predict a run on the model in a folder or a GGUF file, of which only the configuration is read.
 
     Args:
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
@@ -64,16 +64,18 @@ def make_plan(
     Raises:
         XFactorError: the configuration cannot be planned with.
     """
-    config = read_config(folder)
+    config = read_config(source)
     check_length(config, shape.length)
     step = measure_step(config, shape)
+    if shape.quantization == "gguf":
+        step = replace(step, weights=source.stat().st_size)
     baseline = resident() if device.type == "cpu" else 0
     budget = options.budget or baseline + free_memory(device)
     count = chosen_blocks(step, shape, options, budget, baseline=baseline)
     memory = predict(step, shape, count, baseline=baseline)
     advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, baseline))
     seconds = None
-    if time and device.type == "cpu" and not shape.teacher:
+    if time and device.type == "cpu" and not shape.teacher and shape.quantization != "gguf":
         seconds = probe(config, shape, recompute=count > 0).step(len(step.blocks), count, grad_accum)
     return Plan(memory, budget, count, len(step.blocks), seconds, advice)
 

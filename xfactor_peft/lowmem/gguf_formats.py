@@ -45,7 +45,9 @@ class Format:
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row; raises ValueError where it is not of whole blocks."""
         if columns % self.weights:
-            raise ValueError(f"rows of {columns} weights are not whole blocks of {self.name}, which holds {self.weights}")
+            raise ValueError(
+                f"rows of {columns} weights are not whole blocks of {self.name}, which holds {self.weights}"
+            )
         return columns // self.weights * self.size
 
     def unpack_into(self, out: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
