@@ -175,10 +175,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(source, fields, leave_out, m
 
 def test_quantising_again_and_full_fine_tuning_are_refused(source):
     choice = resolve_model(str(source[1]))
-    with pytest.raises(XFactorError, match="quantised already.*quantization=int8"):
+    with pytest.raises(XFactorError, match=r"quantised already.*quantization=int8"):
         load_base(choice, LoadOptions("fp32", quantization="int8"))
     with pytest.raises(XFactorError, match="method=lora"):
         load_base(choice, LoadOptions("fp32", master_weights=True))
+
+
+def refusal(path):
+    try:
+        load(path)
+    except XFactorError as error:
+        return str(error)
+    return None
 
 
 def test_damaged_files_end_in_one_line(source, tmp_path):
@@ -197,9 +205,7 @@ def test_damaged_files_end_in_one_line(source, tmp_path):
         else:
             changed[place] ^= 1 << number % 8
         path.write_bytes(changed)
-        try:
-            load(path)
-        except XFactorError as error:
-            refused += 1
-            assert "\n" not in str(error)
+        line = refusal(path)
+        refused += line is not None
+        assert line is None or "\n" not in line
     assert refused > 20

@@ -1,4 +1,4 @@
-"""A model from a GGUF file: matrices stay packed and mapped, vectors become tensors; every tensor is used or refused."""
+"""A model from a GGUF file: matrices stay packed and mapped; every tensor is used or refused."""
 
 from __future__ import annotations
 

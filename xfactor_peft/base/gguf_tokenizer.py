@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: byte-level BPE with its way to split text, control and added tokens, and chat template."""
+"""The tokenizer in a GGUF file: byte-level BPE, its way to split text, control and added tokens, chat template."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The number formats of GGUF files, unpacked by torch operations on many blocks at a time.
 
-A row of a matrix is whole blocks of 32 or 256 weights; in every format w = s_g q - m_g, with small whole numbers q and a
-scale s_g (and a minimum m_g, or none) for each group of 16 or 32 weights. The layouts are those of llama.cpp's
+A row of a matrix is whole blocks of 32 or 256 weights; in every format w = s_g q - m_g, with small whole numbers q and
+a scale s_g (and a minimum m_g, or none) for each group of 16 or 32 weights. The layouts are those of llama.cpp's
 ggml-common.h; the eager twin in the tests is `gguf.quants.dequantize`.
 """
 
@@ -61,7 +61,8 @@ class Format:
         return out
 
     def _unpack(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        assert self.codes is not None and self.scales is not None
+        assert self.codes is not None  # plain numbers are not unpacked
+        assert self.scales is not None
         scale, minimum = self.scales(blocks)
         codes = scratch("gguf codes", out.shape, torch.int8, out.device)
         self.codes(blocks, codes.view(torch.uint8))
