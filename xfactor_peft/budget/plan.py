@@ -102,6 +102,8 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions) -> int:
         return options.checkpointing
     try:
         step = measure_step(base.model.config, shape)
+        if shape.quantization == "gguf":
+            step = replace(step, weights=sum(p.numel() * p.element_size() for p in base.model.parameters()))
     except XFactorError:
         if options.checkpointing == "auto" and options.budget is None:
             return 0
