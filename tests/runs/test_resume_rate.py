@@ -185,11 +185,11 @@ def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, whole, tmp_path, monkey
 
 @pytest.mark.parametrize("case", ["head", "attention"])
 def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp_path, monkeypatch, case):
-    """The weights of a whole run, and a record that lacks only what was to be measured; nothing is left to resume."""
+    """The weights of a whole run, and a record that lacks what was to be measured, until the run is resumed."""
     expected = whole(case)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
-        with pytest.raises(Interrupted, match=r"the adapter is trained and whole in .*, only scores are missing"):
+        with pytest.raises(Interrupted, match=r"the adapter is whole in .*; resume with"):
             run(load_tiny(), tmp_path / "a", **CASES[case])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert weights(tmp_path / "a") == weights(expected)
@@ -197,6 +197,9 @@ def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp
     assert (record["after"], record["before"] is None) == (None, False)
     assert report(tmp_path / "a") == report(expected)  # neither has a dial
     read_adapter(tmp_path / "a")
+    run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert_same(tmp_path / "a", expected)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in expected.iterdir()}
     with pytest.raises(XFactorError, match="the run is finished"):
         interrupted_settings(tmp_path / "a")
 

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import Any
 
+from ..tokens.printable import counted
 from ..tokens.rule import Rule
 
 
@@ -55,7 +56,7 @@ def _trained(record: dict[str, Any]) -> list[str]:
 def steps_made(record: dict[str, Any]) -> str:
     """The steps that were made, of those that were allowed: "0 of 300 steps" where the set head is the tilt already."""
     allowed, made = record["train"]["steps"], record.get("steps_made")
-    return f"{allowed} steps" if made in (None, allowed) else f"{made} of {allowed} steps"
+    return counted(allowed, "step") if made in (None, allowed) else f"{made} of {counted(allowed, 'step')}"
 
 
 def _scores(record: dict[str, Any]) -> list[str]:

@@ -136,6 +136,7 @@ def in_words(error: BaseException) -> str:
     while cause := error.__cause__ or error.__context__:
         error = cause
     text = (str(error) or type(error).__name__).strip().split("\n")[0]
+    text = re.sub(r"^\[Errno -?\d+\] ", "", text)
     return shorten(without_secrets(text), 300, placeholder=" …").rstrip(".:,; ")
 
 

@@ -25,9 +25,14 @@ from ..base.loading import DTYPES, switch_off_dropout
 from ..errors import XFactorError
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
+from ..lowmem.checkpoint_files import PIECE_BYTES
 from ..lowmem.peft_parts import unwrapped
+from ..lowmem.quantized import QuantizedLinear
 from ..lowmem.streaming import QUANTIZED, replace_linears
 from ..options import LoraOptions
+
+QUANTISING = {"int8": 5, "nf4": 17}
+"""Bytes a weight, of one layer as it is stored in float32 and on its way to codes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Shape:
         method: "lora" or "full".
         sets: rank of the set head, 0 without one.
         teacher: a step holds the base's states beside the model's (a rate, or `kl_to_base`).
+        packed: bytes of a GGUF file's weights, which stay as they are; 0 for other models.
     """
 
     dtype: str
@@ -50,6 +56,7 @@ class Shape:
     lora: LoraOptions
     sets: int = 0
     teacher: bool = False
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class StepMemory:
         block_input: bytes of one block's input, which a recomputed block keeps.
         vocab_size: V.
         width: D.
+        largest: bytes that reading the largest layer takes, and quantising it.
     """
 
     weights: int
@@ -73,6 +81,7 @@ class StepMemory:
     block_input: int
     vocab_size: int
     width: int
+    largest: int = PIECE_BYTES
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -133,14 +142,21 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
     tensors = {t.untyped_storage()._cdata: t for n, t in _base_tensors(base)}
     head = base.get_output_embeddings()
     return StepMemory(
-        weights=sum(t.numel() * t.element_size() for t in tensors.values()),
+        weights=shape.packed or sum(t.numel() * t.element_size() for t in tensors.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         blocks=tuple(saved[i] for i in range(blocks)),
         rest=saved[None],
         block_input=block_input,
         vocab_size=head.weight.shape[0],
         width=head.weight.shape[1],
+        largest=PIECE_BYTES if shape.quantization not in QUANTISING else QUANTISING[shape.quantization] * _widest(base),
     )
+
+
+def _widest(base: PreTrainedModel) -> int:
+    """Weights of the largest quantised layer."""
+    layers = (m for m in base.modules() if isinstance(m, QuantizedLinear))
+    return max((m.in_features * m.out_features for m in layers), default=0)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

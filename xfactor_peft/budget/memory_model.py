@@ -8,7 +8,8 @@ value is among the weights already). A recomputed block keeps its input alone, a
     saved = rest + sum over the last blocks of what they save + k block_input + (one block, if k > 0)
 
 `workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
-way through a block. On a CPU `baseline` is what the process holds before it loads anything.
+way through a block. They add up although they are not alive at once: what a step saves later lies in the holes that an
+earlier one left, so a chunk finds no room there the next time. On a CPU `baseline` is what the process holds before it loads anything.
 """
 
 from __future__ import annotations
@@ -62,17 +63,21 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -
 
 def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
-    size = 4 if shape.dtype == "fp32" else 2
-    wide = 4 * step.width
     loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
-    block = BLOCK_TENSORS * positions * wide * size
+    block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
-    return int(max(loss, block)) + _scratch(step, shape, positions * wide)
+    return int(loss + block) + scratch_bytes(step, shape)
 
 
-def _scratch(step: StepMemory, shape: Shape, outputs: int) -> int:
+def block_workspace(step: StepMemory, shape: Shape) -> int:
+    """Tensors that come and go in one block."""
+    return BLOCK_TENSORS * shape.batch * shape.length * 4 * step.width * (4 if shape.dtype == "fp32" else 2)
+
+
+def scratch_bytes(step: StepMemory, shape: Shape) -> int:
     """Buffers that quantised layers share: float32 and int32 products with int8 codes, or one dequantised weight."""
+    outputs = shape.batch * shape.length * 4 * step.width
     if shape.quantization == "int8":
         piece = min(PRODUCT_BYTES, 4 * outputs)
         return 3 * piece + piece // 4

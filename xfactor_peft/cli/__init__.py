@@ -15,6 +15,8 @@ from click.shell_completion import CompletionItem
 
 from .help import explained, write_examples
 
+from ..lowmem.imports import put_off_compiler
+
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
     "plan": "Predict memory and time of a training run before anything is loaded.",
@@ -45,6 +47,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
+        if name in ("train", "plan"):
+            put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it
         return module.command

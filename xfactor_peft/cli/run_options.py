@@ -103,7 +103,9 @@ def plan_run(
     """
     from ..base.loading import check_gguf_options, pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
+    from ..budget.phases import Course
     from ..budget.plan import make_plan
+    from ..objective.targets import TiltedTarget
 
     if choice.gguf:
         check_gguf_options(load, choice.name)
@@ -121,9 +123,17 @@ def plan_run(
         lora=lora,
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
+        packed=choice.gguf.stat().st_size if choice.gguf else 0,
     )
+    course = Course.of(recipe, rate=target_kind(flags) is TiltedTarget)
     return make_plan(
-        choice.gguf or choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time
+        choice.gguf or choice.folder,
+        shape,
+        recipe.memory,
+        grad_accum=train.grad_accum,
+        device=device,
+        time=time,
+        course=course,
     )
 
 

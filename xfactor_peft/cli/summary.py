@@ -13,6 +13,7 @@ from ..objective.targets import Target
 from ..options import Recipe
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
+from ..tokens.printable import counted
 from ..tokens.rule import Rule
 from ..training.rate import RateReport
 from ..training.rate_head import HeadReport
@@ -53,14 +54,9 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
         console.print(f"no training steps: the set head is solved, and calibrated on samples, seed {options.seed}")
         return
     console.print(
-        f"train: {options.method}, {count(options.steps, 'step')} of {options.batch_size} x {options.seq_len} "
+        f"train: {options.method}, {counted(options.steps, 'step')} of {options.batch_size} x {options.seq_len} "
         f"{contexts}, {options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
     )
-
-
-def count(number: int, what: str) -> str:
-    """ "1 step", "2 steps"."""
-    return f"{number} {what}" + "s" * (number != 1)
 
 
 def rate_text(scores: Evaluation) -> str:
@@ -77,8 +73,9 @@ def decoding_text(decoding: dict[str, Any]) -> str:
     parts = [f"temperature {decoding['temperature']:g}"]
     parts.append(f"top-k {decoding['top_k']}" if decoding["top_k"] else "no top-k")
     parts.append(f"top-p {decoding['top_p']:g}" if decoding["top_p"] < 1 else "no top-p")
-    samples = decoding["prompts"] * decoding["repeats"]
-    return f"{', '.join(parts)}; {samples} samples of {decoding['max_new_tokens']} tokens, special tokens banned"
+    samples = counted(decoding["prompts"] * decoding["repeats"], "sample")
+    tokens = counted(decoding["max_new_tokens"], "token")
+    return f"{', '.join(parts)}; {samples} of {tokens}, special tokens banned"
 
 
 def print_scores(columns: dict[str, Evaluation]) -> None:
@@ -114,7 +111,7 @@ def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> 
     console.print(f"trainable parameters {result.parameters:,} ({100 * share:.3g} %)")
     if steps:
         pace = sorted(step.seconds for step in steps)[len(steps) // 2]
-        console.print(f"time {result.seconds:.1f} s for {count(len(steps), 'step')} (median {pace:.3f} s)")
+        console.print(f"time {result.seconds:.1f} s for {counted(len(steps), 'step')} (median {pace:.3f} s)")
     print_measured(result)
     console.print(f"saved to {output}")
 

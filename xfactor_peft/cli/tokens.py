@@ -74,11 +74,14 @@ def _measure(base: Base, tokens: TokenSet, flags: dict[str, Any]) -> dict[str, A
     """Print the model's own mass on the set; returns the scores' record."""
     from ..base.split_model import split
     from ..options import EvalOptions
+    from ..progress import phase
     from ..sampling.metrics import evaluate
+    from .progress import TrainingProgress
     from .summary import decoding_text, rate_text
 
     options = EvalOptions(sampling=sampling(flags))
-    scores = evaluate(split(base.model), base.tokenizer, tokens, options)
+    with TrainingProgress(0), phase("measuring R"):
+        scores = evaluate(split(base.model), base.tokenizer, tokens, options)
     console.print(f"the model's own mass on the set {scores.set_mass:.6f}, R {rate_text(scores)}")
     console.print(f"over samples: {decoding_text(scores.decoding)}", style="dim")
     return scores.record()

@@ -2,12 +2,13 @@
 
 settings.json      what the caller wants to find again
 metrics.jsonl      a line with the model, the token set and the settings, then a line a step
-checkpoints/       see `checkpoints`; gone when the run is published
+checkpoints/       see `checkpoints`; gone, like the first, when the record is complete
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,10 +53,10 @@ class RunFolder:
     ) -> RunFolder:
         """A new folder, or with `resume` the one that is there; raises XFactorError where that cannot be."""
         path = staging_of(output)
-        checkpoints = Checkpoints(path / CHECKPOINTS)
-        found = checkpoints.latest()
         if resume:
-            return cls(output, path, _checked_header(output, path, header), checkpoints, found)
+            _withdraw(output)
+            checkpoints = Checkpoints(path / CHECKPOINTS)
+            return cls(output, path, _checked_header(output, path, header), checkpoints, checkpoints.latest())
         check_output(output, force=force)
         path = prepare_output(output, force=force)
         run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
@@ -85,17 +86,21 @@ class RunFolder:
             yield write
 
     def publish(self, result: TrainResult) -> None:
-        """Save the trained adapter and give the folder its name; only scores are missing from its record."""
+        """Save the trained adapter and give the folder its name; only scores are missing from its record.
+
+        What a run resumes with stays until `complete`.
+        """
         with self._writing(f"what there is stays in {self.path}"):
             self.record = save_result(result, self.path, self.output.name)
             publish(self.path, self.output)
-            _tidy(self.output)
 
     def complete(self, result: TrainResult) -> dict[str, Any]:
         """Put what was measured after `publish` into the record; returns it."""
         assert self.record is not None  # published
         with self._writing("the adapter itself is whole"):
-            return complete_record(result, self.output, self.record)
+            record = complete_record(result, self.output, self.record)
+        _tidy(self.output)
+        return record
 
     @contextmanager
     def _writing(self, left: str) -> Iterator[None]:
@@ -108,7 +113,7 @@ class RunFolder:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
         if self.record is not None:
             return Interrupted(
-                f"stopped; the adapter is trained and whole in {self.output}, only scores are missing from its record",
+                f"stopped; the adapter is whole in {self.output}, its scores are not; resume with `resume=True`",
                 stopped.status - 128,
             )
         saved = self.checkpoints.saved
@@ -145,10 +150,11 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
         XFactorError: there is no interrupted run at `output`.
     """
     path = staging_of(output)
+    _withdraw(output)
     if not (path / SETTINGS).is_file():
         if not (output / RECORD).is_file():
             raise XFactorError(f"{output} cannot be resumed: there is no interrupted run")
-        _tidy(output)  # the run may have been killed just before it did so itself
+        _tidy(output)  # the run may have been killed while it did so itself
         raise XFactorError(f"{output} cannot be resumed: the run is finished, there is nothing to resume")
     try:
         value = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
@@ -159,10 +165,16 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
     return value
 
 
+def _withdraw(output: Path) -> None:
+    """Give a published folder whose scores were not measured its hidden name again, so that the run can go on."""
+    if (output / SETTINGS).is_file() and (output / METRICS).is_file() and not staging_of(output).exists():
+        os.replace(output, staging_of(output))
+
+
 def _tidy(output: Path) -> None:
     """Remove what a finished run no longer needs."""
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     (output / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
 
 
 def _checked_header(output: Path, path: Path, header: dict[str, Any]) -> dict[str, Any]:

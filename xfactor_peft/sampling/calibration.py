@@ -11,10 +11,11 @@ import torch
 from ..objective.tilt import MAX_STRENGTH, Atoms, solve_rate, solve_rates
 from .reweighting import Estimate, TiltedSamples, log_odds
 
-ROUNDS = (32, 64, 128, 128, 128, 128, 128)
+ROUNDS = (32, 64, 64, 64, 96, 128, 128, 192)
 """Texts of each round in which a tilt is calibrated, at most."""
-TIGHT = 0.02
-"""Standard error of the log-odds of a rate at which they end: a fiftieth of a small rate."""
+TIGHT = 0.05
+"""Standard error of the log-odds of a rate at which they end: a twentieth of a small rate. After other prompts than
+the openings that are calibrated on, a rate differs by more."""
 LEAST_TEXTS = 12
 """Effective texts below which a tilt is too far from those that were sampled to be weighed."""
 

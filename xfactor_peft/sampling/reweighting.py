@@ -50,11 +50,6 @@ class TiltedSamples:
         self._base: list[torch.Tensor] = []
         self._atoms: list[torch.Tensor] = []
 
-    @property
-    def texts(self) -> int:
-        """How many there are."""
-        return sum(map(len, self._atoms))
-
     def add(self, strengths: torch.Tensor, masses: torch.Tensor, atoms: torch.Tensor) -> Estimate:
         """Texts sampled at `strengths` (K,): (N, T, P) tilted masses m(c), and the atom of each token, (N, T).
 
@@ -68,7 +63,10 @@ class TiltedSamples:
         return self._estimate(base, strengths, torch.full(atoms.shape, 1 / len(atoms), dtype=torch.float64))
 
     def estimate(self, strengths: torch.Tensor) -> Estimate:
-        """The expected rates of samples at `strengths` (K,), from all texts."""
+        """The expected rates of samples at `strengths` (K,), from all texts; of no text where there are none."""
+        if not self._atoms:
+            unknown = torch.full_like(strengths, torch.nan)
+            return Estimate(unknown, unknown, 0.0)
         base, atoms = torch.cat(self._base), torch.cat(self._atoms)
         target = self._log_weights(base, atoms, strengths)
         sizes = torch.tensor([len(part) for part in self._atoms], dtype=torch.float64).log()

@@ -199,7 +199,8 @@ class Distil:
 
     def _strengthen(self) -> None:
         rate = self._rate
-        measured = rate.samples.rates()
+        with phase("measuring R so far"):
+            measured = rate.samples.rates()
         before = self._module.strengths.double().cpu()
         rate.calibration.append({"offset": before.tolist(), "rates": measured.tolist()})
         rate.strengths = RateController(rate.wanted, before, gain=1.0, proportional=0.0, limit=1.5).update(measured)

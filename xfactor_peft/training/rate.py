@@ -26,6 +26,7 @@ from .sequence.trainer import SequenceStep
 SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
 """Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
+SAMPLED_SCALES = (1.0, 0.0, 1.25, 0.5)
 HEAD_SCALES = (0.5, 1.25)
 """The same for a head that looks, of which 0 and 1 are known and between which log-odds are nearly a line."""
 DIAL_TEXTS = 24
@@ -135,7 +136,8 @@ class RateRun:
 
         def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())
-            return self.samples.rates(index=index)
+            with phase(f"calibrating the set head, round {index + 1}"):
+                return self.samples.rates(index=index)
 
         offset, rounds = calibrate(measure, head.offset.detach().double().cpu(), self.wanted)
         head.shift(offset.to(head.offset) - head.offset.detach())
@@ -190,12 +192,24 @@ class RateRun:
     def _dial(self) -> list[tuple[float, float]]:
         """Expected R of the first goal at several scales of the adapter.
 
-        Where the adapter is a tilt, a scale is sampled only if the texts that there are, weighed, say too little of it.
+        For a tilt, texts that there are say it, weighed; where they say too little, one of `SAMPLED_SCALES` is sampled,
+        and another left out, as log-odds between two points of the dial are nearly a line.
         """
         if self.fitted is not None:
             return sorted([*self.fitted.dial, *((s, self._sampled(s, n)) for n, s in enumerate(HEAD_SCALES))])
-        measure = self._weighed if self._is_tilt() else self._sampled
-        return [(scale, measure(scale, number)) for number, scale in enumerate(DIAL_SCALES)]
+        if not self._is_tilt():
+            return [(scale, self._sampled(scale, number)) for number, scale in enumerate(DIAL_SCALES)]
+        for number, scale in enumerate(SAMPLED_SCALES):
+            strengths = self._tempered(scale)
+            if not self.tilted.texts or self.tilted.estimate(strengths).texts < DIAL_TEXTS:
+                with self.run.base_only(), phase(f"measuring R at scale {scale:g}"):
+                    self.tilted_texts(strengths, 2 * DIAL_TEXTS, 100 + number)
+        found = [(scale, self.tilted.estimate(self._tempered(scale))) for scale in DIAL_SCALES]
+        return [(scale, float(point.rates[0])) for scale, point in found if point.texts >= DIAL_TEXTS]
+
+    def _tempered(self, scale: float) -> torch.Tensor:
+        """lambda at a scale, as a bias of logits that decoding divides by its temperature."""
+        return scale * self.strengths / self.samples.rate.temperature
 
     def _sampled(self, scale: float, number: int) -> float:
         _set_scale(self.run.model, scale)
@@ -203,15 +217,6 @@ class RateRun:
             masses, _ = self.samples.texts(None, TEXTS // 3, number)
         _set_scale(self.run.model, 1.0)
         return float((masses.double().mean((0, 1)) @ self.samples.atoms.patterns)[0])
-
-    def _weighed(self, scale: float, number: int) -> float:
-        strengths = scale * self.strengths / self.samples.rate.temperature
-        found = self.tilted.estimate(strengths) if self.tilted.texts else None
-        if found is None or found.texts < DIAL_TEXTS:
-            with self.run.base_only(), phase(f"measuring R at scale {scale:g}"):
-                self.tilted_texts(strengths, 2 * DIAL_TEXTS, 100 + number)
-            found = self.tilted.estimate(strengths)
-        return float(found.rates[0])
 
 
 def _set_scale(model: torch.nn.Module, scale: float, adapter: str = "default") -> None:

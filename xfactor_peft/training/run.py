@@ -16,6 +16,7 @@ from ..base.split_model import SplitModel, split
 from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
+from ..budget.phases import SAMPLING_BYTES
 from ..budget.plan import recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
@@ -30,9 +31,6 @@ from ..sampling.metrics import Evaluation, evaluate
 from ..sampling.sampler import CACHE_BYTES
 from .parallel import check_processes
 from .sharding import check_shards
-
-SAMPLING_BYTES = 48 * 2**20
-"""What sampling and scoring take beside the model and the cache: logits, activations, compiled kernels."""
 
 
 @dataclass(frozen=True)
@@ -174,4 +172,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
     return Shape(
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
+        packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
     )  # fmt: skip

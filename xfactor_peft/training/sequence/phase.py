@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...checkpoint.state import Step
+from ...progress import phase
 from ...sampling.metrics import Evaluation
 from ..loop import plateau
 from ..rate import SEQUENCE, RateReport, RateRun, SequenceReport
@@ -69,7 +70,8 @@ class Sequence:
             rate.correct_head()
 
         def price() -> float:
-            texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
+            with phase("comparing with the tilt"):
+                texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
             return trainer.price(texts, rate.strengths.to(trainer.rates))
 
         weights, report.kl = state.weights(), price()
