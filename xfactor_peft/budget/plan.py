@@ -73,7 +73,7 @@ def make_plan(
     course: Course = Course(),
     baseline: int | None = None,
 ) -> Plan:
-    """Predict a run on the model in `folder`, or in the GGUF file of that name, of which only the configuration is read.
+    """Predict a run on the model in `folder`, or a GGUF file, of which only the configuration is read.
 
     Args:
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.

@@ -13,9 +13,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from .help import explained, write_examples
-
 from ..lowmem.imports import put_off_compiler
+from .help import explained, write_examples
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
