@@ -140,9 +140,10 @@ def test_tokens_shows_the_set_and_its_mass(run, tiny_folders):
 
 
 def test_tokens_reads_no_weights_unless_it_measures(run, tiny_folders, tmp_path):
-    """The same set from a folder whose weights are not there, and options that only measuring heeds are refused."""
+    """The same set from a folder whose weights are gone, and options that only measuring heeds are refused."""
     folder = tmp_path / "bare"
-    shutil.copytree(tiny_folders["gpt2"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny_folders["gpt2"], folder)
+    (folder / "model.safetensors").write_bytes(b"")
     whole = run("tokens", "--model", tiny_folders["gpt2"], "--contains", "e", "--measure", "--max-new-tokens", 2).output
     bare = run("tokens", "--model", folder, "--contains", "e").output
     assert bare

@@ -107,6 +107,7 @@ def test_a_tilt_is_calibrated_on_few_texts():
 
 def test_it_ends_when_the_interval_is_tight(monkeypatch):
     wanted, start = torch.tensor([0.2, 0.1]).double(), torch.tensor([1.5, 0.5]).double()
+    monkeypatch.setattr(calibration, "TIGHT", 0.01)
     many = sum(calibrated(wanted, start, 0)[1])
     monkeypatch.setattr(calibration, "TIGHT", 0.2)
     assert sum(calibrated(wanted, start, 0)[1]) < many

@@ -9,7 +9,8 @@ value is among the weights already). A recomputed block keeps its input alone, a
 
 `workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
 way through a block. They add up although they are not alive at once: what a step saves later lies in the holes that an
-earlier one left, so a chunk finds no room there the next time. On a CPU `baseline` is what the process holds before it loads anything.
+earlier one left, so a chunk finds no room there the next time. On a CPU `baseline` is what the process holds before it
+loads anything.
 """
 
 from __future__ import annotations

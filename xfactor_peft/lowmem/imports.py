@@ -44,10 +44,10 @@ def put_off_compiler() -> bool:
         return False
     frame = ModuleType(f"{_COMPILER}.eval_frame")
     frame.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]  # accelerate looks for one
-    marks = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _unchanged)
+    marks: dict[str, Any] = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _unchanged)
     _Later(_COMPILER, ("config",), **marks, graph_break=lambda *_, **__: None, eval_frame=frame)
     failure = type("GuardOnDataDependentSymNode", (RuntimeError,), {})
-    known = {name: _of_plain(name, answer) for name, answer in _ANSWERS.items()}
+    known: dict[str, Any] = {name: _of_plain(name, answer) for name, answer in _ANSWERS.items()}
     _Later(_SHAPES, **known, GuardOnDataDependentSymNode=failure)
     return True
 

@@ -201,7 +201,7 @@ class RateRun:
             return [(scale, self._sampled(scale, number)) for number, scale in enumerate(DIAL_SCALES)]
         for number, scale in enumerate(SAMPLED_SCALES):
             strengths = self._tempered(scale)
-            if not self.tilted.texts or self.tilted.estimate(strengths).texts < DIAL_TEXTS:
+            if self.tilted.estimate(strengths).texts < DIAL_TEXTS:
                 with self.run.base_only(), phase(f"measuring R at scale {scale:g}"):
                     self.tilted_texts(strengths, 2 * DIAL_TEXTS, 100 + number)
         found = [(scale, self.tilted.estimate(self._tempered(scale))) for scale in DIAL_SCALES]
