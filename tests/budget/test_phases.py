@@ -28,11 +28,11 @@ def recipe(target: str = "all", **objective) -> Recipe:
     [
         (Course.of(recipe(), rate=False), ["load", "R before", "training", "R after", "saving"]),
         (Course.of(replace(recipe(), evaluation=None), rate=False), ["load", "training", "saving"]),
-        (Course.of(recipe("head"), rate=True), ["load", "R before", "calibration", "R after", "saving"]),
+        (Course.of(recipe("head"), rate=True), ["load", "R before", "calibration", "R after", "dial", "saving"]),
         (Course.of(recipe("head", early_stop=False), rate=True),
-         ["load", "R before", "calibration", "training", "R after", "saving"]),
+         ["load", "R before", "calibration", "training", "R after", "dial", "saving"]),
         (Course.of(recipe("all,head", sequence_level=True), rate=True),
-         ["load", "R before", "calibration", "planning texts", "R after", "saving"]),
+         ["load", "R before", "calibration", "planning texts", "R after", "dial", "saving"]),
     ],
 )  # fmt: skip
 def test_a_plan_has_the_phases_of_its_command(tiny_folders, course, names):

@@ -30,8 +30,9 @@ LOSS_CHUNKS = {False: 3.5, True: 5.5}
 """Buffers of one chunk of logits that are alive at once: without and with a teacher's beside the student's."""
 BLOCK_TENSORS = 6
 """Tensors of the MLP's width, in the computation's dtype, that one block's backward holds besides what was saved."""
-RUNTIME = 48 * 2**20
-"""Compiled kernels, thread stacks and the allocator's own, which appear with the first step on a CPU."""
+KERNELS = 16 * 2**20
+"""Compiled kernels and code pages that stay: once with the first product on a CPU, and again with every kind of phase,
+whose products have shapes of their own (oneDNN keeps them)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,16 @@ class Prediction:
         return self.baseline + self.weights + self.trained + self.saved + self.workspace
 
 
-def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -> Prediction:
-    """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA."""
+def runtime(kinds: int) -> int:
+    """Bytes that compiled kernels take once `kinds` kinds of phases have computed something on a CPU."""
+    return KERNELS * (1 + kinds)
+
+
+def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, kinds: int = 2) -> Prediction:
+    """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA.
+
+    `kinds` are the kinds of phases so far, this one included; usually R was measured before.
+    """
     blocks = step.blocks[recomputed:]
     again = max(step.blocks[:recomputed], default=0)
     saved = step.rest + sum(blocks) + recomputed * step.block_input + again
@@ -58,7 +67,7 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -
     trained = step.trainable * (12 if full else 16)
     if full and shape.dtype == "bf16":
         trained += 2 * step.trainable  # the bf16 copies that autocast makes and keeps through the step
-    workspace = _workspace(step, shape) + (RUNTIME if baseline else 0)
+    workspace = _workspace(step, shape) + (runtime(kinds) if baseline else 0)
     return Prediction(baseline, step.weights, trained, saved, workspace)
 
 

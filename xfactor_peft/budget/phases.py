@@ -1,13 +1,13 @@
 """Peak memory of every phase of a run; the run's is the highest of them.
 
     load       held + what reading and quantising the largest layer takes
-    sampling   held + runtime + key-value cache + logits and states
+    sampling   held + kernels + key-value cache + states, logits and scores
     training   `memory_model.predict`
     planning   as training, on whole batches of sampled texts
-    saving     held + runtime + trained
+    saving     held + kernels + 2 trained
 
-`held` is the process's own and the weights. Every phase begins with what the ones before it leave: `RUNTIME`, and from
-training on the adapter.
+`held` is the process's own and the weights. Every phase begins with what the ones before it leave: compiled kernels,
+and from training on the adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..sampling.own_samples import LENGTH, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
 from ..sampling.sampler import CACHE_BYTES, LEAST_BYTES
 from .dry_run import Shape, StepMemory
-from .memory_model import RUNTIME, block_workspace, predict, scratch_bytes
+from .memory_model import block_workspace, predict, runtime, scratch_bytes
 
 SAMPLING_BYTES = 48 * 2**20
 """What sampling and scoring take beside the model and the cache: logits, states, activations, scores."""
@@ -51,6 +51,7 @@ class Course:
         rate: openings, contexts and samples of a tilted base are drawn.
         steps: whether there are steps at all; a set head alone has nothing to learn.
         sequences: texts in a batch that is planned as a whole, 0 without that phase.
+        dial: R is measured at several scales in the end.
     """
 
     texts: int = 0
@@ -58,6 +59,7 @@ class Course:
     rate: bool = False
     steps: bool = True
     sequences: int = 0
+    dial: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, *, rate: bool) -> Course:
@@ -67,7 +69,7 @@ class Course:
         head = rate and recipe.lora is not None and recipe.lora.head
         return cls(
             texts, evaluation.sampling.max_new_tokens if evaluation else 0, rate,
-            not (head and objective.early_stop), SEQUENCES if objective.sequence_level else 0,
+            not (head and objective.early_stop), SEQUENCES if objective.sequence_level else 0, rate and objective.dial,
         )  # fmt: skip
 
     def texts_shape(self, shape: Shape) -> Shape:
@@ -93,26 +95,38 @@ def predict_phases(
         limit: bytes of the whole process that the samples' key-value cache stays below; None for those of training.
         texts_step: `measure_step` on the batch of the sequence-level phase, where there is one.
     """
-    held = baseline + step.weights
-    training = predict(step, shape, recomputed, baseline=baseline).total
-    sampler = _Sampler(config, step, shape, held + RUNTIME, limit or training)
+    held, kinds = baseline + step.weights, 0
+    limit = limit or predict(step, shape, recomputed, baseline=baseline).total
     found = [Phase("load", held + step.largest)]
+
+    def sampler(more: int = 0) -> _Sampler:
+        return _Sampler(config, step, shape, held + runtime(kinds) + more, limit)
+
     if course.texts:
-        found.append(Phase("R before", sampler.peak(course.texts, PROMPT + course.new)))
+        kinds += 1
+        found.append(Phase("R before", sampler().peak(course.texts, PROMPT + course.new)))
     if course.rate:
-        drawn = sampler.peak(OPENINGS, OPENING), sampler.peak(TEXTS, OPENING + LENGTH)
+        kinds += 2  # openings and whole texts
+        drawn = sampler().peak(OPENINGS, OPENING), sampler().peak(TEXTS, OPENING + LENGTH)
         found.append(Phase("calibration", max(drawn)))
     if course.steps:
-        found.append(Phase("training", training))
+        kinds += 1
+        total = predict(step, shape, recomputed, baseline=baseline, kinds=kinds).total
+        found.append(Phase("training", total))
     if texts_step is not None:
-        texts = predict(texts_step, course.texts_shape(shape), recomputed, baseline=baseline).total
-        found.append(Phase("planning texts", texts))
+        kinds += 1
+        whole = course.texts_shape(shape)
+        total = predict(texts_step, whole, recomputed, baseline=baseline, kinds=kinds).total
+        found.append(Phase("planning texts", total))
     trained = 4 * step.trainable if shape.method == "lora" else 0
     again = step.weights if shape.method == "full" else 0  # the base, read once more to compare with
     if course.texts:
-        after = replace(sampler, held=sampler.held + trained + again)
+        kinds += 1
+        after = sampler(trained + again)
         found.append(Phase("R after", after.peak(course.texts, PROMPT + course.new, scored_twice=True)))
-    found.append(Phase("saving", held + RUNTIME + 2 * trained))
+    if course.dial:
+        found.append(Phase("dial", sampler(trained).peak(TEXTS // 3, OPENING + LENGTH)))
+    found.append(Phase("saving", held + runtime(kinds) + 2 * trained))
     return tuple(found)
 
 
@@ -139,4 +153,4 @@ class _Sampler:
         scored = SCORE_CHUNKS * SCORE_BYTES
         small = replace(self.shape, batch=1, length=POSITIONS)
         block = block_workspace(step, small) if scored_twice else 0
-        return int(states + max(drawn, scored, block)) + scratch_bytes(step, small)
+        return int(states + drawn + scored + block) + scratch_bytes(step, small)

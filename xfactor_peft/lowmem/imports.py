@@ -12,6 +12,7 @@ from typing import Any
 
 _NAME = "bitsandbytes"
 _COMPILER, _SHAPES = "torch._dynamo", "torch.fx.experimental.symbolic_shapes"
+_FUNCTIONS, _ALGEBRA = "torch.utils._sympy.functions", "sympy"
 
 
 def leave_out_bitsandbytes() -> bool:
@@ -34,26 +35,28 @@ def allow_bitsandbytes() -> None:
 
 
 def put_off_compiler() -> bool:
-    """Put off importing torch's compiler, and sympy behind its symbolic shapes: 58 MiB and a second.
+    """Put off importing torch's compiler, and sympy behind its symbolic shapes: 90 MiB and a second.
 
     transformers and torch's optimisers import both for decorators and checks that do nothing where nothing is compiled.
     Those few are answered here; whatever else is asked for loads the real module, which then takes its place. Returns
     False, and changes nothing, when one of them is imported already.
     """
-    if _COMPILER in sys.modules or _SHAPES in sys.modules:
+    if {_COMPILER, _SHAPES, _FUNCTIONS, _ALGEBRA} & sys.modules.keys():
         return False
     frame = ModuleType(f"{_COMPILER}.eval_frame")
     frame.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]  # accelerate looks for one
     marks: dict[str, Any] = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _unchanged)
     _Later(_COMPILER, ("config",), **marks, graph_break=lambda *_, **__: None, eval_frame=frame)
     failure = type("GuardOnDataDependentSymNode", (RuntimeError,), {})
-    known: dict[str, Any] = {name: _of_plain(name, answer) for name, answer in _ANSWERS.items()}
+    known: dict[str, Any] = {name: _of_plain(_SHAPES, name, answer) for name, answer in _ANSWERS.items()}
     _Later(_SHAPES, **known, GuardOnDataDependentSymNode=failure)
+    _Later(_FUNCTIONS, Max=_of_plain(_FUNCTIONS, "Max", max))
+    _Later(_ALGEBRA, Basic=type("Basic", (), {}))
     return True
 
 
 class _Later(ModuleType):
-    """Stands in `sys.modules` for a module of torch's until something is asked of it that it does not know.
+    """Stands in `sys.modules` for a module until something is asked of it that it does not know.
 
     Args:
         alone: modules of this package that are imported without it.
@@ -62,10 +65,13 @@ class _Later(ModuleType):
 
     def __init__(self, name: str, alone: tuple[str, ...] = (), **known: Any) -> None:
         super().__init__(name)
-        spec = importlib.util.find_spec("torch")
+        package, *inner = name.split(".")
+        spec = importlib.util.find_spec(package)
         root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path()
-        self.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        self.__dict__.update(known, _alone=alone)
+        self.__path__ = [str(root.joinpath(*inner))]
+        if not inner:
+            self.__spec__ = spec  # whoever asks whether the package is installed
+        self.__dict__.update(known, _alone=alone, _known=tuple(known))
         sys.modules[name] = self
 
     def __getattr__(self, name: str) -> Any:
@@ -76,8 +82,11 @@ class _Later(ModuleType):
         return getattr(self.real(), name)
 
     def real(self) -> ModuleType:
+        """The module itself, loaded; from then on this one only passes on what it is asked, to whoever kept it."""
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
+            for name in self._known:
+                self.__dict__.pop(name, None)
         return importlib.import_module(self.__name__)
 
 
@@ -105,8 +114,8 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 """What these functions of symbolic shapes say of sizes and truth values that are not symbolic."""
 
 
-def _of_plain(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """`answer` for numbers and sequences of them, else the real function of that name."""
+def _of_plain(home: str, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` for numbers and sequences of them, else the real function of that name in the module `home`."""
 
     def plain(value: Any) -> bool:
         return all(map(plain, value)) if isinstance(value, tuple | list) else type(value) in (bool, int)
@@ -114,7 +123,7 @@ def _of_plain(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
     def function(*args: Any, **kwargs: Any) -> Any:
         if all(map(plain, args)):
             return answer(*args, **kwargs)
-        module = sys.modules[_SHAPES]
+        module = sys.modules[home]
         return getattr(module.real() if isinstance(module, _Later) else module, name)(*args, **kwargs)
 
     return function
