@@ -172,4 +172,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
     return Shape(
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
+        packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
     )  # fmt: skip
