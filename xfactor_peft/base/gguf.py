@@ -97,7 +97,7 @@ def _place(model: PreTrainedModel, file: GgufFile, tensor: PackedTensor, dtype: 
         new = GgufEmbedding(matrix, module.padding_idx)
     else:
         new = GgufLinear(matrix, from_conv1d=conv1d)
-        new.bias = module.bias
+        new.bias = cast(torch.nn.Parameter, module.bias)
     model.set_submodule(module_path, new)
     return name
 
@@ -151,7 +151,7 @@ def identify_gguf(file: GgufFile, name: str, tokenizer: PreTrainedTokenizerBase)
     return BaseIdentity(
         name=name,
         revision=None,
-        architecture=config.architectures[0],
+        architecture=(config.architectures or [config.model_type])[0],
         shape=f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}",
         config=_digest(fields),
         weights=digest.hexdigest(),

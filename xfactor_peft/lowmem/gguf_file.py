@@ -100,7 +100,7 @@ def read_gguf(path: Path) -> GgufFile:
     if size < 24:
         raise ValueError(f"{path} is no GGUF file: it is too short")
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    cursor = _Cursor(memoryview(mapped.numpy()))
+    cursor = _Cursor(memoryview(mapped.numpy().data))
     magic, version = bytes(cursor.take(4)), cursor.number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"{path} is no GGUF file of version 2 or 3 with little-endian numbers")

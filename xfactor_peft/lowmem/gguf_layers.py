@@ -103,7 +103,7 @@ class GgufLinear(QuantizedLinear):
         self.out_features, self.in_features = matrix.shape
         self.from_conv1d, self._matrix = from_conv1d, matrix
         self.weight = nn.Parameter(matrix.packed, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -130,7 +130,7 @@ class GgufLinear(QuantizedLinear):
         return (self.weight.data,)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]  # bytes have no dtype to change
+        return nn.Module._apply(self, fn, recurse)  # bytes have no dtype to change
 
 
 class GgufEmbedding(nn.Embedding):
