@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from .claims import check_architecture, check_claims
+from .gguf_config import config_of
+from .gguf_tokenizer import open_gguf, tokenizer_of
 from .resolve import ModelChoice
 
 
@@ -25,6 +27,9 @@ def read_vocabulary(choice: ModelChoice) -> Vocabulary:
     Raises:
         XFactorError: the files are not of a causal language model with a tokenizer, as far as these show it.
     """
+    if choice.gguf is not None:
+        file = open_gguf(choice.gguf)
+        return Vocabulary(tokenizer_of(file), config_of(file).vocab_size)
     check_claims(choice.folder, choice.name)
     try:
         config = AutoConfig.from_pretrained(choice.folder, trust_remote_code=False)

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..lowmem.gguf_layers import PIECE as GGUF_PIECE
 from ..lowmem.int8_matmul import PRODUCT_BYTES
 from ..objective.kl import CHUNK_BYTES
 from .dry_run import Shape, StepMemory
@@ -90,6 +91,8 @@ def scratch_bytes(step: StepMemory, shape: Shape) -> int:
     if shape.quantization == "int8":
         piece = min(PRODUCT_BYTES, 4 * outputs)
         return 3 * piece + piece // 4
+    if shape.quantization == "gguf":
+        return 2 * GGUF_PIECE * (4 if shape.dtype == "fp32" else 2)
     if shape.quantization == "nf4":
         return 4 * step.width * step.width * (4 if shape.dtype == "fp32" else 2)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
+from ..base.gguf_tokenizer import open_gguf, tokenizer_of
 from ..base.loading import Base
 from ..errors import XFactorError
 from ..lowmem.allocator import give_back_pages
@@ -72,7 +73,7 @@ def make_plan(
     course: Course = Course(),
     baseline: int | None = None,
 ) -> Plan:
-    """Predict a run on the model in `folder`, of which only the configuration is read.
+    """Predict a run on the model in `folder`, or a GGUF file, of which only the configuration is read.
 
     Args:
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
@@ -95,7 +96,7 @@ def make_plan(
     plan = Plan(memory, budget, count, len(subject.step.blocks), None, (), phases)
     if not plan.fits:
         plan = replace(plan, advice=tuple(_advice(subject, grad_accum, budget, baseline)))
-    if time and device.type == "cpu" and not shape.teacher:
+    if time and device.type == "cpu" and not shape.teacher and not shape.packed:
         seconds = probe(config, shape, recompute=count > 0).step(len(subject.step.blocks), count, grad_accum)
         plan = replace(plan, seconds=seconds)
     return plan
@@ -136,7 +137,10 @@ class _Subject:
 def _process(folder: Path) -> int:
     """Bytes of this process with the tokenizer, which is read for it, and without the model."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        gguf = folder.suffix == ".gguf"
+        tokenizer = (
+            tokenizer_of(open_gguf(folder)) if gguf else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        )
     except (OSError, ValueError, KeyError):
         return resident()  # loading the model will say what is wrong with it
     give_back_pages()

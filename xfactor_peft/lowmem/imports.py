@@ -110,6 +110,8 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "sym_or": lambda *values: any(values),
     "sym_eq": _same,
     "is_nested_int": lambda *_: False,
+    "has_guarding_hint": lambda *_: True,
+    "guarding_hint_or_throw": _first,
 }
 """What these functions of symbolic shapes say of sizes and truth values that are not symbolic."""
 
