@@ -35,7 +35,7 @@ def allow_bitsandbytes() -> None:
 
 
 def put_off_compiler() -> bool:
-    """Put off importing torch's compiler, and sympy behind its symbolic shapes: 90 MiB and a second.
+    """Put off importing torch's compiler, and sympy behind its symbolic shapes: 58 MiB and a second.
 
     transformers and torch's optimisers import both for decorators and checks that do nothing where nothing is compiled.
     Those few are answered here; whatever else is asked for loads the real module, which then takes its place. Returns
