@@ -56,7 +56,7 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
     try:
         backend = _backend(fields, pre)
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise XFactorError(f"{file.path} holds a damaged tokenizer: {str(error)[:200]}") from error
+        raise XFactorError(f"{file.path} holds a damaged tokenizer: {' '.join(str(error).split())[:200]}") from error
     tokens = fields["tokens"]
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {
