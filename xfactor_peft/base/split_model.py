@@ -67,7 +67,13 @@ def split(model: PreTrainedModel) -> SplitModel:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise XFactorError(
+                f"{type(model).__name__} cannot run a forward pass as it is configured: {reason}; look at its config.json"
+            ) from error
         hidden = split_model.hidden(ids)
         actual = split_model.logits(hidden).float()
         _check_cache(split_model, ids, hidden)
