@@ -72,7 +72,7 @@ def split(model: PreTrainedModel) -> SplitModel:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise XFactorError(
-                f"{type(model).__name__} cannot run a forward pass as it is configured: {reason}; look at its config.json"
+                f"{type(model).__name__} cannot run a forward pass as it is configured ({reason}); see its config.json"
             ) from error
         hidden = split_model.hidden(ids)
         actual = split_model.logits(hidden).float()
