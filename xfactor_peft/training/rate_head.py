@@ -77,10 +77,11 @@ def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor) -> HeadReport
     samples = own.families
     temperature, rates = samples.decoding.temperature, wanted.tolist()
     offset = takes_logit_bias(own.base.model)
-    with phase("looking at texts after prompts of every family"):
+    with phase("first texts after prompts of every family"):
         pilots, silent = samples.contexts(PILOT_TEXTS, _seed(own, 0), torch.zeros(len(samples.names), len(wanted)))
         first = torch.stack([solve(pilot.masses.double(), samples.atoms, rates) for pilot in pilots])
         first = torch.where(wanted > 0, CAUTION * first, first)
+    with phase("texts nearer the rate, of every family"):
         contexts, measured = samples.contexts(CONTEXT_TEXTS, _seed(own, 1), first)
     correction = ((log_odds(wanted) - log_odds(measured)) / SLOPE).clamp(-2, 2)
     start = torch.where(wanted > 0, first + correction, first)
