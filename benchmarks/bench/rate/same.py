@@ -50,7 +50,7 @@ def measure(spec: Record, on_step: OnStep) -> Record:
         **seconds,
         "rate": result.rate.record(),
         "tokens": tokens.record(),
-        "base": base.record(),
+        "base": {**base.record(), "name": spec["label"]},
         "held_out": {name: _rows(samples.names, rates[..., 0]) for name, rates in found.items()},
         "windows": windows(base, result, members, options, spec) if spec["long_texts"] else None,
     }
