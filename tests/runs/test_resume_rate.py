@@ -20,7 +20,7 @@ from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.sampling import calibration, own_samples
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.training import phases
+from xfactor_peft.training import phases, rate_head
 from xfactor_peft.training.run import TrainingRun
 from xfactor_peft.training.sequence import phase as sequence_phase
 from xfactor_peft.training.sequence.state import SequenceState
@@ -39,6 +39,7 @@ def short():
         patch.setattr(calibration, "ROUNDS", (8, 16))
         patch.setattr(own_samples, "LENGTH", 16)
         patch.setattr(sequence_phase, "CHECK_TEXTS", 8)
+        patch.setattr(rate_head, "TEXTS", 16)
         yield
 
 
@@ -113,6 +114,21 @@ def test_a_solved_strength_is_not_solved_again(load_tiny, whole, tmp_path, monke
     assert_same(tmp_path / "a", expected)
 
 
+def test_a_fitted_head_is_not_fitted_again(load_tiny, whole, tmp_path, monkeypatch):
+    expected = whole("head")
+
+    def crash(*_):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Distil, "run", crash)
+        with pytest.raises(Crash):
+            run(load_tiny(), tmp_path / "a")
+    monkeypatch.setattr(phases, "fit_head", lambda *_, **__: pytest.fail("fitted again"))
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert_same(tmp_path / "a", expected)
+
+
 def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, monkeypatch):
     expected = whole("head")
 
@@ -120,7 +136,7 @@ def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, 
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(phases, "calibrate_tilt", crash)
+        patch.setattr(rate_head, "calibrate", crash)
         with pytest.raises(Crash):
             run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)

@@ -5,6 +5,7 @@ import torch
 
 from xfactor_peft.base.split_model import split
 from xfactor_peft.objective.tilt import Atoms, tilted_atoms
+from xfactor_peft.options import RateOptions
 from xfactor_peft.sampling import calibration
 from xfactor_peft.sampling.calibration import calibrate_tilt
 from xfactor_peft.sampling.own_samples import OwnSamples
@@ -50,7 +51,7 @@ def test_contexts_that_never_drift_give_the_closed_form():
 def test_contexts_that_drift_are_weighed(tiny):
     """A set that calls for more of itself: a rate between two tilts is that of samples there."""
     tokens = TokenSet.contains(tiny.tokenizer, "e", vocab_size=tiny.vocab_size)
-    own = OwnSamples(tiny, split(tiny.model), tokens.mask()[None].float(), 0)
+    own = OwnSamples(tiny, split(tiny.model), tokens.mask()[None].float(), 0, RateOptions())
     samples, rates = TiltedSamples(own.atoms.patterns), {}
     for number, strength in enumerate((0.0, 1.5, 3.0)):
         masses, atoms = own.texts(torch.tensor([strength]), 384, number)
@@ -106,6 +107,7 @@ def test_a_tilt_is_calibrated_on_few_texts():
 
 def test_it_ends_when_the_interval_is_tight(monkeypatch):
     wanted, start = torch.tensor([0.2, 0.1]).double(), torch.tensor([1.5, 0.5]).double()
+    monkeypatch.setattr(calibration, "TIGHT", 0.01)
     many = sum(calibrated(wanted, start, 0)[1])
     monkeypatch.setattr(calibration, "TIGHT", 0.2)
     assert sum(calibrated(wanted, start, 0)[1]) < many

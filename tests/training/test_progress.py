@@ -33,9 +33,8 @@ def test_every_phase_of_a_rate_counts_up(tiny):
     first = [
         "R before",
         "drawing openings",
-        "drawing contexts",
-        "calibrating lambda, round 1",
-        "calibrating lambda, round 2",
+        "first texts after prompts of every family",
+        "texts nearer the rate, of every family",
     ]
     assert list(found)[: len(first)] == first
     assert "R after" in found

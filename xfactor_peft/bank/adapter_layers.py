@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..adapters.adapter import AdapterInfo, layers_of
 from ..errors import XFactorError
 from ..lora.wrap import register_layers
+from ..lowmem.noise import without_notes
 from ..lowmem.peft_parts import tuner
 
 _REFUSALS = (RuntimeError, ValueError, KeyError, TypeError)
@@ -39,13 +40,14 @@ class AdapterLayers:
         """
         try:
             config = register_layers(peft_config(info))
-            if self.peft is None:
-                self.peft = PeftModel.from_pretrained(
-                    self._model, info.folder, adapter_name=peft_name, config=config, torch_device=self._device
-                )
-            else:
-                self.peft.add_adapter(peft_name, config)
-                self.peft.load_adapter(info.folder, adapter_name=peft_name, torch_device=self._device)
+            with without_notes():
+                if self.peft is None:
+                    self.peft = PeftModel.from_pretrained(
+                        self._model, info.folder, adapter_name=peft_name, config=config, torch_device=self._device
+                    )
+                else:
+                    self.peft.add_adapter(peft_name, config)
+                    self.peft.load_adapter(info.folder, adapter_name=peft_name, torch_device=self._device)
             self.peft.eval().requires_grad_(False)
             self._index()
             made = {name for name, layer in self._layers.items() if peft_name in layer.lora_A}

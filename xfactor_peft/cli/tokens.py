@@ -16,23 +16,32 @@ from .common import (
     token_options,
     token_set,
 )
-from .console import console
+from .console import console, json_option, print_json
+from .help import Command
 
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..tokens.token_set import TokenSet
 
-WITHOUT_MODEL = ["measure", "examples", "model", "revision", "offline"]
-WITHOUT_MODEL += ["contains", "regex", "words", "token_ids", "ignore_case"]
+WITHOUT_MODEL: tuple[str, ...] = ("measure", "examples", "model", "revision", "offline", "as_json")
+WITHOUT_MODEL += ("contains", "regex", "words", "token_ids", "ignore_case")
 """Options that have a meaning where only the tokenizer is read."""
 
 
-@click.command("tokens")
+@click.command(
+    "tokens",
+    cls=Command,
+    examples=[
+        "xfactor tokens --model demo --contains X --ignore-case",
+        "xfactor tokens --model demo --words sea,ship,captain",
+    ],
+)
 @click.option("--examples", default=30, show_default=True, help="How many members to print.")
 @click.option("--measure", is_flag=True, help="Load the model, too, and measure its own mass on them by samples.")
 @model_options
 @token_options
 @sampling_options
+@json_option
 @click.pass_context
 def command(ctx: click.Context, **flags: Any) -> None:
     """Show how many tokens a rule matches, and examples; with --measure the base model's own mass on them."""
@@ -54,11 +63,15 @@ def command(ctx: click.Context, **flags: Any) -> None:
     console.print(shown + (" …" if len(tokens) > flags["examples"] else ""))
     if tokens.without_token:
         console.print(f"no single token: {', '.join(tokens.without_token)}")
+    record: dict[str, Any] = {"tokens": tokens.record(), "texts": tokens.texts}
     if base is not None:
-        _measure(base, tokens, flags)
+        record |= {"base": base.record(), "scores": _measure(base, tokens, flags)}
+    if flags["as_json"]:
+        print_json(record)
 
 
-def _measure(base: Base, tokens: TokenSet, flags: dict[str, Any]) -> None:
+def _measure(base: Base, tokens: TokenSet, flags: dict[str, Any]) -> dict[str, Any]:
+    """Print the model's own mass on the set; returns the scores' record."""
     from ..base.split_model import split
     from ..options import EvalOptions
     from ..progress import phase
@@ -71,3 +84,4 @@ def _measure(base: Base, tokens: TokenSet, flags: dict[str, Any]) -> None:
         scores = evaluate(split(base.model), base.tokenizer, tokens, options)
     console.print(f"the model's own mass on the set {scores.set_mass:.6f}, R {rate_text(scores)}")
     console.print(f"over samples: {decoding_text(scores.decoding)}", style="dim")
+    return scores.record()

@@ -37,7 +37,8 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     names = tensor_names(base.model)
     check_config(base.model.config)
     splits, around, stops = splitting(base.tokenizer), added_around(base.tokenizer), ends(base.tokenizer, base.model)
-    model = merge(bank, mix)
+    notes: list[str] = []
+    model = merge(bank, mix, tell=notes.append)
     tensors = _tensors(model, names)
     writer = gguf.GGUFWriter(output, model.config.model_type)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -51,7 +52,7 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     for name, value in tensors.items():
         writer.add_tensor(name, value.contiguous().cpu().numpy())
     finish(writer)
-    return f"{output}: {len(tensors)} tensors in float32 for llama.cpp, merged {mix}"
+    return "; ".join([f"{output}: {len(tensors)} tensors in float32 for llama.cpp, merged {mix}", *notes])
 
 
 def _tensors(model: PreTrainedModel, names: dict[str, str]) -> dict[str, torch.Tensor]:

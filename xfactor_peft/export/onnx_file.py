@@ -37,7 +37,8 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
     """
     need("onnx", "onnx")
     need("onnxscript", "onnx")
-    model = merge(bank, mix).eval()
+    notes: list[str] = []
+    model = merge(bank, mix, tell=notes.append).eval()
     ids = torch.arange(18, device=bank.base.device).remainder(bank.base.vocab_size).view(2, 9)
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -53,4 +54,5 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
         ) from error
     assert program is not None  # which it would be without dynamo
     program.save(output)
-    return f"merged {mix} into {output}: input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"
+    shapes = f"input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"
+    return "; ".join([f"merged {mix} into {output}: {shapes}", *notes])

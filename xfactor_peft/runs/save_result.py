@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from ..adapters.output import hashes, write_record
+from ..lowmem.noise import without_notes
 from ..training.parallel import process
 from ..training.train import TrainResult
 
@@ -36,7 +37,8 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name
             config.revision = result.base.choice.revision
-        result.model.save_pretrained(str(staging), save_embedding_layers=False)
+        with without_notes():
+            result.model.save_pretrained(str(staging), save_embedding_layers=False)
     else:
         result.model.save_pretrained(staging)
         result.base.tokenizer.save_pretrained(staging)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -51,6 +51,7 @@ class Samples:
         starts: (N,), lengths of the prompts.
         length: L.
         states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
+        rows: (N,), which of the prompts each text begins with; they come sorted by length.
         masses: (N, L, K), the exact masses of K sets at these positions, in the distribution that tokens are drawn
             from; None where none were asked.
     """
@@ -59,6 +60,7 @@ class Samples:
     starts: torch.Tensor
     length: int
     states: torch.Tensor
+    rows: torch.Tensor
     masses: torch.Tensor | None = None
 
     @property
@@ -70,7 +72,7 @@ class Samples:
         """The same texts, so many at a time that they hold about `positions` tokens; at least one."""
         for rows in torch.arange(len(self.ids)).split(max(1, positions // self.ids.shape[1])):
             masses = None if self.masses is None else self.masses[rows]
-            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], masses)
+            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], self.rows[rows], masses)
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of states (N, W, D) of a forward pass over `ids`, those that predict the generated tokens: (N, L, D)."""
@@ -106,6 +108,7 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
+    tilts: torch.Tensor | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -114,6 +117,7 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+        tilts: (N, K), an exact logit bias on these sets for each text.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -127,13 +131,20 @@ def sample(
     draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
+        own = None if tilts is None else tilts[part].to(split_model.weight.device)
         done = Progress(start, len(part), len(order))
-        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, done)
+        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own, done)
+        yield replace(batch, rows=torch.tensor(part))
 
 
 @torch.no_grad()
 def _sample_batch(
-    split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw, done: Progress
+    split_model: SplitModel,
+    prompts: list[list[int]],
+    uniforms: torch.Tensor,
+    draw: _Draw,
+    tilts: torch.Tensor | None,
+    done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
@@ -155,12 +166,13 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
+            own = None if tilts is None else tilts[rows.to(device)]
+            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]], own)
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
-    return Samples(ids, starts, new, states, masses if draw.sets else None)
+    return Samples(ids, starts, new, states, torch.arange(len(ids)), masses if draw.sets else None)
 
 
 def continued(
@@ -183,13 +195,15 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, tilts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
+            if tilts is not None and self._members is not None:
+                z.addmm_(tilts[rows], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
             chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
             ids.append(chosen)

@@ -21,13 +21,14 @@ from ..objective.objectives import TiltedObjective, UniformObjective
 from ..objective.targets import UniformTarget
 from ..objective.tilt import SUPPRESS
 from ..progress import phase
-from ..sampling.calibration import RateController, calibrate_tilt, solve
+from ..sampling.calibration import RateController, calibrate, calibrate_tilt, solve
 from ..sampling.contexts import context_pool
 from ..sampling.metrics import Evaluation
-from ..sampling.own_samples import atom_masses
+from ..sampling.own_samples import TEXTS, atom_masses
 from ..sampling.reweighting import Estimate
 from .loop import optimise, plateau
 from .rate import DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .rate_head import fit_head, restore_head
 from .run import TrainingRun
 from .sequence.phase import Sequence
 from .sharding import ShardedCopy
@@ -87,7 +88,7 @@ class Uniform:
 
 class Solve:
     """lambda (K,): given, or solved on contexts and corrected on samples of the tilted base. Then the adapter is made,
-    and a set head, whose offset starts at lambda."""
+    and a set head, whose offset starts at lambda; or a head is fitted that looks (`rate_head`)."""
 
     def __init__(self, rate: RateRun) -> None:
         self._rate = rate
@@ -97,13 +98,23 @@ class Solve:
         if start := run.hooks.checkpointer.start:
             rate.restore(start.facts["rate"])
             load_random(start.state()["random"])
-        else:
+        elif not rate.looks:
             rate.strengths = self._solved()
-        rate.enter(SOLVED)
+        if not rate.looks:
+            rate.enter(SOLVED)  # wrapping draws random numbers
         model = run.wrap(sets=len(rate.samples.members))
-        if run.lora.head:
-            rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not run.lora.head:
+            return
+        rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not rate.looks:
             rate.head.shift(rate.strengths)
+            return
+        if start:
+            rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
+        else:
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted)
+            rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
+        rate.enter(SOLVED)
 
     def report(self) -> RateReport:
         return self._rate.report()
@@ -133,8 +144,13 @@ class Solve:
             with phase(f"calibrating lambda, round {index + 1}"):
                 return rate.tilted_texts(strengths, texts, index)[1]
 
-        strengths, rate.calibration = calibrate_tilt(measure, rate.tilted, first, rate.wanted)
-        return strengths
+        decoding = samples.rate
+        if decoding.top_k or decoding.top_p < 1:  # what they cut has no weight under any tilt
+            strengths, rounds = calibrate(lambda s, index: measure(s, TEXTS, index).rates, first, rate.wanted)
+        else:
+            strengths, rounds = calibrate_tilt(measure, rate.tilted, first, rate.wanted)
+        rate.calibration = rounds
+        return strengths * decoding.temperature
 
 
 class Distil:
@@ -150,6 +166,9 @@ class Distil:
     def run(self) -> None:
         rate, run = self._rate, self._rate.run
         if run.hooks.checkpointer.start_phase == SEQUENCE:
+            return
+        if rate.looks:
+            rate.stopped = "the set head is fitted: nothing is left to learn"
             return
         if rate.head is not None and run.recipe.objective.early_stop:
             rate.stopped = rate.stopped or "the set head is the tilt from the start: nothing is left to learn"

@@ -61,6 +61,7 @@ class TrainResult:
             "tokens": self.target.tokens.record(),
             "target": self.target.record(),
             "train": self.options.record(),
+            "steps_made": len(self.history),
             "objective": self.objective.record(),
             "rate": self.rate.record() if self.rate else None,
             "warnings": self.warnings,
