@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
-from ..training.parallel import quiet_unless_first
+from ..training.parallel import process, quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .config import config_option, given, write_run
 from .console import json_option, print_json, say
@@ -150,7 +150,8 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
             result, record = train_to_folder(base, target, output, recipe, folder, plan=plan, on_step=on_step)
         if result.before and result.after:
             trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
-    write_run(ctx, flags, choice, output)
+    if process()[0] == 0:
+        write_run(ctx, flags, choice, output)
     print_summary(result, record, output)
     if flags["as_json"]:
         print_json({"output": str(output), **record})
