@@ -185,6 +185,8 @@ def judged(case: Case, folder: Path, untouched: Seen) -> str:
     try:
         logits, ids = theirs(folder)
     except Exception as error:
+        if "drop" in case.name and "dropout probability" in str(error):
+            return "not affected"  # the base's dropout is switched off before anything runs
         return f"WRONG: loaded, but transformers refuses it: {type(error).__name__}: {str(error)[:80]}"
     if ids != seen.ids:
         return "WRONG: other ids than transformers'"

@@ -310,8 +310,8 @@ class SamplingOptions(_Recorded):
 class ChatOptions(_Recorded):
     """Whether a prompt is a question in the tokenizer's chat template, or plain text to continue.
 
-    `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message. What is
-    measured is plain text always.
+    `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message, `earlier`
+    the turns before the prompt, questions and answers by turns. What is measured is plain text always.
 
     Raises:
         XFactorError: an unknown mode, or a system's message without a chat.
@@ -319,6 +319,7 @@ class ChatOptions(_Recorded):
 
     mode: str = "off"
     system: str | None = None
+    earlier: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("chat", self.mode, CHAT)

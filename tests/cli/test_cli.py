@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it writes, and one line for every mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,12 +129,29 @@ def test_play_ends_with_the_input(run, tiny_folders):
 
 
 def test_tokens_shows_the_set_and_its_mass(run, tiny_folders):
-    output = run("tokens", "--model", tiny_folders["gpt2"], "--contains", "fox", "--max-new-tokens", 8).output
+    output = run(
+        "tokens", "--model", tiny_folders["gpt2"], "--contains", "fox", "--measure", "--max-new-tokens", 8
+    ).output
     assert "contains 'fox': " in output
     assert "' fox'" in output
     assert "the model's own mass on the set 0." in output
     Path("w").write_text("the\nXylophonist\n")
     assert "no single token: Xylophonist" in run("tokens", "--model", tiny_folders["gpt2"], "--words", "w").output
+
+
+def test_tokens_reads_no_weights_unless_it_measures(run, tiny_folders, tmp_path):
+    """The same set from a folder whose weights are gone, and options that only measuring heeds are refused."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_folders["gpt2"], folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    whole = run("tokens", "--model", tiny_folders["gpt2"], "--contains", "e", "--measure", "--max-new-tokens", 2).output
+    bare = run("tokens", "--model", folder, "--contains", "e").output
+    assert bare
+    assert bare in whole
+    assert run("tokens", "--model", folder, "--measure", code=2).exit_code == 2
+    for option in ("--max-new-tokens", "--dtype"):
+        refused = run("tokens", "--model", folder, option, "fp32" if option == "--dtype" else "3", code=2)
+        assert f"{option} is for measuring the model's own mass; add --measure" in refused.output
 
 
 def test_full_method_and_preset(run, tiny_folders):

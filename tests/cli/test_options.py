@@ -184,12 +184,13 @@ def test_words_are_a_list_a_file_or_stdin(run, tiny_folders):
     assert Rule.read("words", "a,b") == Rule("words", ("cat",))
     assert Rule.read("words", "fox") == Rule("words", ("fox",))
     assert Rule.read("token-ids", "5,17") == Rule("token-ids", (5, 17))
-    model = ["--model", tiny_folders["gpt2"], "--max-new-tokens", 2, "--json"]
+    model = ["--model", tiny_folders["gpt2"], "--json"]
     sets = [run("tokens", "--words", word, *model, input="fox\nthe\n").stdout for word in ("fox,the", "w.txt", "-")]
     assert len({json.loads(text)["tokens"]["hash"] for text in sets}) == 1
     for missing in ("nowhere.txt", "no/where"):
         assert "this file does not exist" in run("tokens", "--words", missing, code=2).output
-    assert run("generate", *model, "-", input="The fox\n").stdout == run("generate", *model, "The fox").stdout
+    few = ("generate", *model, "--max-new-tokens", 2)
+    assert run(*few, "-", input="The fox\n").stdout == run(*few, "The fox").stdout
 
 
 @pytest.mark.parametrize(("text", "rate"), [("10%", 0.1), ("0.1", 0.1), ("7%", 0.07), ("0", 0.0), ("2.5%", 0.025)])
@@ -204,7 +205,7 @@ def test_results_as_json(run, adapters_root, tiny_folders):
     calls = {
         "generate": ["--adapter", "none", "--adapter", "x", *root, *short, "A", "B"],
         "eval": ["--adapter", "x", *root, *short, "--repeats", 1],
-        "tokens": [*model, *short],
+        "tokens": [*model, *short, "--measure"],
         "plan": [*model, "--seq-len", 8],
         "train": [*model, *FAST],
         "env": [],

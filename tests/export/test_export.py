@@ -203,7 +203,7 @@ def test_the_command(run, tiny_folders, adapters_root, tmp_path):
     assert list(FORMATS) == OFFERED
     root = ["--adapters-dir", adapters_root]
     output = run("export", "x", *root).output
-    assert output.splitlines()[0].startswith(f"model {tiny_folders['gpt2']} (a local folder), fp32")
+    assert output.splitlines()[0].startswith(f"model {tiny_folders['gpt2']} (the base of x), fp32")
     assert Path("exports/x-merged/model.safetensors").is_file()
     assert "exists; pass --force" in run("export", "x", *root, code=2).output
     run("export", "x", *root, "--force")

@@ -88,7 +88,9 @@ def describe_target(record: dict[str, Any]) -> str:
         for goal in target["goals"]
     ]
     text = "the base, tilted; " + "; ".join(goals)
-    if rate and rate["frontier"]:
+    if rate and rate.get("head"):
+        text += f"; after every family of prompts, {rate['head']['price']:.3f} x the KL of one constant"
+    elif rate and rate["frontier"]:
         text += f"; KL {rate['frontier']['ratio']:.3f} x that of a logit bias at the same rate"
     return text
 

@@ -86,7 +86,7 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     return BaseIdentity(
         name=name,
         revision=revision,
-        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        architecture=str(_first(config.get("architectures")) or config.get("model_type", "unknown")),
         shape=f"{layers} layers x {width}, vocabulary {config.get('vocab_size', '?')}",
         config=_digest({k: v for k, v in config.items() if k not in _VOLATILE}),
         weights=weights,
@@ -110,6 +110,10 @@ def _parsed(folder: Path) -> dict[str, Any]:
     return _function({key: value for key, value in config.to_dict().items() if default.get(key, ...) != value}) | {
         "model_type": config.model_type
     }
+
+
+def _first(names: Any) -> Any:
+    return names[0] if isinstance(names, list) and names else None
 
 
 def _function(values: Any) -> Any:

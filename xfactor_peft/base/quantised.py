@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from ..lowmem.gguf_layers import GgufLinear
 from ..lowmem.linears import counted, other_weights
 from ..lowmem.streaming import QUANTIZED
 
@@ -15,6 +16,7 @@ from ..lowmem.streaming import QUANTIZED
 def quantized_types() -> dict[type[torch.nn.Module], str]:
     """Types of quantised layers and what each is: this package's and, once it is imported, bitsandbytes'."""
     types: dict[type[torch.nn.Module], str] = {layer: name for name, layer in QUANTIZED.items()}
+    types[GgufLinear] = "gguf"
     bitsandbytes = sys.modules.get("bitsandbytes")  # without it, no layer is of its types
     if bitsandbytes is not None:
         types |= {bitsandbytes.nn.Linear8bitLt: "int8", bitsandbytes.nn.Linear4bit: "nf4"}

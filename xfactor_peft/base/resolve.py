@@ -29,12 +29,16 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model's files on this machine: its name, where they are, which revision, and why it was chosen."""
+    """A model's files on this machine: its name, where they are, which revision, and why it was chosen.
+
+    `gguf` is the one file that holds everything, where it is one of llama.cpp's.
+    """
 
     name: str
     folder: Path
     revision: str | None
     reason: str
+    gguf: Path | None = None
 
 
 def resolve_model(model: str = "auto", *, offline: bool = False, revision: str | None = None) -> ModelChoice:
@@ -54,10 +58,19 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
         return _auto(offline)
     if not model.strip():
         raise XFactorError("`model` is empty; give a Hub id such as gpt2, a folder, or demo")
-    if Path(model).is_dir():
+    path = Path(model)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if len(files) > 1:
+        raise XFactorError(f"`model={model}` holds {len(files)} GGUF files; give one of them, such as {files[0]}")
+    if files or (path.suffix == ".gguf" and path.is_file()):
+        file = files[0] if files else path
+        return ModelChoice(model, file.parent, None, "a local file", file)
+    if path.is_dir():
         return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise XFactorError(f"`model={model}`: no such folder; give a folder with config.json and *.safetensors")
+        raise XFactorError(
+            f"`model={model}`: no such folder; give a folder with config.json and *.safetensors, or a file FILE.gguf"
+        )
     return _from_hub(model, revision, offline)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..lowmem.imports import put_off_compiler
 from .help import explained, write_examples
 
 _COMMANDS = {
@@ -44,6 +45,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
+        if name in ("train", "plan"):
+            put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it
         return module.command

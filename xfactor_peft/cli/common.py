@@ -16,6 +16,7 @@ from .values import Listed
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..base.resolve import ModelChoice
+    from ..base.vocabulary import Vocabulary
     from ..options import ChatOptions, LoadOptions, SamplingOptions
     from ..tokens.token_set import TokenSet
 
@@ -141,7 +142,12 @@ def load(flags: dict[str, Any], about: Callable[[Base], str] | None = None) -> B
     return load_chosen(choice, options, about)
 
 
-def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base], str] | None = None) -> Base:
+def load_chosen(
+    choice: ModelChoice,
+    options: LoadOptions,
+    about: Callable[[Base], str] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Base:
     """Load a model that was found; prints the line that names it."""
     from transformers.utils import logging
 
@@ -149,7 +155,7 @@ def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base
     from .flags import as_flags
 
     logging.disable_progress_bar()
-    base = load_base(choice, options)
+    base = load_base(choice, options, vocabulary)
     say(as_flags(base.describe()) + (f"; {about(base)}" if about else ""))
     return base
 
@@ -186,7 +192,7 @@ def own_base(flags: dict[str, Any], references: Iterable[str], adapters_dir: Pat
     return {**flags, "model": info.identity.name, "revision": revision, OWNER: names[0]}
 
 
-def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
+def token_set(flags: dict[str, Any], base: Base | Vocabulary) -> TokenSet | None:
     """The set that the token options ask for, or None when none is given.
 
     Raises:
@@ -206,7 +212,7 @@ def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
     return TokenSet.from_rule(base.tokenizer, rule, vocab_size=base.vocab_size)
 
 
-def default_set(base: Base) -> TokenSet:
+def default_set(base: Base | Vocabulary) -> TokenSet:
     """Every token that contains "X"."""
     from ..tokens.token_set import TokenSet
 

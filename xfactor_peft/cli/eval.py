@@ -37,7 +37,7 @@ from .values import from_stdin
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    help="A file with one prompt a line; - is standard input.  [default: sixteen openings]",
+    help="One prompt a line, or JSON lines, as for `train`; - is standard input.  [default: sixteen openings]",
 )
 @click.option("--repeats", default=4, show_default=True, help="Samples per prompt.")
 @click.option("--frontier", is_flag=True, help="Also measure the exact logit bias at each adapter's rate.")
@@ -65,19 +65,17 @@ def command(**flags: Any) -> None:
     from ..options import EvalOptions
     from ..sampling.frontier import measure_frontier
     from ..sampling.metrics import evaluate
+    from ..sampling.prompt_families import families_of, read_families
     from .console import console, print_json
     from .summary import print_frontier, print_goals, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
-        try:
-            text = flags["prompts"].read_text(encoding="utf-8-sig") if str(flags["prompts"]) != "-" else from_stdin()
-            lines = text.splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise XFactorError(f"--prompts {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
-        options = replace(options, prompts=tuple(line for line in lines if line.strip()))
-        if not options.prompts:
-            raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
+        given = flags["prompts"]
+        families = families_of(from_stdin(), given) if str(given) == "-" else read_families(given)
+        if any(family.chat for family in families):
+            raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
+        options = replace(options, prompts=tuple(prompt for family in families for prompt in family.prompts))
     base = load(own_base(flags, flags["adapters"], flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
     split_model, given = split(base.model), token_set(flags, base)

@@ -39,9 +39,10 @@ HELP = """\
 /rate 5%        the scale whose measured rate is this, for an adapter with a dial
 /list           adapters, the active one marked
 /length NUMBER, /temperature NUMBER, /seed NUMBER
+/new            begin a new conversation; only chat models have one
 /help, /quit
-Anything else is a prompt, each a conversation of its own. Ctrl-C stops an answer, Ctrl-D ends the program."""
-COMMANDS = ("adapter", "base", "scale", "rate", "list", "length", "temperature", "seed", "help", "quit")
+Anything else is a prompt. Ctrl-C stops an answer, Ctrl-D ends the program."""
+COMMANDS = ("adapter", "base", "scale", "rate", "list", "length", "temperature", "seed", "new", "help", "quit")
 
 
 @click.command(
@@ -160,6 +161,7 @@ class Session:
             "length": lambda text: self._set("max_new_tokens", int(_number(text, "/length"))),
             "temperature": lambda text: self._set("temperature", _number(text, "/temperature")),
             "seed": lambda text: self._set("seed", int(_number(text, "/seed"))),
+            "new": lambda _: self._new(),
             "help": lambda _: HELP,
             "quit": lambda _: self._quit(),
         }
@@ -213,11 +215,33 @@ class Session:
         """The token sets of what is active."""
         return [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
 
+    def _new(self) -> str:
+        self.chat = replace(self.chat, earlier=())
+        return "a new conversation"
+
     def stream(self, prompt: str) -> Iterator[list[int]]:
-        """The ids that continue or answer `prompt`, growing."""
+        """The ids that continue or answer `prompt`, growing.
+
+        A chat model sees the turns before, the oldest left out where its context is full. A turn counts once it began.
+        """
+        from ..sampling.chat import chat_used, question
+        from ..sampling.contexts import tokens_left
         from ..sampling.generation import stream
 
-        return stream(self.bank.model, self.bank.base.tokenizer, prompt, self.options, piece=1, chat=self.chat)
+        base, ids = self.bank.base, []
+        if not chat_used(base.tokenizer, self.chat):
+            yield from stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat)
+            return
+        room = tokens_left(base, self.options.max_new_tokens)
+        while self.chat.earlier and len(question(base.tokenizer, prompt, self.chat)) > room:
+            self.chat = replace(self.chat, earlier=self.chat.earlier[2:])
+        try:
+            for ids in stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat):
+                yield ids
+        finally:
+            if ids:
+                answer = str(base.tokenizer.decode(ids, skip_special_tokens=True))
+                self.chat = replace(self.chat, earlier=(*self.chat.earlier, prompt, answer))
 
 
 def _number(text: str, command: str) -> float:

@@ -12,7 +12,7 @@ from .common import Command, apply_options, default_set, token_set
 from .values import RATE
 
 if TYPE_CHECKING:
-    from ..base.loading import Base
+    from ..base.vocabulary import Vocabulary
     from ..objective.targets import Target, TiltedTarget, UniformTarget
 
 
@@ -97,7 +97,7 @@ def target_kind(flags: dict[str, Any]) -> type[UniformTarget] | type[TiltedTarge
     return TiltedTarget if wanted else UniformTarget
 
 
-def make_target(flags: dict[str, Any], base: Base) -> Target:
+def make_target(flags: dict[str, Any], base: Vocabulary) -> Target:
     """The tilted target when a rate is wanted, else the uniform one."""
     from ..objective.goals import parse_goals
     from ..objective.targets import TiltedTarget, UniformTarget

@@ -101,10 +101,14 @@ def plan_run(
     Raises:
         XFactorError: this kind of run cannot be predicted.
     """
-    from ..base.loading import pick_device, pick_dtype, quantized_by
+    from ..base.loading import check_gguf_options, pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
+    from ..budget.phases import Course
     from ..budget.plan import make_plan
+    from ..objective.targets import TiltedTarget
 
+    if choice.gguf:
+        check_gguf_options(load, choice.name)
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
         raise XFactorError("`backend=bitsandbytes` is not predicted on a CPU; drop it, or measure a short run")
@@ -112,15 +116,25 @@ def plan_run(
     assert lora is not None  # `make_recipe` decides it
     shape = Shape(
         dtype=pick_dtype(load.dtype, device),
-        quantization=load.quantization,
+        quantization="gguf" if choice.gguf else load.quantization,
         batch=train.batch_size,
         length=train.seq_len,
         method=train.method,
         lora=lora,
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
+        packed=choice.gguf.stat().st_size if choice.gguf else 0,
     )
-    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time)
+    course = Course.of(recipe, rate=target_kind(flags) is TiltedTarget)
+    return make_plan(
+        choice.gguf or choice.folder,
+        shape,
+        recipe.memory,
+        grad_accum=train.grad_accum,
+        device=device,
+        time=time,
+        course=course,
+    )
 
 
 def parse_size(text: str) -> int:

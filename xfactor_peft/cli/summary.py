@@ -49,6 +49,10 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )
+    objective = recipe.objective
+    if lora is not None and lora.head and objective.early_stop and not objective.sequence_level:
+        console.print(f"no training steps: the set head is solved, and calibrated on samples, seed {options.seed}")
+        return
     console.print(
         f"train: {options.method}, {counted(options.steps, 'step')} of {options.batch_size} x {options.seq_len} "
         f"{contexts}, {options.optimizer} at {options.learning_rate:g}, seed {options.seed}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
-from ..training.parallel import quiet_unless_first
+from ..training.parallel import process, quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
 from .config import config_option, given, write_run
 from .console import json_option, print_json, say
@@ -107,6 +107,8 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
 
     from ..adapters.hub import check_push, push
     from ..base.resolve import resolve_model
+    from ..base.vocabulary import read_vocabulary
+    from ..runs.folder import check_output
     from ..runs.run import FolderOptions, default_name, train_to_folder
     from ..runs.tracking import check_trackers
     from .plan_text import print_expectation
@@ -119,13 +121,16 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     if flags["push_to_hub"]:
         check_push(flags["push_to_hub"])
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    plan = _plan(flags, choice, load, recipe)
-    base = load_chosen(choice, load)
-    target = make_target(flags, base)
-    if flags["preset"] == "source" and recipe.evaluation:
-        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
+    vocabulary = read_vocabulary(choice)
+    target = make_target(flags, vocabulary)
     assert recipe.lora is not None  # `make_recipe` decides it
     output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
+    if not flags["resume"]:
+        check_output(output, force=flags["force"])
+    plan = _plan(flags, choice, load, recipe)
+    base = load_chosen(choice, load, vocabulary=vocabulary)
+    if flags["preset"] == "source" and recipe.evaluation:
+        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
     name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:
@@ -145,7 +150,8 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
             result, record = train_to_folder(base, target, output, recipe, folder, plan=plan, on_step=on_step)
         if result.before and result.after:
             trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
-    write_run(ctx, flags, choice, output)
+    if process()[0] == 0:
+        write_run(ctx, flags, choice, output)
     print_summary(result, record, output)
     if flags["as_json"]:
         print_json({"output": str(output), **record})

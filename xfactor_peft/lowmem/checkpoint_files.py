@@ -23,7 +23,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DERIVED = (
     (re.compile(r"(^|\.)(attn|attention)\.bias$"), lambda shape: len(shape) == 4 and shape[2] == shape[3]),
-    (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), lambda shape: shape in ((), (1,))),
+    (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), lambda shape: len(shape) in (0, 4) or shape == (1,)),
     (re.compile(r"rotary_emb\.inv_freq$"), lambda shape: len(shape) == 1),
     (re.compile(r"(^|\.)position_ids$"), lambda shape: len(shape) <= 2),
 )

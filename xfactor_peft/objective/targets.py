@@ -184,12 +184,13 @@ class TiltedTarget:
         if objective.rate.same_rate == "everywhere" and not self.looks(lora, objective):
             raise XFactorError(
                 "`same_rate=everywhere` is for the set head alone, fitted in one go: it needs a rate above 0 and "
-                "`lora.target=head`, without `sequence_level` and with `early_stop`"
+                "`lora.target=head`, without `sequence_level` and `contexts`, and with `early_stop`"
             )
 
     def looks(self, lora: LoraOptions, objective: ObjectiveOptions) -> bool:
         """Whether the set head is fitted to hold its rate after every family of prompts."""
         alone = lora.target == "head" and not objective.sequence_level and objective.early_stop
+        alone = alone and objective.contexts in (None, "self")
         return alone and any(self.rates or ()) and objective.rate.same_rate != "on-average"
 
     def record(self) -> dict[str, Any]:

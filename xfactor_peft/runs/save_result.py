@@ -45,3 +45,10 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
     record["sha256"] = hashes(staging)
     write_record(staging, record)
     return record
+
+
+def complete_record(result: TrainResult, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Put what was measured since `save_result` into the record in `folder`; returns the whole of it."""
+    record = {**record, **result.record()}
+    write_record(folder, record)
+    return record

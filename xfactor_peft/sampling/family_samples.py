@@ -45,10 +45,13 @@ class FamilySamples:
     def atoms(self) -> Atoms:
         return Atoms.of(self.members.cpu())
 
-    def rates(self, texts: int, seed: int) -> torch.Tensor:
-        """Expected rates of `texts` texts of every family by the model as it is, (F, texts, K) float64."""
+    def rates(self, texts: int, seed: int, tilts: torch.Tensor | None = None) -> torch.Tensor:
+        """Expected rates of `texts` texts of every family, (F, texts, K) float64.
+
+        By the model as it is, or under an exact logit bias lambda_f (F, K) for each family.
+        """
         rates = torch.zeros(len(self.prompts) * texts, len(self.members), dtype=torch.float64)
-        for batch in self._drawn(texts, seed, None):
+        for batch in self._drawn(texts, seed, tilts):
             assert batch.masses is not None  # members are given
             rates[batch.rows] = batch.masses.double().mean(1)
         return rates.view(len(self.prompts), texts, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
@@ -19,15 +20,15 @@ from .position_scores import SCORE_BYTES
 from .prompt_families import fitting_prompts
 from .sampler import continued, sample
 
-TEXTS, LENGTH = 256, 64
-"""How many texts measure a rate, and how many tokens of each are the model's own."""
+TEXTS, LENGTH, OPENINGS = 256, 64, 256
+"""How many texts measure a rate, how many tokens of each are the model's own, and how many beginnings there are."""
 ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
 
 def _drawn(base: Base, seed: int) -> torch.Tensor:
     with phase("drawing openings"):
-        return openings(base, 512, seed=seed)
+        return openings(base, OPENINGS, seed=seed)
 
 
 @torch.no_grad()
@@ -89,22 +90,23 @@ class OwnSamples:
 
     def rates(self, index: int = 0) -> torch.Tensor:
         """Sampled rates (K,) of the model as it is, float64."""
-        return self.masses(None, TEXTS, index)[0].double().mean((0, 1))
+        masses, _ = self.texts(None, TEXTS, index)
+        return masses.double().mean((0, 1)) @ self.atoms.patterns
 
-    def masses(self, tilt: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Along texts, about `count`, as many a family, the masses of the sets and which tokens are members.
-
-        Two tensors (N, length, K).
+    def texts(self, strengths: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts, about `count`, as many a family, of the model tilted by lambda (K,), or as it is: masses of the atoms
+        along them, (N, length, P), and the atom of every token, (N, length).
 
         The same texts come again for the same index.
         """
-        seed = 7919 * (self.seed + 1) + index
+        seed, atoms = 7919 * (self.seed + 1) + index, self.atoms
+        tilt = None if strengths is None else strengths.to(self.members) @ self.members
         policy, options = SplitModel(self.split_model.model, tilt), self.rate.decoding(self.length, seed)
-        each, member = -(-count // len(self.prompts)), self.members.cpu().T
+        indicators = F.one_hot(atoms.of_token, len(atoms.patterns)).T.to(self.members)
+        each, masses, drawn = -(-count // len(self.prompts)), [], []
         prompts = [row for rows in self.prompts.values() for row in in_turn(rows, each, seed)]
-        masses, hits = [], []
-        for batch in sample(policy, prompts, options, self.banned, self.members):
-            assert batch.masses is not None  # members are given
+        for batch in sample(policy, prompts, options, self.banned, indicators):
+            assert batch.masses is not None  # sets are given
             masses.append(batch.masses)
-            hits.append(member[batch.continuations])
-        return torch.cat(masses), torch.cat(hits)
+            drawn.append(atoms.of_token[batch.continuations])
+        return torch.cat(masses), torch.cat(drawn)

@@ -65,6 +65,11 @@ def read_families(path: Path) -> list[PromptFamily]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise XFactorError(f"`prompts={path}`: cannot be read as UTF-8 text: {error}") from error
+    return families_of(text, path)
+
+
+def families_of(text: str, path: Path) -> list[PromptFamily]:
+    """The families of a text in either form, read from `path`; raises XFactorError as `read_families` does."""
     families = _of_json(text, path) if text.lstrip().startswith("{") else _of_blocks(text)
     if not families:
         raise XFactorError(f"`prompts={path}` holds no prompt")

@@ -24,7 +24,7 @@ from ..errors import XFactorError
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
-from ..progress import report
+from ..progress import Progress
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
@@ -132,9 +132,9 @@ def sample(
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         own = None if tilts is None else tilts[part].to(split_model.weight.device)
-        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own)
+        done = Progress(start, len(part), len(order))
+        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own, done)
         yield replace(batch, rows=torch.tensor(part))
-        report((start + len(part)) / len(order))
 
 
 @torch.no_grad()
@@ -144,6 +144,7 @@ def _sample_batch(
     uniforms: torch.Tensor,
     draw: _Draw,
     tilts: torch.Tensor | None,
+    done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
@@ -169,6 +170,7 @@ def _sample_batch(
             drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]], own)
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
+        done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
     return Samples(ids, starts, new, states, torch.arange(len(ids)), masses if draw.sets else None)
 
@@ -211,7 +213,7 @@ class _Draw:
         """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
             ids = z.argmax(1)
-            return ids, torch.empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
+            return ids, z.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:

@@ -17,14 +17,14 @@ from ..base.final_norm import takes_logit_bias
 from ..lora.set_head import SetHead
 from ..objective.head_fit import HeadFitter
 from ..progress import phase
-from ..sampling.calibration import Trace, calibrate, log_odds, solve
+from ..sampling.calibration import Trace, calibrate, solve
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
+from ..sampling.reweighting import log_odds
 
 PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, 80
 """Texts a family in the three parts, the last in every round."""
 ROUNDS = 2
-DIAL_SCALES, DIAL_TEXTS = (0.5, 1.25), 8
 CAUTION = 0.8
 """Of the lambda that the base's own texts ask for: what raises a set in one place makes it likelier in those behind."""
 SLOPE = 1.2
@@ -46,7 +46,7 @@ class HeadReport:
         offset: whether the head has a constant part b; without one its weights alone say it all, so it merges.
         ridge: of the fit.
         rounds: of calibration; in each the mean tilt of every family (and set), and the expected rates.
-        dial: pairs (scale, expected R) of the first set, mean over the families.
+        dial: pairs (scale, expected R) that are known of the first set, means over the families.
     """
 
     families: list[str]
@@ -72,15 +72,16 @@ class HeadReport:
         return {**asdict(self), "price": self.price}
 
 
-def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, *, dial: bool) -> HeadReport:
-    """Fit `head`, which is at 0, to the rates (K,); `dial` also measures R at other scales of it."""
+def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor) -> HeadReport:
+    """Fit `head`, which is at 0, to the rates (K,)."""
     samples = own.families
     temperature, rates = samples.decoding.temperature, wanted.tolist()
     offset = takes_logit_bias(own.base.model)
-    with phase("looking at texts after prompts of every family"):
+    with phase("first texts after prompts of every family"):
         pilots, silent = samples.contexts(PILOT_TEXTS, _seed(own, 0), torch.zeros(len(samples.names), len(wanted)))
         first = torch.stack([solve(pilot.masses.double(), samples.atoms, rates) for pilot in pilots])
         first = torch.where(wanted > 0, CAUTION * first, first)
+    with phase("texts nearer the rate, of every family"):
         contexts, measured = samples.contexts(CONTEXT_TEXTS, _seed(own, 1), first)
     correction = ((log_odds(wanted) - log_odds(measured)) / SLOPE).clamp(-2, 2)
     start = torch.where(wanted > 0, first + correction, first)
@@ -114,19 +115,8 @@ def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, *, dial: bool
         offset=offset,
         ridge=fitter.ridge or 0.0,
         rounds=rounds,
-        dial=_dial(head, own, float(silent[:, 0].mean()), float(last[-1][..., 0].mean())) if dial else [],
+        dial=[(0.0, float(silent[:, 0].mean())), (1.0, float(last[-1][..., 0].mean()))],
     )
-
-
-def _dial(head: SetHead, own: OwnSamples, of_base: float, as_trained: float) -> list[tuple[float, float]]:
-    """Expected R at several scales of the head; two of them are known."""
-    found = {0.0: of_base, 1.0: as_trained}
-    for scale in DIAL_SCALES:
-        head.layer.set_scale(head.adapter, scale)
-        with phase(f"measuring R at scale {scale:g}"):
-            found[scale] = float(own.families.rates(DIAL_TEXTS, _seed(own, 10))[..., 0].mean())
-    head.layer.set_scale(head.adapter, 1.0)
-    return sorted(found.items())
 
 
 def restore_head(head: SetHead, facts: dict[str, Any]) -> HeadReport:

@@ -16,12 +16,14 @@ from ..base.split_model import SplitModel, split
 from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
+from ..budget.phases import SAMPLING_BYTES
 from ..budget.plan import recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
+from ..lowmem.gguf_layers import PackedMatrix
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import LoadOptions, LoraOptions, Recipe
@@ -30,9 +32,6 @@ from ..sampling.metrics import Evaluation, evaluate
 from ..sampling.sampler import CACHE_BYTES
 from .parallel import check_processes
 from .sharding import check_shards
-
-SAMPLING_BYTES = 48 * 2**20
-"""What sampling and scoring take beside the model and the cache: logits, activations, compiled kernels."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,10 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
+        if recipe.objective.sequence_level and isinstance(split(base.model).weight, PackedMatrix):
+            raise XFactorError(
+                "`sequence_level=True` cannot read a packed output embedding; leave it out for a GGUF base"
+            )
         if train.fsdp:
             check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
@@ -174,4 +177,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
     return Shape(
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
+        packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
     )  # fmt: skip
