@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PACKAGES = {"export.md": ["gguf"], "trainer.md": ["tensorboard"]}
 """Optional packages that a page needs."""
-MINUTES = {"target-rate.md", "tutorial.md"}
-"""Pages that train for a rate as long as a user would: run by `make docs`, and left out of the quick suite."""
+MINUTES = {"export.md", "low-memory.md", "target-rate.md", "tutorial.md"}
+"""Pages of ten seconds to minutes, since they do what a user would: run by `make docs`, left out of the quick suite."""
 
 
 @pytest.fixture
