@@ -69,10 +69,11 @@ def test_text_before_and_after(main_job, run, monkeypatch):
     assert output.count("X-lora-r8 x 1") == 2
 
 
-def test_the_python_block_runs(tiny_folders, capsys):
+def test_the_python_block_runs(capsys):
+    """As it is printed; without a network, as in all tests, the model is the demo model."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
     assert len([line for line in block.splitlines() if line.strip()]) <= 6
-    exec(compile(block.replace("xf.load()", f"xf.load({str(tiny_folders['gpt2'])!r})"), "README", "exec"), {})
+    exec(compile(block, "README", "exec"), {})
     before, after = map(float, capsys.readouterr().out.split())
     assert after > before + 0.3
 
