@@ -26,7 +26,8 @@ from bench.training.results import Results, load
 from xfactor_peft.errors import XFactorError
 
 MARKER = "benchmark"
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md")
+README = REPOSITORY / "README.md"
+PAGES = (README, REPOSITORY / "docs" / "results.md")
 FIGURES = ("rate-kl", "memory")
 OTHERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "whole": ("whole", lambda folder: (folder / "table.md").read_text("utf-8")),
@@ -84,8 +85,7 @@ def main(results: Path, pages: tuple[Path, ...], check: bool) -> None:
             save_png(loaded, loaded.folder / PLOTS)
         for page in pages:
             old = page.read_text(encoding="utf-8")
-            own = f"<!-- {MARKER}:begin -->" in old or page not in PAGES
-            new = with_other_tables(pasted(old, section(loaded, page)) if own else old)
+            new = with_other_tables(old if page == README else pasted(old, section(loaded, page)))
             if check and new != old:
                 raise XFactorError(f"{page.name} differs from the results; run: python benchmarks/readme.py {results}")
             if new != old:

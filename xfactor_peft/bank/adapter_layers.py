@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from ..adapters.adapter import AdapterInfo, layers_of
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lora.wrap import register_layers
 from ..lowmem.noise import without_notes
 from ..lowmem.peft_parts import tuner
@@ -57,8 +57,7 @@ class AdapterLayers:
             self.remove(peft_name)
             if isinstance(error, XFactorError) or not isinstance(error, _REFUSALS):
                 raise
-            reason = str(error).strip().split("\n")[0]
-            raise XFactorError(f"adapter {info.name} cannot be loaded: {reason}") from error
+            raise XFactorError(f"adapter {info.name} cannot be loaded: {first_line(error)}") from error
 
     def remove(self, peft_name: str) -> None:
         """Take an adapter out, whole or half loaded; layers without any are the base's own again."""

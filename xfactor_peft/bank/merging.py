@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.mix import Mix
 from ..base.final_norm import takes_logit_bias
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lowmem.peft_parts import side_b, tuner
 from .bank import AdapterBank
 from .norm_fold import fold_logit_bias
@@ -44,13 +44,14 @@ def merge(
     mix, model = bank.active, bank.base.model
     peft_names = [bank.peft_names[name] for name, weight in mix.parts if weight != 0]
     layer = model.get_output_embeddings()
-    bias, direction = None, None
+    bias, offset, direction = None, None, None
     if isinstance(layer, PeftLinear) and any(peft_name in layer.lora_A for peft_name in peft_names):
-        if (offset := _offset(layer, peft_names)) is not None and not takes_logit_bias(model):
+        offset = _offset(layer, peft_names)
+        if offset is not None and not takes_logit_bias(model):
             fold = fold_by_states(bank.base, offset)
             direction = fold.direction
             tell(fold.describe())
-        bias = _merge_head(model, layer, peft_names)
+        bias = _merge_head(model, layer, peft_names, offset)
     if bank.wrapped is not None:
         _drop_zero_biases(model, peft_names)
         lora = tuner(bank.wrapped)
@@ -58,7 +59,7 @@ def merge(
             merged = lora.merge_and_unload(safe_merge=True, adapter_names=peft_names) if peft_names else lora.unload()
             model = cast(PreTrainedModel, merged)
         except (ValueError, RuntimeError) as error:
-            raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error
+            raise XFactorError(f"{mix} cannot be merged: {first_line(error)}") from error
     if bias is not None and direction is not None:
         weight = model.get_output_embeddings().weight
         weight.copy_(weight.double() + torch.outer(bias.double(), direction.to(bias.device)))
@@ -69,9 +70,11 @@ def merge(
     return model
 
 
-def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]) -> torch.Tensor | None:
-    """Merge the set heads into a separate output embedding; returns the offset (V,) for which it has no bias."""
-    base, offset = cast(nn.Linear, layer.base_layer), _offset(layer, peft_names)
+def _merge_head(
+    model: PreTrainedModel, layer: PeftLinear, peft_names: list[str], offset: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Merge the set heads into a separate output embedding; returns their `offset` (V,) where that has no bias."""
+    base = cast(nn.Linear, layer.base_layer)
     weight, dtype = base.weight.float().clone(), base.weight.dtype
     for peft_name in peft_names:
         if peft_name in layer.lora_variant:

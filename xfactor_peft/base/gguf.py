@@ -19,7 +19,7 @@ from ..lowmem.gguf_file import GgufFile, PackedTensor
 from ..lowmem.gguf_layers import GgufEmbedding, GgufLinear, PackedMatrix
 from .gguf_config import config_of
 from .gguf_tokenizer import ends_of
-from .identity import SAMPLED_VALUES, BaseIdentity
+from .identity import SAMPLED_VALUES, BaseIdentity, digest_of
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -153,12 +153,8 @@ def identify_gguf(file: GgufFile, name: str, tokenizer: PreTrainedTokenizerBase)
         revision=None,
         architecture=(config.architectures or [config.model_type])[0],
         shape=f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}",
-        config=_digest(fields),
+        config=digest_of(fields),
         weights=digest.hexdigest(),
-        tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
+        tokenizer=digest_of(sorted(tokenizer.get_vocab().items())),
         forward=digest.hexdigest(),
     )
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -87,7 +87,7 @@ def _backend(fields: dict[str, Any], pre: str) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # Llama 3's splits take a word that is a token whole, whatever its merges.
     backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = _splitting(pre)
+    backend.pre_tokenizer = splitting_of(pre)
     backend.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER, False)):
         added = [
@@ -107,7 +107,8 @@ def _backend(fields: dict[str, Any], pre: str) -> Tokenizer:
     return backend
 
 
-def _splitting(pre: str) -> Any:
+def splitting_of(pre: str) -> Any:
+    """The pre-tokenizer that llama.cpp calls `pre`."""
     pattern = SPLITS[pre]
     if pattern is not None:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")

@@ -88,15 +88,16 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
         revision=revision,
         architecture=str(_first(config.get("architectures")) or config.get("model_type", "unknown")),
         shape=f"{layers} layers x {width}, vocabulary {config.get('vocab_size', '?')}",
-        config=_digest({k: v for k, v in config.items() if k not in _VOLATILE}),
+        config=digest_of({k: v for k, v in config.items() if k not in _VOLATILE}),
         weights=weights,
-        tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
-        parsed=_digest(_parsed(folder)),
+        tokenizer=digest_of(sorted(tokenizer.get_vocab().items())),
+        parsed=digest_of(_parsed(folder)),
         forward=forward,
     )
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lowmem.attention import use_short_attention
 from ..lowmem.gguf_layers import GgufLinear
 from ..lowmem.linears import listed
@@ -23,7 +23,7 @@ from ..options import LoadOptions
 from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .gguf import identify_gguf, load_gguf
-from .gguf_tokenizer import open_gguf
+from .gguf_tokenizer import open_gguf, tokenizer_of
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
@@ -167,7 +167,8 @@ def _load_gguf(choice: ModelChoice, path: Path, options: LoadOptions, vocabulary
     if device.type != "cpu":
         raise XFactorError(f"{choice.name}: packed weights are multiplied on a CPU; give `device=cpu`")
     dtype = pick_dtype(options.dtype, device)
-    file, tokenizer = open_gguf(path), (vocabulary or read_vocabulary(choice)).tokenizer
+    file = open_gguf(path)
+    tokenizer = vocabulary.tokenizer if vocabulary else tokenizer_of(file)
     model = load_gguf(file, DTYPES[dtype])
     model.config.name_or_path = choice.name
     check_vocabulary(tokenizer, model, choice.name)
@@ -200,10 +201,9 @@ def _check_calls(model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise XFactorError(
-            f"{type(model).__name__} does not run with quantised layers, whose weights are codes ({reason}); load it "
-            "without `quantization`"
+            f"{type(model).__name__} does not run with quantised layers, whose weights are codes "
+            f"({first_line(error)}); load it without `quantization`"
         ) from error
     release_scratch()
 

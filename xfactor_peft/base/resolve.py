@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 
 DEFAULT_MODEL = "openai-community/gpt2-medium"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
@@ -135,7 +135,7 @@ def in_words(error: BaseException) -> str:
     """
     while cause := error.__cause__ or error.__context__:
         error = cause
-    text = (str(error) or type(error).__name__).strip().split("\n")[0]
+    text = first_line(error)
     text = re.sub(r"^\[Errno -?\d+\] ", "", text)
     return shorten(without_secrets(text), 300, placeholder=" …").rstrip(".:,; ")
 

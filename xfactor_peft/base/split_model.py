@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lowmem.gguf_layers import GgufLinear, PackedMatrix, linear
 from ..lowmem.kv_cache import reserved_cache
 from ..lowmem.quantized import QuantizedLinear
@@ -70,9 +70,9 @@ def split(model: PreTrainedModel) -> SplitModel:
         try:
             expected = model(input_ids=ids, use_cache=False).logits.float()
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise XFactorError(
-                f"{type(model).__name__} cannot run a forward pass as it is configured ({reason}); see its config.json"
+                f"{type(model).__name__} cannot run a forward pass as it is configured ({first_line(error)}); see its "
+                "config.json"
             ) from error
         hidden = split_model.hidden(ids)
         actual = split_model.logits(hidden).float()
@@ -103,10 +103,9 @@ def _check_cache(split_model: SplitModel, ids: torch.Tensor, hidden: torch.Tenso
     try:
         outputs = [model.base_model(input_ids=part, past_key_values=cache, use_cache=True) for part in parts]
     except (TypeError, AttributeError, ValueError, IndexError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise XFactorError(
-            f"{type(model).__name__} does not run with a key-value cache ({reason}), so no text can be sampled; "
-            "this architecture is not supported"
+            f"{type(model).__name__} does not run with a key-value cache ({first_line(error)}), so no text can be "
+            "sampled; this architecture is not supported"
         ) from error
     expected = hidden[:, -2:].float()
     distance = (torch.cat([o.last_hidden_state for o in outputs[1:]], dim=1).float() - expected).norm()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from .claims import check_architecture, check_claims
 from .gguf_config import config_of
 from .gguf_tokenizer import open_gguf, tokenizer_of
@@ -47,6 +47,6 @@ def read_vocabulary(choice: ModelChoice) -> Vocabulary:
 
 def reason(error: Exception) -> str:
     """An exception of transformers in one line: what validation found is in its last one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = str(error).strip().splitlines()
     validation = type(error).__name__.startswith("StrictDataclass") and len(lines) > 1
-    return f"{lines[0]} {lines[-1]}" if validation else lines[0]
+    return f"{first_line(error)} {lines[-1].strip()}" if validation else first_line(error)

@@ -22,7 +22,7 @@ from ..base.claims import check_architecture, check_claims
 from ..base.gguf_config import config_of
 from ..base.gguf_tokenizer import open_gguf
 from ..base.loading import DTYPES, switch_off_dropout
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
 from ..lowmem.checkpoint_files import PIECE_BYTES
@@ -136,8 +136,7 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
         base = unwrapped(model)
         saved, block_input = _saved_bytes(base, shape)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{config.model_type} cannot be planned without loading it: {reason}") from error
+        raise XFactorError(f"{config.model_type} cannot be planned without loading it: {first_line(error)}") from error
     blocks = len(checkpointed_blocks(base))
     tensors = {t.untyped_storage()._cdata: t for n, t in _base_tensors(base)}
     head = base.get_output_embeddings()

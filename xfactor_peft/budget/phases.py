@@ -22,7 +22,7 @@ from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
 from ..sampling.metrics import POSITIONS
-from ..sampling.own_samples import LENGTH, TEXTS
+from ..sampling.own_samples import LENGTH, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
 from ..sampling.sampler import CACHE_BYTES, LEAST_BYTES
 from .dry_run import Shape, StepMemory
@@ -36,8 +36,6 @@ SCORE_CHUNKS = 4
 """Chunks of scored logits that are alive at once."""
 DRAW_CHUNKS = 2.5
 """Chunks of drawn logits that are alive at once: in the model's dtype, in float32, and their sum or a set's masses."""
-OPENINGS = 512
-"""Beginnings of texts that a run for a rate draws."""
 SEQUENCES = 64
 """Texts in a batch of the sequence-level phase."""
 

@@ -92,11 +92,13 @@ def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
 
 
 def plan_run(
-    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True
-) -> Plan:
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True,
+    baseline: int | None = None,
+) -> Plan:  # fmt: skip
     """Predict the run that these flags ask for; nothing but the model's configuration is read.
 
-    `time` also runs a block or two to predict seconds a step.
+    `time` also runs a block or two to predict seconds a step; `baseline` is the process without the model, where it is
+    known (see `make_plan`).
 
     Raises:
         XFactorError: this kind of run cannot be predicted.
@@ -134,6 +136,7 @@ def plan_run(
         device=device,
         time=time,
         course=course,
+        baseline=baseline,
     )
 
 

@@ -160,17 +160,20 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
 
 
 def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan | None:
-    """What the run will take; None where that cannot be said, unless a budget depends on it.
+    """What the run will take, the vocabulary being read; None where that cannot be said, unless a budget depends on it.
 
     Raises:
         XFactorError: the run does not fit the budget, or nothing can be said about one.
     """
+    from ..budget.memory_model import resident
     from ..budget.plan import require_fit
     from ..errors import XFactorError
+    from ..lowmem.allocator import give_back_pages
 
+    give_back_pages()
     try:
         # the run itself will show its pace; timing blocks first takes seconds, and memory that stays
-        plan = plan_run(flags, choice, load, recipe, time=False)
+        plan = plan_run(flags, choice, load, recipe, time=False, baseline=resident())
     except XFactorError:
         if recipe.memory.budget:
             raise

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.gguf_tokenizer import splitting_of
 from ..errors import XFactorError
 from ..tokens.ends import end_ids
 
@@ -75,13 +76,8 @@ def check_config(config: PretrainedConfig) -> None:
             )
 
 
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_DIGITS = {"type": "Digits", "individual_digits": True}
-_SPLITTING = {
-    "gpt-2": _BYTES,
-    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]},
-}
-"""llama.cpp's names for ways to split text before merges apply."""
+_SPLITTING = {name: json.loads(splitting_of(name).__getstate__()) for name in ("gpt-2", "smollm")}
+"""Ways to split text before merges apply that are written, by llama.cpp's names."""
 _MODEL = {
     "type": ("BPE",), "dropout": (None,), "continuing_subword_prefix": ("", None), "end_of_word_suffix": ("", None),
     "byte_fallback": (False,), "ignore_merges": (False,),

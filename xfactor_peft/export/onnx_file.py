@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from .optional import need
 
 
@@ -49,9 +49,7 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
                 dynamic_shapes={"input_ids": shape},
             )  # fmt: skip
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise XFactorError(
-            f"torch cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise XFactorError(f"torch cannot export {type(model).__name__}: {first_line(error)}") from error
     assert program is not None  # which it would be without dynamo
     program.save(output)
     shapes = f"input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"

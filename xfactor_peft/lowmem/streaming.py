@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import first_line
 from .allocator import own_pages
 from .checkpoint_files import StoredTensor, follows_from_config, same_values, stored_tensors
 from .int8 import Int8Linear
@@ -68,7 +69,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedCheckpoint(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+        raise UnsupportedCheckpoint(f"{folder}: {first_line(error)}") from error
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         raise UnsupportedCheckpoint(f"{type(model).__name__} keeps parts in float32")
     if (Path(folder) / "generation_config.json").is_file():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..objective.tilt import MAX_STRENGTH, Atoms, solve_rate, solve_rates
-from .reweighting import Estimate, TiltedSamples, log_odds
+from .reweighting import SLOPE, Estimate, TiltedSamples, log_odds
 
 ROUNDS = (32, 64, 64, 64, 96, 128, 128, 192)
 """Texts of each round in which a tilt is calibrated, at most."""
@@ -118,7 +118,7 @@ def calibrate_tilt(
         off = torch.where(free, goal - log_odds(fresh.rates), 0.0)
         solved = samples.solve(wanted, strengths)
         known = samples.estimate(solved)
-        strengths = solved if known.texts >= LEAST_TEXTS else strengths + (off / 1.2).clamp(-2, 2)
+        strengths = solved if known.texts >= LEAST_TEXTS else strengths + (off / SLOPE).clamp(-2, 2)
         agrees = bool((off.abs() < 3 * fresh.errors)[free].all())
         if index and agrees and known.texts >= LEAST_TEXTS and known.errors[free].max() < TIGHT:
             break
@@ -126,10 +126,10 @@ def calibrate_tilt(
 
 
 def _slope(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Least-squares slope of each column, held near 1.2, which the drift of contexts makes of 1, by a weak prior."""
+    """Least-squares slope of each column, held near `SLOPE` by a weak prior."""
     dx, dy = x - x.mean(0), y - y.mean(0)
     prior = 0.05
-    return ((dx * dy).sum(0) + 1.2 * prior) / ((dx * dx).sum(0) + prior)
+    return ((dx * dy).sum(0) + SLOPE * prior) / ((dx * dx).sum(0) + prior)
 
 
 def solve(masses: torch.Tensor, atoms: Atoms, rates: list[float]) -> torch.Tensor:

@@ -17,6 +17,9 @@ import torch
 
 from ..objective.tilt import MAX_STRENGTH
 
+SLOPE = 1.2
+"""Log-odds of a sampled rate for one of lambda: not 1, since what raises a set makes it likelier in what follows."""
+
 
 def log_odds(rates: torch.Tensor) -> torch.Tensor:
     """ln(r / (1 - r)), float64, finite also at 0 and 1."""
@@ -76,11 +79,11 @@ class TiltedSamples:
     def solve(self, wanted: torch.Tensor, start: torch.Tensor, rounds: int = 40) -> torch.Tensor:
         """The strengths (K,) at which the estimated rates are `wanted` (K,); those of a wanted 0 stay as they are.
 
-        lambda += (logit wanted - logit R(lambda)) / 1.2: log-odds of a rate grow by about 1 to 1.4 a unit of lambda.
+        lambda += (logit wanted - logit R(lambda)) / SLOPE, which is between 1 and 1.4.
         """
         strengths, goal = start, log_odds(wanted)
         for _ in range(rounds):
-            step = (goal - log_odds(self.estimate(strengths).rates)) / 1.2
+            step = (goal - log_odds(self.estimate(strengths).rates)) / SLOPE
             step = torch.where(wanted > 0, step, 0.0).clamp(-1, 1)
             strengths = (strengths + step).clamp(-MAX_STRENGTH, MAX_STRENGTH)
             if step.abs().max() < 1e-4:

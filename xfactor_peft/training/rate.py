@@ -27,8 +27,9 @@ SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
 """Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 SAMPLED_SCALES = (1.0, 0.0, 1.25, 0.5)
+"""Of a tilt, where texts that there are say too little, in this order."""
 HEAD_SCALES = (0.5, 1.25)
-"""The same for a head that looks, of which 0 and 1 are known and between which log-odds are nearly a line."""
+"""Of a head that looks, of which 0 and 1 are known and between which log-odds are nearly a line."""
 DIAL_TEXTS = 24
 """Effective texts that a point of the dial needs."""
 

@@ -20,15 +20,13 @@ from ..progress import phase
 from ..sampling.calibration import Trace, calibrate, solve
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
-from ..sampling.reweighting import log_odds
+from ..sampling.reweighting import SLOPE, log_odds
 
 PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, 80
 """Texts a family in the three parts, the last in every round."""
 ROUNDS = 2
 CAUTION = 0.8
 """Of the lambda that the base's own texts ask for: what raises a set in one place makes it likelier in those behind."""
-SLOPE = 1.2
-"""Log-odds of a sampled rate for one of lambda, for the same reason; as in `calibration`."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..base.loading import Base, load_base
 from ..base.split_model import SplitModel, split
+from ..base.vocabulary import Vocabulary
 from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
@@ -83,7 +84,7 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
-        if recipe.objective.sequence_level and isinstance(split(base.model).weight, PackedMatrix):
+        if recipe.objective.sequence_level and isinstance(SplitModel(base.model).weight, PackedMatrix):
             raise XFactorError(
                 "`sequence_level=True` cannot read a packed output embedding; leave it out for a GGUF base"
             )
@@ -156,7 +157,9 @@ class TrainingRun:
         if self.wrapped is None or isinstance(self.wrapped, PeftModel):
             return None
         self.wrapped.zero_grad(set_to_none=True)
-        return split(load_base(self.base.choice, LoadOptions(self.base.dtype, str(self.base.device))).model)
+        options = LoadOptions(self.base.dtype, str(self.base.device))
+        known = Vocabulary(self.base.tokenizer, self.base.vocab_size)
+        return split(load_base(self.base.choice, options, known).model)
 
     @contextmanager
     def explaining_out_of_memory(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...base.split_model import SplitModel
+from ...budget.phases import SEQUENCES
 from ...lora.set_head import SetHead
 from ...objective.objectives import AdapterOff, base_hidden
 from ...objective.sequence_level import PositionGradients, Value, advantages, position_gradients
@@ -34,7 +35,7 @@ ROWS = 32
 class SequenceOptions:
     """Settings of the sequence-level phase; the defaults are those of the figures."""
 
-    sequences: int = 64
+    sequences: int = SEQUENCES
     lr: float = 1e-3
     decay: float = 0.9
     warm_up: int = 2
