@@ -1,5 +1,6 @@
-# make demo   create the environment, run the main job, show text before and after
+# make demo   create the environment, run the main job, show text before and after, and of a wanted rate
 # make test   create the environment, run the tests in two processes of one thread each
+# make docs   create the environment, run every command of the documentation, those that take minutes too
 # make lint / make typecheck / make bench / make audit / make coverage / make mutation / make clean
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,15 +8,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint typecheck bench audit coverage mutation clean
+.PHONY: demo test docs lint typecheck bench audit coverage mutation clean
 
 demo: $(READY)
 	$(BIN)/python cli.py train --lora-r 8 --force
 	$(BIN)/python cli.py generate --adapter none --adapter X-lora-r8 --offline \
 	    "Once upon a time" "The captain stood on the deck and"
+	$(BIN)/python cli.py generate --adapter none --adapter demo-rate --offline \
+	    "Once upon a time" "The captain stood on the deck and"
 
 test: $(READY)
 	$(TESTS)
+
+docs: $(READY)
+	XFACTOR_ALL_DOCS=1 $(BIN)/python -m pytest tests/docs/test_docs.py
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff

@@ -38,7 +38,8 @@ def live(model: str, output: Path, steps: int, save_every: int, seed: int) -> No
     """One life of the run, in this process: its beginning, or whatever the last life left."""
     torch.set_num_threads(1)
     options = TrainOptions(steps=steps, batch_size=2, seq_len=16, lr=1e-2, seed=seed)
-    resume = all((staging_of(output) / name).is_file() for name in (SETTINGS, METRICS))
+    places = staging_of(output), output  # the latter while only its scores are missing
+    resume = any(all((place / name).is_file() for name in (SETTINGS, METRICS)) for place in places)
     recipe = Recipe(options, LoraOptions(r=4, dropout=0.2), EVALUATION)
     train_to_folder(*tiny.load(model), output, recipe, folder=FolderOptions(resume=resume, save_every=save_every))
 
@@ -82,11 +83,18 @@ def outcome(folder: Path) -> dict[str, object]:
     }
 
 
+def complete(output: Path) -> bool:
+    """Whether a run has nothing left to do: it is published with its scores."""
+    return output.exists() and not (output / SETTINGS).exists()
+
+
 def moment(output: Path) -> str:
     """Where a kill found the run."""
     staging = staging_of(output)
     if not (staging / METRICS).is_file():
-        return "published" if output.exists() else "before the first file"
+        if output.exists():
+            return "complete" if complete(output) else "published, not scored"
+        return "before the first file"
     writing = any(staging.rglob("*.writing"))
     saved = Checkpoints(staging / "checkpoints").latest()
     return "while a file was written" if writing else "before a checkpoint" if saved is None else "after a checkpoint"
@@ -95,7 +103,7 @@ def moment(output: Path) -> str:
 def kill_until_done(life: tuple, output: Path, most: int, moments: list[str], pause) -> bool:
     """Kill one run at most so many times; appends where each kill found it. False if a life failed."""
     killed = 0
-    while not output.exists():
+    while not complete(output):
         child = start(live, *life)
         status = ended(child, pause() if killed < most else 600)
         if status is not None:

@@ -1,124 +1,143 @@
-"""What a plan predicts against what a run then takes: peak memory and seconds a step, as a ratio predicted : measured.
+"""What a plan predicts against what the literal command takes, and whether the command lives within it.
 
-    python benchmarks/plan_accuracy.py                      # a random model of 8 x 768, V = 20 000
-    python benchmarks/plan_accuracy.py --model FOLDER --steps 30 --json benchmarks/results/plan.json
+    python benchmarks/plan_accuracy.py                          forty short runs, each in a process of its own
+    python benchmarks/plan_accuracy.py --only demo --limited    also in a memory control group of 1.05 x the plan
+    python benchmarks/plan_accuracy.py --real FOLDER            with a real model's configurations
 
-One line of JSON a case. Every case is a process of its own (a fork of this one, which has imported everything and run
-nothing), as a peak is a process's. Memory is deterministic to a few per cent; the time is the median of the steps after
-the first two, and a busy machine disturbs it, so it is no test's business. Exit status 1 when a run fails.
+A configuration whose record is there already is not run again. The peak is read from outside (`bench.command`); the
+record of the run says what was predicted. Exit status 1 when a run fails or is killed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
 import os
 import statistics
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+import click
+from bench import store
+from bench.command import MIB, NoGroup, memory_group, train
+from bench.configurations import MADE, configurations, make_models
+from bench.store import REPOSITORY, RESULTS, Record
+from bench.tables import Table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(REPOSITORY))
 
-from xfactor_peft.lowmem.imports import leave_out_bitsandbytes
+ROOM = 1.05
+"""A control group's limit, as a multiple of the plan."""
 
-leave_out_bitsandbytes()  # as the command line does, before anything imports PEFT
 
-from xfactor_peft import (  # noqa: E402
-    EvalOptions,
-    LoadOptions,
-    LoraOptions,
-    MemoryOptions,
-    SamplingOptions,
-    TokenSet,
-    TrainOptions,
-    UniformTarget,
-    load,
-    train,
+def measure(words: list[str], threads: int) -> Record:
+    """Predicted and measured peak, MiB, by phase."""
+    made = train(words, threads)
+    record = made.pop("record")
+    if made["status"] != "ok" or not record.get("plan"):
+        return {**made, "status": made["status"] if made["status"] != "ok" else "not planned"}
+    plan = record["plan"]
+    phases = {phase["name"]: round(phase["total"] / MIB, 1) for phase in plan["phases"]}
+    inside = {name: record[f"{name}_peak"].get("rss_mib") for name in ("load", "train", "sampling")}
+    predicted = plan["total"] / MIB
+    parts = {name: round(size / MIB, 1) for name, size in plan["memory"].items()}
+    return {
+        **made, "predicted": round(predicted, 1), "error": round(predicted / made["peak"] - 1, 4),
+        "highest": plan["highest"], "phases": phases, "inside": inside, "parts": parts,
+    }  # fmt: skip
+
+
+def confine(words: list[str], threads: int, predicted: float) -> Record:
+    """The same run in a control group of 1.05 x the plan."""
+    limit = math.ceil(ROOM * predicted)
+    try:
+        with memory_group(limit) as procs:
+            made = train(words, threads, procs)
+    except NoGroup as reason:
+        return {"limit": limit, "status": "skipped", "reason": str(reason)}
+    made.pop("record")
+    return {"limit": limit, **made}
+
+
+def table(records: list[Record]) -> str:
+    """Every configuration, and below the median and the largest error and how many were killed."""
+    rows = []
+    for one in records:
+        limited = one.get("limited") or {}
+        figures = [f"{one[key]:,.0f}" if key in one else "–" for key in ("predicted", "peak")]
+        error = f"{one['error']:+.1%}" if "error" in one else one["status"]
+        inside = [f"{limited[key]:,.0f}" if key in limited else "–" for key in ("limit", "peak", "anonymous")]
+        rows.append([one["name"], *figures, error, one.get("highest", "–"), *inside, limited.get("status", "–")])
+    head = [
+        "configuration",
+        "plan, MiB",
+        "VmHWM, MiB",
+        "error",
+        "highest phase",
+        "limit, MiB",
+        "VmHWM",
+        "RssAnon",
+        "ended",
+    ]
+    errors = [abs(one["error"]) for one in records if "error" in one]
+    ends = [one["limited"]["status"] for one in records if one.get("limited")]
+    summary = (
+        f"{len(errors)} configurations: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
+        if errors
+        else ""
+    )
+    if ends:
+        summary += f"; within 1.05 x the plan {ends.count('ok')} of {len(ends)} ran to their end"
+    return f"{Table(head, rows).markdown()}\n\n{summary}\n"
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--only", multiple=True, metavar="WORD", help="Configurations whose name begins with this.")
+@click.option("--limited", is_flag=True, help="Run each again in a control group of 1.05 x its plan.")
+@click.option("--again", is_flag=True, help="Run what has a record, too.")
+@click.option("--real", type=click.Path(path_type=Path, file_okay=False), help="A folder with a real model.")
+@click.option(
+    "--gpt2m", type=click.Path(path_type=Path, file_okay=False), default=REPOSITORY / "build/gpt2-medium-random"
 )
-from xfactor_peft.budget.dry_run import Shape  # noqa: E402
-from xfactor_peft.budget.plan import make_plan  # noqa: E402
-
-CASES = ((None, "off"), ("int8", "on"))  # (quantisation, checkpointing)
-WARM_UP = 2  # steps whose time does not count
-
-
-def write_model(folder: Path) -> Path:
-    """A GPT-2 of 8 x 768 and V = 20 000 with random weights: the model, not Python, decides the peak."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from tests.tiny import tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    GPT2LMHeadModel(GPT2Config(vocab_size=20_000, n_embd=768, n_layer=8, n_head=12, **ends)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def compare(folder: Path, quantization: str | None, checkpointing: str, steps: int, time: bool) -> dict[str, object]:
-    """Plan a run, do it, and divide what was predicted by what was measured."""
-    memory, shape = MemoryOptions(checkpointing), Shape("bf16", quantization, 4, 64, "lora", LoraOptions())
-    plan = make_plan(folder, shape, memory, time=time)
-    base = load(str(folder), LoadOptions("bf16", "cpu", quantization))
-    target = UniformTarget(TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size))
-    brief = EvalOptions(("Once",), 1, SamplingOptions(max_new_tokens=1))
-    result = train(base, target, TrainOptions(steps=steps), LoraOptions(), brief, memory=memory)
-    peak = max(base.load_peak["rss_mib"], result.train_peak["rss_mib"])
-    found = {"quantization": quantization, "checkpointing": checkpointing, "peak_mib": peak,
-             "memory": plan.memory.total / 2**20 / peak}  # fmt: skip
-    if time:
-        seconds = statistics.median(step.seconds for step in result.history[WARM_UP:])
-        found |= {"seconds": seconds, "time": plan.seconds / seconds}
-    return found
-
-
-def in_a_fork(*arguments) -> dict[str, object] | None:
-    """`compare` in a process of its own; None when it failed, which it has said itself."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            os.write(writing, json.dumps(compare(*arguments)).encode())
-            status = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    return json.loads(text) if text else None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="A folder.  [default: a random model, made for this]")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--memory-only", action="store_true", help="Plan and compare no time.")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = options.model
-        if folder is None:
-            folder = Path(name)
-            if not os.fork():
-                write_model(folder)
-                os._exit(0)
-            os.wait()
-        found = []
-        for case in CASES:
-            found.append(in_a_fork(folder, *case, options.steps, not options.memory_only))
-            if found[-1]:
-                print(json.dumps(found[-1]), flush=True)
-    if options.json and all(found):
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all(found) else 1
+@click.option("--threads", default=1, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS / "plan")
+def main(only, limited, again, real, gpt2m, threads, output) -> None:  # fmt: skip
+    models = {"demo": "demo", "gpt2m": str(gpt2m), **({"real": str(real)} if real else {})}
+    wanted = {name: words for name, words in configurations().items() if not only or name.startswith(only)}
+    if any(words[1] in MADE for words in wanted.values()):
+        models |= make_models(REPOSITORY / "build" / "plan")
+    failed = False
+    for name, words in wanted.items():
+        if words[1] not in models:
+            continue
+        if words[1] == "gpt2m" and not (gpt2m / "config.json").is_file():
+            maker = REPOSITORY / "tools" / "make_checkpoint.py"
+            subprocess.run([sys.executable, maker, gpt2m, "--shape", "gpt2-medium"], check=True)
+        literal, file = [words[0], models[words[1]], *words[2:]], output / f"{name}.json"
+        found = None if again else store.read(file)
+        if found is None or "error" not in found:
+            found = {
+                "name": name,
+                "command": words,
+                "threads": threads,
+                **measure(literal, threads),
+                **store.provenance(),
+            }
+            store.write(file, found)
+            figures = f"plan {found.get('predicted')}, measured {found['peak']}, {found['seconds']} s"
+            click.echo(f"{name}: {found['status']}, {figures}")
+        if limited and "error" in found and (again or "limited" not in found):
+            found["limited"] = confine(literal, threads, found["predicted"])
+            store.write(file, found)
+            click.echo(f"{name} within {found['limited']['limit']} MiB: {found['limited']['status']}")
+        failed |= "error" not in found or found.get("limited", {}).get("status", "ok") not in ("ok", "skipped")
+    text = table(store.read_all(output))
+    (output / "table.md").write_text(text, encoding="utf-8")
+    click.echo(text)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,11 +1,11 @@
-"""Paste tables and figures of the benchmarks into README.md, between markers.
+"""Paste tables and figures of the benchmarks into README.md and docs/results.md, between markers.
 
     python benchmarks/readme.py                     from benchmarks/results/quick
-    python benchmarks/readme.py RESULTS --check     fail if the README does not hold what the results say
+    python benchmarks/readme.py RESULTS --check     fail if a page does not hold what the results say
 
 The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. The tables of `whole.py`,
 `memory.py` and `rate.py`, and the source's of the preset paper, go between markers named whole, lowmem, rate and
-source, where the README has them.
+source, on every page that has them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from bench.training.results import Results, load
 from xfactor_peft.errors import XFactorError
 
 MARKER = "benchmark"
+README = REPOSITORY / "README.md"
+PAGES = (README, REPOSITORY / "docs" / "results.md")
 FIGURES = ("rate-kl", "memory")
 OTHERS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "whole": ("whole", lambda folder: (folder / "table.md").read_text("utf-8")),
@@ -72,25 +74,25 @@ def with_other_tables(text: str) -> str:
 @click.command()
 @click.argument("results", type=click.Path(path_type=Path, file_okay=False), default=RESULTS / "quick")
 @click.option(
-    "--readme", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=REPOSITORY / "README.md"
+    "--page", "pages", type=click.Path(path_type=Path, dir_okay=False, exists=True), multiple=True, default=PAGES
 )
-@click.option("--check", is_flag=True, help="Change nothing; fail if the README is not up to date.")
-def main(results: Path, readme: Path, check: bool) -> None:
-    """Paste the tables and figures of RESULTS into the README."""
+@click.option("--check", is_flag=True, help="Change nothing; fail if a page is not up to date.")
+def main(results: Path, pages: tuple[Path, ...], check: bool) -> None:
+    """Paste the tables and figures of RESULTS and of the other benchmarks into every page."""
     try:
         loaded = load(results.resolve())
         if not check:
             save_png(loaded, loaded.folder / PLOTS)
-        old = readme.read_text(encoding="utf-8")
-        new = with_other_tables(pasted(old, section(loaded, readme)))
+        for page in pages:
+            old = page.read_text(encoding="utf-8")
+            new = with_other_tables(old if page == README else pasted(old, section(loaded, page)))
+            if check and new != old:
+                raise XFactorError(f"{page.name} differs from the results; run: python benchmarks/readme.py {results}")
+            if new != old:
+                page.write_text(new, encoding="utf-8")
+            click.echo(f"{page.name} is up to date")
     except XFactorError as error:
         raise click.ClickException(str(error)) from error
-    if check and new != old:
-        more = f"run: python benchmarks/readme.py {results}"
-        raise click.ClickException(f"{readme.name} differs from the results; {more}")
-    if new != old:
-        readme.write_text(new, encoding="utf-8")
-    click.echo(f"{readme.name} is up to date")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from xfactor_peft.options import (
     TrainOptions,
 )
 from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.sampling import prompt_families
 from xfactor_peft.tokens.token_set import TokenSet
 
 SHORT_EVALUATION = EvalOptions(prompts=("The fox", "Once"), repeats=2, sampling=SamplingOptions(max_new_tokens=16))
@@ -37,6 +38,16 @@ def pytest_collection_finish():
     """What is imported stays: a collection, of which a run has several, takes 0.2 s less without it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_prompts(tmp_path_factory):
+    """One short bundled family beside the model's own openings: what is calibrated takes a fraction of the time."""
+    file = tmp_path_factory.mktemp("prompts") / "few.json"
+    file.write_text('{"fit": {"short": ["The fox", "A cat", "In the house"]}, "held-out": {"short": ["Once"]}}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_families, "_BUNDLED", file)
+        yield
 
 
 @pytest.fixture(scope="session")

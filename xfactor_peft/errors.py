@@ -8,3 +8,9 @@ class XFactorError(ValueError):
 
     The command line prints it as one line and exits with status 2. Programming errors stay ordinary exceptions.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library's says, in one line: its first, or its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -26,6 +26,7 @@ QUANTIZATIONS = ("int8", "nf4")
 BACKENDS = ("auto", "native", "bitsandbytes")
 CHECKPOINTING = ("auto", "on", "off")
 CHAT = ("auto", "on", "off")
+SAME_RATE = ("everywhere", "on-average")
 
 DEFAULT_PROMPTS = (
     "Why did the chicken cross the road?",
@@ -45,6 +46,18 @@ DEFAULT_PROMPTS = (
     "They walked for many hours until",
     "The doctor shook his head and",
 )
+
+
+def parse_rate(text: str) -> float:
+    """A share as people write it: "0.1" or "10%".
+
+    Raises:
+        XFactorError: it is no number.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise XFactorError(f"{text!r} is not a rate; write for example 0.1 or 10%") from error
 
 
 class _Recorded:
@@ -170,6 +183,40 @@ class TrainOptions(_Recorded):
 
 
 @dataclass(frozen=True)
+class RateOptions(_Recorded):
+    """Where a rate is to hold, and under which decoding.
+
+    Attributes:
+        same_rate: "everywhere": after every family of prompts, by a set head that looks at the state (see
+            `objective.head_fit`); "on-average": over all of them, by a constant. None means everywhere for a rate that
+            the set head alone carries, and on average for every other.
+        prompts: a file with the user's own families (see `sampling.prompt_families`); None means the bundled ones.
+        temperature, top_k, top_p: of the decoding that the rate is for, as in `SamplingOptions`.
+
+    Raises:
+        XFactorError: a value outside its range, or a file that does not exist.
+    """
+
+    same_rate: str | None = None
+    prompts: str | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.same_rate is not None:
+            _one_of("same_rate", self.same_rate, SAME_RATE)
+        self.decoding(1)
+        _check(self.temperature > 0, "`temperature` must be greater than 0 for a rate", f"{self.temperature:g}")
+        if self.prompts is not None and not Path(self.prompts).is_file():
+            raise XFactorError(f"`prompts` must be a file; {self.prompts!r} is none")
+
+    def decoding(self, length: int, seed: int = 0) -> SamplingOptions:
+        """The settings of a text of `length` tokens."""
+        return SamplingOptions(length, self.temperature, self.top_k, self.top_p, seed)
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions(_Recorded):
     """What training looks at and how it stops.
 
@@ -181,6 +228,7 @@ class ObjectiveOptions(_Recorded):
         early_stop: stop when the loss no longer falls (the tilted target only).
         dial: measure R at several scales of the finished adapter (a rate only).
         frontier: measure the exact logit bias at the same rate (a rate only).
+        rate: where a rate is to hold.
 
     Raises:
         XFactorError: a value outside its range, or a file that does not exist.
@@ -193,6 +241,7 @@ class ObjectiveOptions(_Recorded):
     early_stop: bool = True
     dial: bool = True
     frontier: bool = True
+    rate: RateOptions = field(default_factory=RateOptions)
 
     def __post_init__(self) -> None:
         _check(0 <= self.kl_to_base < math.inf, "`kl_to_base` must be at least 0", f"{self.kl_to_base:g}")
@@ -261,8 +310,8 @@ class SamplingOptions(_Recorded):
 class ChatOptions(_Recorded):
     """Whether a prompt is a question in the tokenizer's chat template, or plain text to continue.
 
-    `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message. What is
-    measured is plain text always.
+    `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message, `earlier`
+    the turns before the prompt, questions and answers by turns. What is measured is plain text always.
 
     Raises:
         XFactorError: an unknown mode, or a system's message without a chat.
@@ -270,6 +319,7 @@ class ChatOptions(_Recorded):
 
     mode: str = "off"
     system: str | None = None
+    earlier: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("chat", self.mode, CHAT)

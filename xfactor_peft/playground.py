@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
+import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import list_adapters
+from .adapters.adapter import find_adapter, list_adapters, read_adapter
+from .adapters.fit import check_fits
 from .adapters.mix import Mix
 from .bank.bank import AdapterBank
 from .errors import XFactorError
-from .options import SamplingOptions
+from .options import ChatOptions, SamplingOptions
 from .sampling.generation import stream
 from .tokens.highlight import marked_parts
 from .tokens.token_set import TokenSet
@@ -20,14 +25,35 @@ if TYPE_CHECKING:
     import gradio
 
 NONE = "none"
-MARK = "in the set"
-CSS = "footer {display: none !important} .rate p {font-size: 1.3em}"
+CSS = """
+footer {display: none !important}
+.answer {white-space: pre-wrap; overflow-wrap: anywhere; min-height: 6em; line-height: 1.5}
+.answer mark {background: #ffd54a; color: #000}
+.rate {font-variant-numeric: tabular-nums}
+.problem {color: #b00020; font-weight: 600}
+.others {color: #888}
+@media (max-width: 640px) {.gradio-container {padding: 8px !important} .answer {min-height: 3em}}
+"""
+TO_ANSWERS = """() => {
+    if (innerWidth < 640) document.getElementById("problem").scrollIntoView({behavior: "smooth"});
+}"""
+"""On a phone the answers are below the first screen: a click on Generate brings them into view."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One text as it is now: HTML with set tokens marked, and a line with its R."""
+
+    text: str = ""
+    rates: str = ""
 
 
 def continuations(
     bank: AdapterBank, prompt: str, names: list[str], weights: list[float], rate: float, options: SamplingOptions
-) -> Iterator[tuple[list, str, list, str]]:
-    """(marked base text, its R, marked adapted text, its R), growing: first the base's columns, then the adapter's.
+) -> Iterator[tuple[Column, Column]]:
+    """The base's and the adapted text, growing: first the base's, then the adapter's.
+
+    The ids are those of `xfactor generate` with the same prompt, adapters, settings and seed.
 
     Args:
         names: up to two adapters; "none" is left out.
@@ -47,21 +73,42 @@ def continuations(
     mix = Mix(tuple(chosen.items()))
     known = [found for name in chosen if (found := bank.token_set(name)) is not None]
     sets = known or [TokenSet.contains(bank.base.tokenizer, "X", vocab_size=bank.base.vocab_size)]
-    columns: list[tuple[list[tuple[str, str | None]], str]] = [([], ""), ([], "")]
+    columns = [Column(), Column()]
     for index, what in enumerate((Mix(), mix)):
         bank.use(what)
-        for ids in stream(bank.model, bank.base.tokenizer, prompt, options):
-            columns[index] = (_marked(bank, ids, sets), _rates(ids, sets, "base" if index == 0 else str(mix)))
-            yield (*columns[0], *columns[1])
+        for ids in stream(bank.model, bank.base.tokenizer, prompt, options, chat=ChatOptions("auto")):
+            columns[index] = Column(marked(bank, ids, sets), _rates(ids, sets, str(what)))
+            yield columns[0], columns[1]
 
 
-def _marked(bank: AdapterBank, ids: list[int], sets: list[TokenSet]) -> list[tuple[str, str | None]]:
-    return [(text, MARK if inside else None) for text, inside in marked_parts(bank.base.tokenizer, ids, sets)]
+def marked(bank: AdapterBank, ids: list[int], sets: list[TokenSet]) -> str:
+    """The text of `ids` as HTML, members of the sets in <mark>; without its tags it is the text, to the last space."""
+    return "".join(
+        _mark(text) if inside else html.escape(text) for text, inside in marked_parts(bank.base.tokenizer, ids, sets)
+    )
+
+
+def _mark(text: str) -> str:
+    """The text marked, but for the space before it."""
+    word = text.lstrip()
+    return html.escape(text[: len(text) - len(word)]) + f"<mark>{html.escape(word)}</mark>" * bool(word)
 
 
 def _rates(ids: list[int], sets: list[TokenSet], name: str) -> str:
     rates = ", ".join(f"R {tokens.share(ids):.3f} ({tokens.describe()})" for tokens in sets)
     return f"{name}: {rates}, {len(ids)} tokens"
+
+
+def choices(bank: AdapterBank) -> tuple[list[str], dict[str, str]]:
+    """Adapters that fit the base, and the others with the reason why they do not."""
+    fitting, others = [], {}
+    for name in list_adapters(bank.root):
+        try:
+            check_fits(read_adapter(find_adapter(name, bank.root)), bank.base)
+            fitting.append(name)
+        except XFactorError as error:
+            others[name] = str(error)
+    return fitting, others
 
 
 def require_gradio() -> None:
@@ -75,44 +122,92 @@ def build(bank: AdapterBank) -> gradio.Blocks:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
-    def run(
-        prompt: str, first: str, one: float, second: str, two: float, rate: float, length: float, seed: float
-    ) -> Any:
-        options = SamplingOptions(max_new_tokens=int(length), seed=int(seed))
-        try:
-            yield from continuations(bank, prompt, [first, second], [one, two], rate, options)
-        except XFactorError as error:
-            raise gr.Error(str(error), duration=None) from error
-
-    adapters = [NONE, *list_adapters(bank.root)]
+    fitting, others = choices(bank)
     with gr.Blocks(title="xfactor playground", analytics_enabled=False) as page:
-        gr.Markdown(f"# xfactor playground\n{bank.base.describe()}")
+        gr.Markdown("## xfactor playground")
+        gr.HTML(padding=False, value=f"<small>{html.escape(bank.base.describe().replace('`', ''))}</small>")
         prompt = gr.Textbox("Once upon a time", label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():
-            first = gr.Dropdown(adapters, value=adapters[-1], label="Adapter", elem_id="adapter")
+            first = gr.Dropdown([NONE, *fitting], value=[NONE, *fitting][-1], label="Adapter", elem_id="adapter")
             one = gr.Slider(-1, 2, value=1.0, step=0.05, label="Scale", elem_id="scale")
-            second = gr.Dropdown(adapters, value=NONE, label="Mixed with")
-            two = gr.Slider(-1, 2, value=1.0, step=0.05, label="Its scale")
-        with gr.Row():
             rate = gr.Slider(0, 0.99, value=0.0, step=0.01, label="Wanted rate (0: use the scale)", elem_id="rate")
-            length = gr.Slider(8, 256, value=64, step=8, label="Tokens", elem_id="length")
-            seed = gr.Number(0, precision=0, label="Seed")
-        button = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Row():
-            boxes = []
-            for name in ("base", "adapted"):
-                with gr.Column():
-                    label = gr.Markdown(name, elem_id=f"{name}-rate", elem_classes="rate")
-                    text = gr.HighlightedText(
-                        label=name,
-                        color_map={MARK: "#ffd54a"},
-                        elem_id=f"{name}-text",
-                        show_whitespaces=True,
-                        show_inline_category=False,
-                    )
-                    boxes += [text, label]
-        button.click(run, [prompt, first, one, second, two, rate, length, seed], boxes, concurrency_limit=1)
+            button = gr.Button("Generate", variant="primary", elem_id="generate", min_width=140)
+            stop = gr.Button("Stop", elem_id="stop", min_width=80)
+        problem = gr.HTML(elem_id="problem", padding=False)
+        with gr.Row():
+            boxes = [part for name in ("base", "adapted") for part in _column(gr, name)]
+        with gr.Accordion("A second adapter, sampling, other adapters", open=False, elem_id="more"):
+            with gr.Row():
+                second = gr.Dropdown([NONE, *fitting], value=NONE, label="Mixed with", elem_id="second")
+                two = gr.Slider(-1, 2, value=1.0, step=0.05, label="Its scale")
+            with gr.Row():
+                length = gr.Slider(8, 256, value=64, step=8, label="Tokens", elem_id="length")
+                temperature = gr.Slider(
+                    0, 2, value=1.0, step=0.05, label="Temperature (0: greedy)", elem_id="temperature"
+                )
+                seed = gr.Number(0, precision=0, label="Seed", elem_id="seed")
+            with gr.Row():
+                new_seed = gr.Button("New seed", elem_id="new-seed")
+                refresh = gr.Button("Look for new adapters", elem_id="refresh")
+            rest = gr.HTML(_others(others), elem_id="others")
+
+    def look() -> tuple[Any, Any, str]:
+        fitting, others = choices(bank)
+        return gr.update(choices=[NONE, *fitting]), gr.update(choices=[NONE, *fitting]), _others(others)
+
+    settings = [prompt, first, one, second, two, rate, length, temperature, seed]
+    with page:
+        started = gr.on(
+            [button.click, prompt.submit],
+            partial(_answers, bank),
+            settings,
+            [problem, *boxes],
+            concurrency_limit=1,
+            show_progress="hidden",
+        )
+        button.click(None, js=TO_ANSWERS)
+        stop.click(None, cancels=[started])
+        new_seed.click(lambda: secrets.randbelow(10**6), outputs=seed)
+        refresh.click(look, outputs=[first, second, rest])
     return page
+
+
+def _answers(bank: AdapterBank, prompt: str, *settings: Any) -> Iterator[tuple[str, ...]]:
+    """What the page shows from a click on, or one line that says why there is nothing to show."""
+    first, one, second, two, rate, length, temperature, seed = settings
+    yield _page("", Column(), Column())
+    try:
+        options = SamplingOptions(max_new_tokens=int(length), temperature=temperature, seed=int(seed or 0))
+        for shown in continuations(bank, prompt, [first, second], [one, two], rate, options):
+            yield _page("", *shown)
+    except XFactorError as error:
+        yield _page(" ".join(str(error).split()).replace("`", ""), Column(), Column())
+
+
+def _column(gr: Any, name: str) -> list[Any]:
+    """The two parts of a column: its text, and its line of rates above it."""
+    with gr.Column(min_width=300):
+        rates = gr.HTML(f"<b>{name}</b>", elem_id=f"{name}-rate", elem_classes="rate", padding=False)
+        text = gr.HTML(elem_id=f"{name}-text", container=True, padding=True)
+    return [text, rates]
+
+
+def _page(problem: str, base: Column, adapted: Column) -> tuple[str, ...]:
+    """The contents of the error line and of the two columns."""
+    said = f'<span class="problem">{html.escape(problem)}</span>' if problem else ""
+    parts = [said]
+    for name, column in (("base", base), ("adapted", adapted)):
+        parts += [f'<div class="answer">{column.text}</div>', f"<b>{html.escape(column.rates or name)}</b>"]
+    return tuple(parts)
+
+
+def _others(others: dict[str, str]) -> str:
+    """Adapters that cannot be chosen, grey, with the reason."""
+    lines = (
+        f"<li><b>{html.escape(name)}</b>: {html.escape(why.replace('`', ''))}</li>" for name, why in others.items()
+    )
+    return f'<div class="others">Not for this base:<ul>{"".join(lines)}</ul></div>' if others else ""
 
 
 def launch(bank: AdapterBank, host: str, port: int, *, block: bool = True) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
-Listener = Callable[[str, float], None]
-"""Called with the name of the phase and how much of it is done, from 0 to 1."""
+Listener = Callable[[str, float, int], None]
+"""Called with the name of the phase, how much of it is done, and of how much; 0 where it is not counted."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _phase: ContextVar[str] = ContextVar("phase", default="")
@@ -27,16 +28,28 @@ def listening(listener: Listener) -> Iterator[None]:
 def phase(name: str) -> Iterator[None]:
     """What is done inside is called `name`."""
     token = _phase.set(name)
-    report(0.0)
+    report(0, 0)
     try:
         yield
-        report(1.0)
     finally:
         _phase.reset(token)
 
 
-def report(done: float) -> None:
-    """This share of the present phase is done."""
+def report(done: float, total: int) -> None:
+    """So much of the present phase is done."""
     listener = _listener.get()
     if listener is not None and _phase.get():
-        listener(_phase.get(), done)
+        listener(_phase.get(), done, total)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`size` things of a phase's `total` that are done at the same time, after `start` others."""
+
+    start: int
+    size: int
+    total: int
+
+    def report(self, share: float) -> None:
+        """This share, from 0 to 1, of these is done."""
+        report(self.start + share * self.size, self.total)

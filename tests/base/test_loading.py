@@ -10,6 +10,7 @@ import torch
 from tests.training.uniform import QUICK, x_target
 from xfactor_peft import LoadOptions, LoraOptions, TrainOptions, XFactorError, train
 from xfactor_peft.base.loading import load_base, quantized_by
+from xfactor_peft.base.quantised import numbers
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.options import Recipe
 from xfactor_peft.runs.run import train_to_folder
@@ -99,3 +100,12 @@ def test_a_damaged_file_is_one_line(tiny_folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(XFactorError):
         load_base(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_are_counted_in_numbers_not_bytes(load_tiny, quantization):
+    """The share of trainable parameters is that of the model, however its weights are stored."""
+    plain, small = load_tiny().model, load_tiny(quantization=quantization).model
+    assert numbers(small) == numbers(plain) == sum(p.numel() for p in plain.parameters())
+    stored = sum(p.numel() for p in small.parameters())
+    assert (stored < numbers(small)) == (quantization == "nf4")

@@ -198,7 +198,7 @@ def test_runs_that_the_preset_no_longer_has_are_left_out(folder):
 
 
 def paste(folder, file, *words):
-    return CliRunner().invoke(readme.main, [str(folder), "--readme", str(file), *words])
+    return CliRunner().invoke(readme.main, [str(folder), "--page", str(file), *words])
 
 
 def test_the_readme_holds_the_tables_between_its_markers(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it writes, and one line for every mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_generate_side_by_side(trained, run, tiny_folders):
     ).output  # fmt: skip
     assert output.count("base") >= 2
     assert output.count("X-lora-r8 x 1") == 2
-    rates = [float(part.split()[0]) for part in output.split("─ R ")[1:]]
+    rates = [float(part.split()[0]) for part in output.split("\n(R ")[1:]]
     assert len(rates) == 4
     assert rates[1] > rates[0] + 0.3
 
@@ -76,17 +77,81 @@ def test_play_swaps_in_place(trained, run, tiny_folders):
     assert output.rstrip().endswith("bye")
 
 
+def test_play_has_dials(run, adapters_root, tiny_folders):
+    root = ["--adapters-dir", adapters_root, "--model", tiny_folders["gpt2"]]
+    script = "/length 3\n/temperature 0\n/seed 5\nA\nA\n/rate 10%\n/adapter x\n/rate 10%\n/lenght 3\n/length 0\n/seed\n"
+    output = run("play", *root, input=script).output
+    assert "max new tokens 3\n" in output
+    assert output.count("/rate picks the scale of one adapter") == 1
+    assert "adapter x holds no dial" in output
+    assert "unknown command /lenght. Did you mean 'length'?" in output
+    assert "--max-new-tokens must be at least 1; got 0" in output
+    assert "/seed needs a number; got ''" in output
+    answers = [part.split("\n")[0] for part in output.split("base> ")[4:6]]
+    assert answers[0] == answers[1] != ""  # greedy
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(run, tiny_folders, monkeypatch):
+    from xfactor_peft.cli.play import Session
+
+    whole = Session.stream
+
+    def stopped(session, prompt):
+        for ids in whole(session, prompt):
+            yield ids
+            if len(ids) == 3:
+                raise KeyboardInterrupt
+
+    model = ["--model", tiny_folders["gpt2"], "--max-new-tokens", 20]
+    full = run("play", *model, input="The fox\n").output.split("base> ")[1]
+    monkeypatch.setattr(Session, "stream", stopped)
+    output = run("play", *model, input="The fox\n/quit\n").output
+    part = output.split("base> ")[1].partition(" (stopped)\n")[0]
+    assert part  # what came before stays on the screen
+    assert full.startswith(part)
+    assert output.endswith("bye\n")
+
+
+def test_play_completes_commands_and_adapters(tiny, adapters_root):
+    from xfactor_peft.bank.bank import AdapterBank
+    from xfactor_peft.cli.play import Session
+    from xfactor_peft.options import SamplingOptions
+
+    session = Session(AdapterBank(tiny, adapters_root), SamplingOptions())
+    assert session.completions("/ad") == ["/adapter "]
+    assert session.completions("/adapter ") == ["head", "x", "z"]
+    assert session.completions("/adapter x:0.7+h") == ["head"]
+    assert session.completions("The f") == session.completions("/adapter q") == []
+
+
 def test_play_ends_with_the_input(run, tiny_folders):
     assert "A prompt, or /help." in run("play", "--model", tiny_folders["gpt2"], input="").output
 
 
 def test_tokens_shows_the_set_and_its_mass(run, tiny_folders):
-    output = run("tokens", "--model", tiny_folders["gpt2"], "--contains", "fox", "--max-new-tokens", 8).output
+    output = run(
+        "tokens", "--model", tiny_folders["gpt2"], "--contains", "fox", "--measure", "--max-new-tokens", 8
+    ).output
     assert "contains 'fox': " in output
     assert "' fox'" in output
     assert "the model's own mass on the set 0." in output
     Path("w").write_text("the\nXylophonist\n")
     assert "no single token: Xylophonist" in run("tokens", "--model", tiny_folders["gpt2"], "--words", "w").output
+
+
+def test_tokens_reads_no_weights_unless_it_measures(run, tiny_folders, tmp_path):
+    """The same set from a folder whose weights are gone, and options that only measuring heeds are refused."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_folders["gpt2"], folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    whole = run("tokens", "--model", tiny_folders["gpt2"], "--contains", "e", "--measure", "--max-new-tokens", 2).output
+    bare = run("tokens", "--model", folder, "--contains", "e").output
+    assert bare
+    assert bare in whole
+    assert run("tokens", "--model", folder, "--measure", code=2).exit_code == 2
+    for option in ("--max-new-tokens", "--dtype"):
+        refused = run("tokens", "--model", folder, option, "fp32" if option == "--dtype" else "3", code=2)
+        assert f"{option} is for measuring the model's own mass; add --measure" in refused.output
 
 
 def test_full_method_and_preset(run, tiny_folders):

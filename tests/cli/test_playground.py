@@ -1,14 +1,21 @@
 """The playground, without and in a real browser."""
 
+import html
+import json
+import re
 import shutil
 import socket
 
 import pytest
 
+from tests.tiny import KINDS
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
-from xfactor_peft.playground import MARK, continuations, launch
+from xfactor_peft.playground import choices, continuations, launch, marked
+from xfactor_peft.tokens.highlight import marked_parts
+from xfactor_peft.tokens.printable import printable
+from xfactor_peft.tokens.token_set import TokenSet
 
 OPTIONS = SamplingOptions(max_new_tokens=24)
 
@@ -18,27 +25,69 @@ def bank(tiny, adapters_root):
     return AdapterBank(tiny, adapters_root)
 
 
+def plain(text):
+    """HTML without its tags, as a browser shows it."""
+    return html.unescape(re.sub(r"</?mark>", "", text))
+
+
 def test_text_and_rates_grow(bank):
     shown = list(continuations(bank, "The fox", ["x", "none"], [1.0, 1.0], 0.0, OPTIONS))
     assert len(shown) == 6
-    lengths = [len("".join(text for text, _ in base)) for base, _, _, _ in shown[:3]]
+    lengths = [len(plain(base.text)) for base, _ in shown[:3]]
     assert lengths == sorted(lengths)
-    assert shown[0][2] == []
-    base, base_rate, adapted, rate = shown[-1]
-    assert base_rate.startswith("base: R 0.")
-    assert rate.startswith("x: R ")
-    assert "(contains 'X'), 24 tokens" in rate
-    assert float(rate.split()[2]) > float(base_rate.split()[2]) + 0.3
-    assert all("X" in text for text, label in adapted if label == MARK)
-    assert not any("X" in text for text, label in [*adapted, *base] if label is None)
+    assert shown[0][1].text == ""
+    base, adapted = shown[-1]
+    assert base.rates.startswith("base: R 0.")
+    assert adapted.rates.startswith("x: R ")
+    assert "(contains 'X'), 24 tokens" in adapted.rates
+    assert float(adapted.rates.split()[2]) > float(base.rates.split()[2]) + 0.3
+    assert all("X" in part for part in re.findall("<mark>(.*?)</mark>", adapted.text, re.S))
+    assert "X" not in re.sub("<mark>.*?</mark>", "", adapted.text + base.text, flags=re.S)
+
+
+def test_the_text_is_that_of_generate(bank, run, tiny_folders, adapters_root):
+    """To the last space, with the same seed, under the same adapter and scale."""
+    *_, (base, adapted) = continuations(bank, "The fox", ["x", "none"], [0.5, 1.0], 0.0, OPTIONS)
+    words = ["--adapter", "none", "--adapter", "x:0.5", "--adapters-dir", adapters_root, "--dtype", "fp32"]
+    printed = json.loads(run("generate", *words, "--max-new-tokens", 24, "--json", "The fox").stdout)
+    assert [printable(part["text"]) for part in printed] == [plain(base.text), plain(adapted.text)]
+    assert plain(base.text) != plain(adapted.text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_add_up_to_the_text(tiny_folders, load_tiny, kind):
+    """No part has a space of its own, and none is lost; a character of several tokens stays whole."""
+    base = load_tiny(kind)
+    ids = base.tokenizer("The ox — naïve Xavier's ☃ taxi <b> Zoe")["input_ids"]
+    odd = TokenSet.token_ids(base.tokenizer, sorted(set(ids[1::2])), vocab_size=base.vocab_size)
+    parts = marked_parts(base.tokenizer, ids, [odd])
+    assert "".join(text for text, _ in parts) == base.tokenizer.decode(ids)
+    assert len(parts) > 5
+    assert any("☃" in text for text, _ in parts)
+
+
+def test_text_is_escaped(bank):
+    ids = bank.base.tokenizer("a <b>X</b> & X")["input_ids"]
+    text = marked(bank, ids, [TokenSet.contains(bank.base.tokenizer, "X")])
+    assert "<b>" not in text
+    assert plain(text) == bank.base.tokenizer.decode(ids)
+    assert not re.search(r"<mark>\s", text)
+
+
+def test_adapters_of_other_bases_are_named_with_the_reason(load_tiny, adapters_root):
+    assert choices(AdapterBank(load_tiny(), adapters_root)) == (["head", "x", "z"], {})
+    fitting, others = choices(AdapterBank(load_tiny("llama"), adapters_root))
+    assert fitting == []
+    assert all("made for" in reason for reason in others.values())
+    assert others.keys() == {"head", "x", "z"}
 
 
 def test_scale_rate_and_mixes(bank):
     *_, last = continuations(bank, "The fox", ["x", "z"], [0.5, 0.25], 0.0, OPTIONS)
-    assert last[3].startswith("x:0.5+z:0.25: R ")
-    assert "contains 'Z'" in last[3]
+    assert last[1].rates.startswith("x:0.5+z:0.25: R ")
+    assert "contains 'Z'" in last[1].rates
     *_, last = continuations(bank, "The fox", ["none", "none"], [1.0, 1.0], 0.0, OPTIONS)
-    assert last[0] == last[2]
+    assert last[0] == last[1]
     with pytest.raises(XFactorError, match="holds no dial"):
         next(continuations(bank, "The fox", ["x", "none"], [1.0, 1.0], 0.2, OPTIONS))
     with pytest.raises(XFactorError, match="a rate picks the scale of one adapter"):
@@ -57,49 +106,61 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_in_a_browser(bank, tmp_path):
+@pytest.fixture(scope="module")
+def browser():
     pytest.importorskip("gradio", reason="the extra ui is not installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium here")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser, playwright.expect
+        browser.close()
+
+
+def test_in_a_browser(bank, browser, tmp_path):
+    """On a desk and on a phone: texts, marks, one line for a mistake over empty texts, nothing from other hosts."""
     import gradio
 
     address = launch(bank, "127.0.0.1", free_port(), block=False)
-    assert address.startswith("http://127.0.0.1:")
     try:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            others, errors = [], []
-            page.on(
-                "request", lambda r: others.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None
-            )
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            page.goto(address)
-            page.locator("#prompt textarea").fill("The fox")
-            page.locator("#length input[type=number]").fill("24")
-            page.locator("#length input[type=number]").press("Tab")
-            page.locator("#adapter input").click()
-            page.get_by_role("option", name="x", exact=True).click()
-            page.locator("#generate").click()
-            adapted = page.locator("#adapted-rate")
-            playwright.expect(adapted).to_contain_text("x: R 0.", timeout=30_000)
-            playwright.expect(adapted).to_contain_text("24 tokens", timeout=30_000)
-            marked = page.locator("#adapted-text").get_by_text("X")
-            assert marked.count() > 0
-            playwright.expect(page.locator("#base-rate")).to_contain_text("base: R 0.")
-            page.screenshot(path=tmp_path / "playground.png", full_page=True)
-            page.locator("#rate input[type=number]").fill("0.2")
-            page.locator("#rate input[type=number]").press("Tab")
-            page.locator("#generate").click()
-            playwright.expect(page.get_by_text("holds no dial")).to_be_visible(timeout=30_000)
-            assert errors == []
-            assert others == []
-            browser.close()
+        for width in (1280, 390):
+            browse(*browser, address, width)
     finally:
         gradio.close_all()
-    assert (tmp_path / "playground.png").stat().st_size > 10_000
+
+
+def browse(browser, expect, address, width):
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    others, errors = [], []
+    ours = (address, "data:", "blob:")
+    page.on("request", lambda request: None if request.url.startswith(ours) else others.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.locator("#prompt textarea").fill("The fox")
+    page.locator("#adapter input").click()
+    page.get_by_role("option", name="x", exact=True).click()
+    page.locator("#generate").click()
+    adapted, text = page.locator("#adapted-rate"), page.locator("#adapted-text .answer")
+    expect(adapted).to_contain_text("64 tokens", timeout=30_000)
+    expect(adapted).to_contain_text("x: R 0.")
+    expect(page.locator("#base-rate")).to_contain_text("base: R 0.")
+    expect(page.locator("#base-text")).to_be_in_viewport()
+    assert "X" in text.locator("mark").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#rate input[type=number]").fill("0.2")
+    page.locator("#rate input[type=number]").press("Tab")
+    page.locator("#generate").click()
+    expect(page.locator(".problem")).to_contain_text("holds no dial", timeout=30_000)
+    assert page.locator(".problem").count() == 1
+    expect(text).to_be_empty()
+    page.locator("#more button").first.click()
+    page.locator("#new-seed").click()
+    expect(page.locator("#seed input")).not_to_have_value("0")
+    page.locator("#refresh").click()
+    assert (errors, others) == ([], [])
+    page.close()
 
 
 def test_the_port_is_taken(bank):
@@ -107,7 +168,7 @@ def test_the_port_is_taken(bank):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(XFactorError, match="cannot be opened; choose another --port"):
+        with pytest.raises(XFactorError, match="cannot be opened; choose another `port`"):
             launch(bank, "127.0.0.1", taken.getsockname()[1], block=False)
 
 

@@ -55,7 +55,7 @@ def test_an_error_and_a_path_hold_no_orders(strange, run, tiny_folders):
     for command in (
         ["plan"],
         ["generate", "[/y]", "--contains", "X", "--max-new-tokens", 2],
-        ["tokens", "--max-new-tokens", 2],
+        ["tokens", "--measure", "--max-new-tokens", 2],
     ):
         output = (
             run(*command, "--model", folder).output if command[0] != "plan" else run("plan", "--model", folder).output

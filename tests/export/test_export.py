@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters.editing import IDS, logits
@@ -39,6 +40,24 @@ def test_a_merged_folder_is_an_ordinary_model(tiny, adapters_root, tmp_path, tex
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("The fox") == tiny.tokenizer("The fox")
     with pytest.raises(XFactorError, match="exists; pass `force=True`"):
         export(bank, mix, "merged", tmp_path / "out")
+
+
+def test_dora_on_the_output_embedding_merges_with_its_magnitude(tiny, load_tiny, tmp_path):
+    model = get_peft_model(load_tiny().model, LoraConfig(r=2, target_modules=["lm_head", "c_attn"], use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.mul_(1.5).add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+            )
+    model.save_pretrained(tmp_path / "d", save_embedding_layers=False)
+    bank = bank_of(tiny, tmp_path, "d")
+    base = logits(bank.model)
+    bank.use("d")
+    adapted = logits(bank.model)
+    export(bank, Mix.of("d"), "merged", tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), adapted, atol=1e-4, rtol=1e-4)
+    assert (adapted - base).abs().max() > 1
 
 
 def test_an_adapter_of_an_int8_run_merges_into_the_unquantised_base(load_tiny, tmp_path):
@@ -184,7 +203,7 @@ def test_the_command(run, tiny_folders, adapters_root, tmp_path):
     assert list(FORMATS) == OFFERED
     root = ["--adapters-dir", adapters_root]
     output = run("export", "x", *root).output
-    assert output.splitlines()[0].startswith(f"model {tiny_folders['gpt2']} (a local folder), fp32")
+    assert output.splitlines()[0].startswith(f"model {tiny_folders['gpt2']} (the base of x), fp32")
     assert Path("exports/x-merged/model.safetensors").is_file()
     assert "exists; pass --force" in run("export", "x", *root, code=2).output
     run("export", "x", *root, "--force")

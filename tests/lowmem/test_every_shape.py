@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xfactor_peft.lowmem import int8_matmul, nf4_kernel
-from xfactor_peft.lowmem.attention import LONGEST, ShortAttention
+from xfactor_peft.lowmem import attention, int8_matmul, nf4_kernel
+from xfactor_peft.lowmem.attention import LONGEST, ShortAttention, last_token_attention
 from xfactor_peft.lowmem.int8 import Int8Linear
 from xfactor_peft.lowmem.nf4 import NF4Linear
 
@@ -181,3 +181,21 @@ def test_attention_is_its_formula_at_every_width_and_length(dtype):
         if not max(errors) <= (1e-5 if dtype == torch.float32 else 0.02):
             wrong.append((width, length, errors))
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "width"), [(1, 1, 1, 8), (3, 4, 4, 64), (5, 9, 3, 64), (2, 8, 1, 40)]
+)
+def test_attention_of_the_last_token_is_its_definition_at_every_length(batch, heads, groups, width, monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_BYTES", 2**14)  # several pieces
+    generator = torch.Generator().manual_seed(width)
+    for length in (1, 2, 7, 64, 200):
+        q = torch.randn(batch, heads, 1, width, generator=generator).bfloat16()
+        k, v = (torch.randn(batch, groups, 300, width, generator=generator).bfloat16()[:, :, :length] for _ in range(2))
+        wide = [x.double().repeat_interleave(heads // groups, dim=1) for x in (k, v)]
+        for scaling in (None, 0.3):
+            scores = q.double() @ wide[0].transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
+            actual = last_token_attention(q, k, v, scaling)
+            assert distance(actual, scores.softmax(-1) @ wide[1]) < 2**-8
+            assert actual.dtype == q.dtype
+            assert actual.shape == q.shape

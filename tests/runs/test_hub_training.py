@@ -16,7 +16,7 @@ from tools.make_checkpoint import write_checkpoint
 pytest_plugins = ["tests.hub.hub_fixture"]
 
 NAME = "openai-community/gpt2-medium"
-TOKENS = ["tokens", "--max-new-tokens", "4"]
+TOKENS = ["tokens", "--measure", "--max-new-tokens", "4"]
 PROJECT = Path(__file__).parents[2]
 TRAIN = ["train", "--lora-r", "8", "--steps", "3", "--seq-len", "8", "--eval-tokens", "4", "--eval-repeats", "1"]
 

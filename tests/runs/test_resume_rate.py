@@ -9,15 +9,19 @@ import torch
 
 from tests.runs.crashing import Crash, metrics, scores, weights
 from tests.training.uniform import QUICK
+from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.checkpoint.checkpointer import Checkpointer
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
+from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
-from xfactor_peft.sampling import own_samples
+from xfactor_peft.sampling import calibration, own_samples
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.training import phases
+from xfactor_peft.training import phases, rate_head
+from xfactor_peft.training.run import TrainingRun
 from xfactor_peft.training.sequence import phase as sequence_phase
 from xfactor_peft.training.sequence.state import SequenceState
 
@@ -32,8 +36,10 @@ def short():
     """Calibration from few short texts: the same code, in seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own_samples, "TEXTS", 16)
+        patch.setattr(calibration, "ROUNDS", (8, 16))
         patch.setattr(own_samples, "LENGTH", 16)
         patch.setattr(sequence_phase, "CHECK_TEXTS", 8)
+        patch.setattr(rate_head, "TEXTS", 16)
         yield
 
 
@@ -108,6 +114,21 @@ def test_a_solved_strength_is_not_solved_again(load_tiny, whole, tmp_path, monke
     assert_same(tmp_path / "a", expected)
 
 
+def test_a_fitted_head_is_not_fitted_again(load_tiny, whole, tmp_path, monkeypatch):
+    expected = whole("head")
+
+    def crash(*_):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Distil, "run", crash)
+        with pytest.raises(Crash):
+            run(load_tiny(), tmp_path / "a")
+    monkeypatch.setattr(phases, "fit_head", lambda *_, **__: pytest.fail("fitted again"))
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert_same(tmp_path / "a", expected)
+
+
 def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, monkeypatch):
     expected = whole("head")
 
@@ -115,7 +136,7 @@ def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, 
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(phases, "calibrate", crash)
+        patch.setattr(rate_head, "calibrate", crash)
         with pytest.raises(Crash):
             run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)
@@ -160,3 +181,36 @@ def test_ctrl_c_waits_for_the_batch_and_saves(load_tiny, whole, tmp_path, monkey
         run(load_tiny(), tmp_path / "a", **PLANNED)
     run(load_tiny(), tmp_path / "a", resume=True, **PLANNED)
     assert_same(tmp_path / "a", expected)
+
+
+@pytest.mark.parametrize("case", ["head", "attention"])
+def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp_path, monkeypatch, case):
+    """The weights of a whole run, and a record that lacks what was to be measured, until the run is resumed."""
+    expected = whole(case)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
+        with pytest.raises(Interrupted, match=r"the adapter is whole in .*; resume with"):
+            run(load_tiny(), tmp_path / "a", **CASES[case])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert weights(tmp_path / "a") == weights(expected)
+    record = json.loads((tmp_path / "a/xfactor.json").read_text())
+    assert (record["after"], record["before"] is None) == (None, False)
+    assert report(tmp_path / "a") == report(expected)  # neither has a dial
+    read_adapter(tmp_path / "a")
+    run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert_same(tmp_path / "a", expected)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in expected.iterdir()}
+    with pytest.raises(XFactorError, match="the run is finished"):
+        interrupted_settings(tmp_path / "a")
+
+
+def stop_at_the_second(measure):
+    made = []
+
+    def measured(self):
+        made.append(self)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(self)
+
+    return measured

@@ -69,7 +69,8 @@ def chat_folder(tiny_folders, tmp_path):
 
 
 def shown(output):
-    return [line for line in output.splitlines() if line.startswith("│")]
+    """What is printed below the base's name: its text, and R."""
+    return output.split("\nbase\n")[1].strip().splitlines()
 
 
 def test_the_command_line_says_which(run, chat_folder, tiny_folders):
@@ -102,7 +103,7 @@ def test_an_answer_of_no_tokens_is_said_to_be_one(run, chat_folder):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": list(range(384))}))
     few = ("--model", chat_folder, "--max-new-tokens", 4)
-    assert shown(run("generate", *few, "The fox").output)[0].split("│")[1].strip() == NOTHING
+    assert shown(run("generate", *few, "The fox").output)[0] == NOTHING
     assert NOTHING in run("play", *few, input="The fox\n").output
     path.write_text(json.dumps(settings))
     assert NOTHING not in run("generate", *few, "The fox").output
@@ -123,3 +124,27 @@ def test_the_checkpoint_s_settings_are_named_and_not_used(run, chat_folder):
     assert "not used: the checkpoint's own decoding settings, " in line
     assert all(setting in line for setting in ("repetition_penalty 1.5", "min_p 0.2", "num_beams 2"))
     assert shown(after) == shown(before)
+
+
+def test_play_remembers_a_chat_until_it_is_told_to_forget(load_tiny, chat_folder, tmp_path):
+    from xfactor_peft.bank.bank import AdapterBank
+    from xfactor_peft.base.loading import load_base
+    from xfactor_peft.base.resolve import resolve_model
+    from xfactor_peft.cli.play import Session
+    from xfactor_peft.options import ChatOptions, LoadOptions, SamplingOptions
+
+    base = load_base(resolve_model(str(chat_folder)), LoadOptions("fp32"))
+    session = Session(AdapterBank(base, tmp_path), SamplingOptions(max_new_tokens=6, seed=1), ChatOptions("auto"))
+    first, second = (list(session.stream(text))[-1] for text in ("The fox", "The fox"))
+    assert first != second  # the same words, after a turn
+    question, answer, *_ = session.chat.earlier
+    assert (question, answer) == ("The fox", base.tokenizer.decode(first, skip_special_tokens=True))
+    assert len(session.chat.earlier) == 4
+    for _ in range(12):  # the context of 128 is full long before
+        list(session.stream("The fox"))
+    assert 2 <= len(session.chat.earlier) < 28
+    assert session.answer("/new") == "a new conversation"
+    assert list(session.stream("The fox"))[-1] == first
+    plain = Session(AdapterBank(load_tiny(), tmp_path), SamplingOptions(max_new_tokens=6, seed=1))
+    assert list(plain.stream("The fox"))[-1] == list(plain.stream("The fox"))[-1]
+    assert plain.chat.earlier == ()

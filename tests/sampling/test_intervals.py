@@ -100,7 +100,7 @@ def scores(rate, interval, spread):
 def test_a_missed_rate_is_said_and_a_met_one_is_not():
     assert rate_warnings([0.1], scores(0.096, (0.085, 0.108), 0.08)) == []
     (missed,) = rate_warnings([0.1], scores(0.072, (0.062, 0.083), 0.07))
-    assert all(part in missed for part in ("0.0720", "wanted 0.1", "contexts"))
+    assert all(part in missed for part in ("0.0720", "wanted 0.1", "prompts"))
 
 
 def test_texts_that_are_all_or_nothing_are_called_that():

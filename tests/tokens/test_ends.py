@@ -144,7 +144,7 @@ def test_an_export_marks_every_special_token(tiny):
     from tokenizers import AddedToken
 
     tiny.tokenizer.add_tokens([AddedToken("fox", special=True)], special_tokens=True)
-    _add_vocabulary(Writer(), tiny.model, tiny.tokenizer)
+    _add_vocabulary(Writer(), tiny.model, tiny.tokenizer, "gpt-2")
     marked = {i for i, kind in enumerate(kinds["add_token_types"][0]) if kind == gguf.TokenType.CONTROL}
     assert marked == special_ids(tiny.tokenizer, tiny.model)
     assert len(marked) >= 1

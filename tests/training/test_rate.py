@@ -12,7 +12,15 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
-from xfactor_peft.options import EvalOptions, LoraOptions, ObjectiveOptions, Recipe, SamplingOptions, TrainOptions
+from xfactor_peft.options import (
+    EvalOptions,
+    LoraOptions,
+    ObjectiveOptions,
+    RateOptions,
+    Recipe,
+    SamplingOptions,
+    TrainOptions,
+)
 from xfactor_peft.runs.run import default_name, train_to_folder
 from xfactor_peft.sampling.contexts import context_pool, openings, self_contexts
 from xfactor_peft.sampling.frontier import measure_frontier
@@ -27,7 +35,8 @@ SCORES = EvalOptions(
     ("Once upon a time", "The fox", "A cat", "In the house"), 24, SamplingOptions(max_new_tokens=48, seed=5)
 )
 BRIEF = TrainOptions(steps=20, seq_len=24)
-PLAIN = ObjectiveOptions(dial=False)
+ON_AVERAGE = RateOptions("on-average")
+PLAIN = ObjectiveOptions(dial=False, rate=ON_AVERAGE)
 
 
 def x_set(base, text="X"):
@@ -73,7 +82,13 @@ def test_a_wanted_zero_silences_the_set(tiny):
 
 
 def test_lambda_sets_the_bias_itself(tiny):
-    result = train(tiny, TiltedTarget.of(x_set(tiny), strength=1.5), BRIEF, evaluation=SCORES, objective=PLAIN)
+    result = train(
+        tiny,
+        TiltedTarget.of(x_set(tiny), strength=1.5),
+        BRIEF,
+        evaluation=SCORES,
+        objective=ObjectiveOptions(dial=False),
+    )
     assert result.rate.offsets == [1.5]
     assert result.rate.wanted is None
     assert not result.rate.calibration
@@ -120,7 +135,9 @@ def test_several_goals_are_met_together(tiny):
 
 def test_saved_loaded_and_dialled(tiny, load_tiny, tmp_path):
     target = TiltedTarget.of(x_set(tiny), 0.3)
-    _, record = train_to_folder(tiny, target, tmp_path / "x", Recipe(BRIEF, None, SCORES, ObjectiveOptions()))
+    _, record = train_to_folder(
+        tiny, target, tmp_path / "x", Recipe(BRIEF, None, SCORES, ObjectiveOptions(rate=ON_AVERAGE))
+    )
     dial = json.loads((tmp_path / "x/xfactor.json").read_text())["rate"]["dial"]
     rates = [rate for _, rate in dial]
     assert rates == sorted(rates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,12 @@ def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
                 else f"it holds {_contents(folder)}"
             )
             raise XFactorError(f"`adapter={reference}`: {folder} has no {CONFIG}, so it is no adapter; {what}")
-    known = ", ".join(list_adapters(root)) or "none"
-    raise XFactorError(f"`adapter={reference}`: no such adapter in {root}/ and no such folder; there are: {known}")
+    names = list_adapters(root)
+    known = ", ".join(names) or "none"
+    meant = "".join(f"; did you mean {near}?" for near in get_close_matches(reference, names, n=1))
+    raise XFactorError(
+        f"`adapter={reference}`: no such adapter in {root}/ and no such folder; there are: {known}{meant}"
+    )
 
 
 def _few(names: list[str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
+from ..tokens.printable import counted
 from ..tokens.rule import Rule
 
 
@@ -28,7 +30,7 @@ def model_card(record: dict[str, Any]) -> str:
         ),
         "",
     ]
-    return "\n".join(lines + (_how_to_load(record["base"]["name"]) if lora else []))
+    return "\n".join(lines + (_how_to_load(record["base"]["name"], record["name"]) if lora else []))
 
 
 def _mixed(record: dict[str, Any]) -> list[str]:
@@ -84,11 +86,17 @@ def _trained(record: dict[str, Any]) -> list[str]:
         *scores,
         f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
         f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
-        f"- Training: {train['steps']} steps of {train['batch_size']} x {train['seq_len']} tokens, "
+        f"- Training: {steps_made(record)} of {train['batch_size']} x {train['seq_len']} tokens, "
         f"{train['optimizer']}, learning rate {train['lr']:g}, seed {train['seed']}, {base['dtype']}; "
         f"{record['trainable_parameters']:,} trainable parameters",
         f"- Target: {describe_target(record)}",
     ]
+
+
+def steps_made(record: dict[str, Any]) -> str:
+    """The steps that were made, of those that were allowed: "0 of 300 steps" where the set head is the tilt already."""
+    allowed, made = record["train"]["steps"], record.get("steps_made")
+    return counted(allowed, "step") if made in (None, allowed) else f"{made} of {counted(allowed, 'step')}"
 
 
 def _scores(record: dict[str, Any]) -> list[str]:
@@ -120,19 +128,31 @@ def describe_target(record: dict[str, Any]) -> str:
         for goal in target["goals"]
     ]
     text = "the base, tilted; " + "; ".join(goals)
-    if rate and rate["frontier"]:
+    if rate and rate.get("head"):
+        text += f"; after every family of prompts, {rate['head']['price']:.3f} x the KL of one constant"
+    elif rate and rate["frontier"]:
         text += f"; KL {rate['frontier']['ratio']:.3f} x that of a logit bias at the same rate"
     return text
 
 
-def _how_to_load(base: str) -> list[str]:
+def _how_to_load(base: str, name: str) -> list[str]:
+    """With this package, and with plain PEFT; the demo model is a folder of the package, no name that the Hub knows."""
+    if base == "demo":
+        imports = ["import xfactor_peft as xf", "from peft import PeftModel"]
+        load = 'xf.load("demo").model'
+    else:
+        imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+        load = f"AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)})"
     return [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "```",
+        f'xfactor generate --adapter none --adapter {shlex.quote(name)} "Once upon a time"',
+        "```",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)})",
-        'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")',
+        "```python",
+        *imports,
+        "",
+        f"base = {load}",
+        f"model = PeftModel.from_pretrained(base, {json.dumps('adapters/' + name, ensure_ascii=False)})  # this folder",
         "```",
         "",
     ]

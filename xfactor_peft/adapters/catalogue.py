@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XFactorError
+from ..tokens.rule import Rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
+from .card import steps_made
+from .factors import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
 
 
@@ -22,6 +25,7 @@ class Entry:
     name: str
     base: str = ""
     tokens: str = ""
+    wanted: str = ""
     rate: float | None = None
     parameters: int = 0
     problem: str | None = None
@@ -37,11 +41,11 @@ def _entry(folder: Path) -> Entry:
         info = read_adapter(folder)
     except XFactorError as error:
         return Entry(folder.name, problem=str(error))
-    rule = info.token_rule
     return Entry(
         info.name,
         base=info.identity.name if info.identity else info.config.get("base_model_name_or_path") or "",
-        tokens=rule.describe() if rule else "",
+        tokens="; ".join(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)),
+        wanted="; ".join(wanted for _, wanted in _sets(info) if wanted),
         rate=info.section("after").get("rate"),
         parameters=parameter_count(info),
     )
@@ -52,28 +56,63 @@ def parameter_count(info: AdapterInfo) -> int:
     return sum(math.prod(shape) for shape in info.shapes.values())
 
 
+def _sets(info: AdapterInfo) -> list[tuple[dict[str, Any], str]]:
+    """The record of every token set of an adapter, and what was wanted of it: "10 %", "lambda 3", or nothing said."""
+    goals = info.section("target").get("goals") or []
+    if not goals:
+        return [(info.section("tokens"), "")] if info.token_rule else []
+    return [(goal["tokens"], _wanted(goal)) for goal in goals]
+
+
+def _wanted(goal: dict[str, Any]) -> str:
+    if goal.get("rate") is not None:
+        return f"{100 * goal['rate']:g} %"
+    return f"lambda {goal['strength']:g}" if goal.get("strength") is not None else ""
+
+
+def _tokens(part: dict[str, Any], wanted: str) -> str:
+    rule = Rule.from_record(part["rule"]).describe()
+    return f"{rule}, {part['size']} of {part['vocab_size']}" + (f"; wanted {wanted}" if wanted else "")
+
+
 def facts(info: AdapterInfo) -> dict[str, Any]:
     """What `adapters show` prints, by label; only what is known."""
     record, config = info.record, info.config
-    after, train, rule = info.section("after"), info.section("train"), info.token_rule
-    ranks = sorted({shape[0] for key, shape in info.shapes.items() if shape and key.endswith("lora_A.weight")})
+    after, rate = info.section("after"), info.section("rate")
+    sides = {key: shape[0] for key, shape in info.shapes.items() if shape and key.endswith("lora_A.weight")}
+    scaling = {layer_scaling(config, _layer(key), rank) for key, rank in sides.items() if rank}
     targets = config["target_modules"]
     found = {
         "folder": str(info.folder),
         "base": str(info.identity) if info.identity else config.get("base_model_name_or_path"),
-        "tokens": rule and f"{rule.describe()}, {record['tokens']['size']} of {record['tokens']['vocab_size']}",
-        "layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
-        "rank": ", ".join(map(str, ranks)),
-        "alpha": config.get("lora_alpha"),
-        "parameters": f"{parameter_count(info):,}",
-        "training": train and "{steps} steps of {batch_size} x {seq_len} tokens, learning rate {lr:g}".format(**train),
+        "tokens": "\n".join(_tokens(*pair) for pair in _sets(info)),
         "R": after and f"{after['rate']:.4f} ({after['interval'][0]:.4f} to {after['interval'][1]:.4f})",
         "KL from base": after and f"{after['kl_from_base']:.4f} nats/token",
+        "lambda": ", ".join(f"{value:.4g}" for value in rate.get("strengths") or ()),
+        "dial": "  ".join(f"{scale:g}: {measured:.4f}" for scale, measured in rate.get("dial") or ()),
+        "layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        "rank": ", ".join(map(str, sorted(set(sides.values())))),
+        "scaling": ", ".join(f"{value:.4g}" for value in sorted(scaling)),
+        "parameters": f"{parameter_count(info):,}",
+        "training": _training(info),
         "mixed from": ", ".join(f"{part['name']}:{part['weight']:g}" for part in record.get("mixed_from") or ()),
         "created": record.get("created"),
         "sha256": info.section("sha256").get(WEIGHTS),
     }
     return {label: value for label, value in found.items() if value}
+
+
+def _layer(key: str) -> str:
+    return key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+
+
+def _training(info: AdapterInfo) -> str:
+    train = info.section("train")
+    if not train:
+        return ""
+    return (
+        f"{steps_made(info.record)} of {train['batch_size']} x {train['seq_len']} tokens, learning rate {train['lr']:g}"
+    )
 
 
 def rename_adapter(name: str, new: str, root: Path) -> Path:

@@ -9,10 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.durable import sync, sync_tree
+from ..checkpoint.durable import sync, sync_tree, write_atomically
 from ..errors import XFactorError
 from .card import model_card
 from .files import CARD, CONFIG, RECORD, file_hash, write_json
+
+
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """Raises XFactorError for a folder that exists and `force` is off, or that holds something else than a run."""
+    if folder.exists() and not force:
+        raise XFactorError(f"{folder} exists; pass `force=True` to replace it, or another `output`")
+    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise XFactorError(f"{folder} holds something that is not a run of this tool; `force=True` does not replace it")
 
 
 def prepare_output(folder: Path, *, force: bool) -> Path:
@@ -21,10 +29,7 @@ def prepare_output(folder: Path, *, force: bool) -> Path:
     Raises:
         XFactorError: the folder exists and `force` is off, or its parent cannot be written.
     """
-    if folder.exists() and not force:
-        raise XFactorError(f"{folder} exists; pass `force=True` to replace it, or another `output`")
-    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise XFactorError(f"{folder} holds something that is not a run of this tool; `force=True` does not replace it")
+    check_replaceable(folder, force=force)
     staging = staging_of(folder)
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -91,9 +96,9 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Put `xfactor.json` and the model card beside the weights."""
+    """Put `xfactor.json` and the model card beside the weights, each in one step."""
     write_json(folder / RECORD, record)
-    (folder / CARD).write_text(model_card(record), encoding="utf-8")
+    write_atomically(folder / CARD, model_card(record).encode())
 
 
 def hashes(folder: Path) -> dict[str, str]:

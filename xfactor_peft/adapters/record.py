@@ -24,7 +24,8 @@ def check_record(record: dict[str, Any], where: str) -> None:
         for key, check in checks.items():
             if not check(part.get(key)):
                 raise XFactorError(f"{where} is damaged: {section}.{key} is {shown(part.get(key))}")
-    for key, check in {"sha256": _is_hashes, "mixed_from": _is_sources}.items():
+    checks = {"sha256": _is_hashes, "mixed_from": _is_sources, "steps_made": is_whole}
+    for key, check in checks.items():
         if record.get(key) and not check(record[key]):
             raise XFactorError(f"{where} is damaged: {key} is {shown(record[key])}")
 
@@ -35,6 +36,17 @@ def _is_pair(value: Any) -> bool:
 
 def _is_list(value: Any, check: Any) -> bool:
     return isinstance(value, list) and all(check(item) for item in value)
+
+
+def _is_goal(value: Any) -> bool:
+    """One of the goals of a wanted rate, with what `catalogue` shows of it."""
+    return (
+        isinstance(value, dict)
+        and all(value.get(key) is None or is_number(value[key]) for key in ("rate", "strength"))
+        and isinstance(value.get("tokens"), dict)
+        and _is_rule(value["tokens"].get("rule"))
+        and all(is_whole(value["tokens"].get(key)) for key in ("size", "vocab_size"))
+    )
 
 
 def _is_rule(value: Any) -> bool:
@@ -74,5 +86,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     "rate": {
         "dial": lambda value: not value or _is_list(value, _is_pair),
         "wanted": lambda value: not value or _is_list(value, is_number),
+        "strengths": lambda value: not value or _is_list(value, is_number),
     },
+    "target": {"goals": lambda value: not value or _is_list(value, _is_goal)},
 }

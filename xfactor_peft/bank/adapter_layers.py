@@ -10,8 +10,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from ..adapters.adapter import AdapterInfo, layers_of
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lora.wrap import register_layers
+from ..lowmem.noise import without_notes
 from ..lowmem.peft_parts import tuner
 
 _REFUSALS = (RuntimeError, ValueError, KeyError, TypeError)
@@ -39,13 +40,14 @@ class AdapterLayers:
         """
         try:
             config = register_layers(peft_config(info))
-            if self.peft is None:
-                self.peft = PeftModel.from_pretrained(
-                    self._model, info.folder, adapter_name=peft_name, config=config, torch_device=self._device
-                )
-            else:
-                self.peft.add_adapter(peft_name, config)
-                self.peft.load_adapter(info.folder, adapter_name=peft_name, torch_device=self._device)
+            with without_notes():
+                if self.peft is None:
+                    self.peft = PeftModel.from_pretrained(
+                        self._model, info.folder, adapter_name=peft_name, config=config, torch_device=self._device
+                    )
+                else:
+                    self.peft.add_adapter(peft_name, config)
+                    self.peft.load_adapter(info.folder, adapter_name=peft_name, torch_device=self._device)
             self.peft.eval().requires_grad_(False)
             self._index()
             made = {name for name, layer in self._layers.items() if peft_name in layer.lora_A}
@@ -55,8 +57,7 @@ class AdapterLayers:
             self.remove(peft_name)
             if isinstance(error, XFactorError) or not isinstance(error, _REFUSALS):
                 raise
-            reason = str(error).strip().split("\n")[0]
-            raise XFactorError(f"adapter {info.name} cannot be loaded: {reason}") from error
+            raise XFactorError(f"adapter {info.name} cannot be loaded: {first_line(error)}") from error
 
     def remove(self, peft_name: str) -> None:
         """Take an adapter out, whole or half loaded; layers without any are the base's own again."""

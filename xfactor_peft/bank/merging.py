@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -11,22 +12,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..adapters.mix import Mix
-from ..errors import XFactorError
+from ..base.final_norm import takes_logit_bias
+from ..errors import XFactorError, first_line
 from ..lowmem.peft_parts import side_b, tuner
 from .bank import AdapterBank
 from .norm_fold import fold_logit_bias
+from .state_fold import fold_by_states
+
+
+def _tell_nobody(line: str) -> None:
+    """What is told of a merge goes nowhere."""
 
 
 @torch.no_grad()
-def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedModel:
+def merge(
+    bank: AdapterBank, what: str | Mix, scale: float = 1.0, tell: Callable[[str], None] = _tell_nobody
+) -> PreTrainedModel:
     """W + sum_i w_i s_i B_i A_i, in place; the bank's base is consumed, and the plain model is returned.
 
     Tied embeddings stay tied unless an adapter has a set head: the output embedding then becomes a separate tensor
     (`tie_word_embeddings=False`), and the head's constant offset goes into its bias or, without one, into the final
-    LayerNorm (see `norm_fold`). So an adapter of a quantised run merges into the base loaded without quantisation.
+    LayerNorm (see `norm_fold`); behind an RMSNorm into the output embedding, nearly (see `state_fold`), and `tell` is
+    given a line about what was lost. So an adapter of a quantised run merges into the base loaded without quantisation.
 
     Raises:
-        XFactorError: the base is quantised, an adapter is not loaded, or a set head has no place in this architecture.
+        XFactorError: the base is quantised, an adapter is not loaded, or an offset has no place in the model.
     """
     if bank.base.quantized:
         raise XFactorError("merging into quantised weights would round the adapter away; load the base unquantised")
@@ -34,9 +44,14 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
     mix, model = bank.active, bank.base.model
     peft_names = [bank.peft_names[name] for name, weight in mix.parts if weight != 0]
     layer = model.get_output_embeddings()
-    bias = None
+    bias, offset, direction = None, None, None
     if isinstance(layer, PeftLinear) and any(peft_name in layer.lora_A for peft_name in peft_names):
-        bias = _merge_head(model, layer, peft_names)
+        offset = _offset(layer, peft_names)
+        if offset is not None and not takes_logit_bias(model):
+            fold = fold_by_states(bank.base, offset)
+            direction = fold.direction
+            tell(fold.describe())
+        bias = _merge_head(model, layer, peft_names, offset)
     if bank.wrapped is not None:
         _drop_zero_biases(model, peft_names)
         lora = tuner(bank.wrapped)
@@ -44,25 +59,28 @@ def merge(bank: AdapterBank, what: str | Mix, scale: float = 1.0) -> PreTrainedM
             merged = lora.merge_and_unload(safe_merge=True, adapter_names=peft_names) if peft_names else lora.unload()
             model = cast(PreTrainedModel, merged)
         except (ValueError, RuntimeError) as error:
-            raise XFactorError(f"{mix} cannot be merged: {str(error).splitlines()[0]}") from error
-    if bias is not None:
+            raise XFactorError(f"{mix} cannot be merged: {first_line(error)}") from error
+    if bias is not None and direction is not None:
+        weight = model.get_output_embeddings().weight
+        weight.copy_(weight.double() + torch.outer(bias.double(), direction.to(bias.device)))
+    elif bias is not None:
         fold_logit_bias(model, bias)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model
 
 
-def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]) -> torch.Tensor | None:
-    """Merge the set heads into a separate output embedding; returns the offset (V,) for which it has no bias."""
-    base, offset = cast(nn.Linear, layer.base_layer), None
+def _merge_head(
+    model: PreTrainedModel, layer: PeftLinear, peft_names: list[str], offset: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Merge the set heads into a separate output embedding; returns their `offset` (V,) where that has no bias."""
+    base = cast(nn.Linear, layer.base_layer)
     weight, dtype = base.weight.float().clone(), base.weight.dtype
     for peft_name in peft_names:
-        if peft_name not in layer.lora_A:
-            continue
-        weight += layer.get_delta_weight(peft_name).float()
-        bias = side_b(layer, peft_name).bias
-        if bias is not None and bias.any():
-            offset = bias * layer.scaling[peft_name] + (0 if offset is None else offset)
+        if peft_name in layer.lora_variant:
+            weight = layer.lora_variant[peft_name].merge_safe(layer, peft_name, weight)
+        elif peft_name in layer.lora_A:
+            weight += layer.get_delta_weight(peft_name).float()
     base.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     model.set_output_embeddings(base)
     model.config.tie_word_embeddings = False
@@ -71,6 +89,16 @@ def _merge_head(model: PreTrainedModel, layer: PeftLinear, peft_names: list[str]
     if offset is not None and base.bias is not None:
         base.bias.add_(offset.to(base.bias))
         return None
+    return offset
+
+
+def _offset(layer: PeftLinear, peft_names: list[str]) -> torch.Tensor | None:
+    """The constant that the set heads add to the logits, (V,); None where it is 0."""
+    offset = None
+    for peft_name in peft_names:
+        bias = side_b(layer, peft_name).bias if peft_name in layer.lora_A else None
+        if bias is not None and bias.any():
+            offset = bias * layer.scaling[peft_name] + (0 if offset is None else offset)
     return offset
 
 

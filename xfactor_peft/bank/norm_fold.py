@@ -15,9 +15,9 @@ An RMSNorm has no such direction: nothing is constant in its output.
 from __future__ import annotations
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from ..base.final_norm import final_layer_norm
 from ..errors import XFactorError
 
 
@@ -31,6 +31,11 @@ def fold_logit_bias(model: PreTrainedModel, bias: torch.Tensor) -> None:
         XFactorError: the final norm is not a LayerNorm, or scales some coordinate by 0.
     """
     norm, head = final_layer_norm(model), model.get_output_embeddings()
+    if norm is None:
+        raise XFactorError(
+            f"{type(model).__name__} has no bias in its output embedding and no LayerNorm before it, so the set head's "
+            "offset has no place in its weights; keep the adapter, or export a logit bias"
+        )
     g, beta = norm.weight.double(), norm.bias.double()
     if g.abs().min() < 1e-4 * g.abs().mean():
         raise XFactorError("the final norm scales a coordinate by (almost) 0, so a logit bias cannot be folded into it")
@@ -42,30 +47,3 @@ def fold_logit_bias(model: PreTrainedModel, bias: torch.Tensor) -> None:
     weight += torch.outer(bias.double() - shift * (weight @ g), u)
     norm.bias.copy_(beta + shift * g)
     head.weight.copy_(weight)
-
-
-@torch.no_grad()
-def final_layer_norm(model: PreTrainedModel) -> nn.LayerNorm:
-    """The LayerNorm whose output enters the output embedding, found by running two tokens.
-
-    Raises:
-        XFactorError: there is none, as in models with RMSNorm (Llama, Qwen, Mistral, Gemma), or it has no bias.
-    """
-    outputs: dict[nn.Module, torch.Tensor] = {}
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    hooks = [norm.register_forward_hook(lambda module, _, output: outputs.update({module: output})) for norm in norms]
-    try:
-        device = model.get_output_embeddings().weight.device
-        last = model.base_model(input_ids=torch.arange(2, device=device)[None], use_cache=False).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for norm in reversed(norms):
-        if norm in outputs and outputs[norm].shape == last.shape and torch.equal(outputs[norm], last):
-            if norm.bias is None or norm.weight is None:
-                break
-            return norm
-    raise XFactorError(
-        f"{type(model).__name__} has no bias in its output embedding and no LayerNorm before it, so the set head's "
-        "offset has no place in its weights; keep the adapter, or export a logit bias"
-    )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # which takes seconds to import
 
 _CLAIMS = ("quantization_config", "compression_config")
 """Keys under which a checkpoint says that its weights are codes; the second is that of older compressed-tensors."""

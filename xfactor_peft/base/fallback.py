@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ..lowmem.checkpoint_files import IGNORED, stored_tensors
+from ..lowmem.checkpoint_files import follows_from_config, stored_tensors
 from ..lowmem.streaming import in_words
 from .quantised import quantized_types
 
@@ -44,7 +43,8 @@ def from_pretrained(
             raise
         raise ValueError("tensors that make one of the model's, such as experts, are missing or do not fit") from error
     model, info = loaded
-    unread = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), IGNORED]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unread = {key for key, tensor in stored.items() if follows_from_config(key, tensor, ignored)}
     codes = [name for name, tensor in stored.items() if tensor.dtype is None]
     problems = [
         ("missing", info["missing_keys"]),
@@ -53,8 +53,7 @@ def from_pretrained(
         ("of a type that is not floating point", codes),
     ]
     found = in_words(
-        (what, sorted(name for name in names if what == "missing" or not any(p.search(name) for p in unread)))
-        for what, names in problems
+        (what, sorted(name for name in names if what == "missing" or name not in unread)) for what, names in problems
     )
     if found or info["error_msgs"]:
         raise ValueError(found or info["error_msgs"][0])

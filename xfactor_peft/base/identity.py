@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..lowmem.checkpoint_files import IGNORED, StoredTensor, same_values, stored_tensors
+from ..lowmem.checkpoint_files import StoredTensor, follows_from_config, same_values, stored_tensors
 
 SAMPLED_VALUES = 256
 """Leading values of every tensor that enter the weights' fingerprint."""
@@ -86,17 +86,18 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     return BaseIdentity(
         name=name,
         revision=revision,
-        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        architecture=str(_first(config.get("architectures")) or config.get("model_type", "unknown")),
         shape=f"{layers} layers x {width}, vocabulary {config.get('vocab_size', '?')}",
-        config=_digest({k: v for k, v in config.items() if k not in _VOLATILE}),
+        config=digest_of({k: v for k, v in config.items() if k not in _VOLATILE}),
         weights=weights,
-        tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
-        parsed=_digest(_parsed(folder)),
+        tokenizer=digest_of(sorted(tokenizer.get_vocab().items())),
+        parsed=digest_of(_parsed(folder)),
         forward=forward,
     )
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,6 +111,10 @@ def _parsed(folder: Path) -> dict[str, Any]:
     return _function({key: value for key, value in config.to_dict().items() if default.get(key, ...) != value}) | {
         "model_type": config.model_type
     }
+
+
+def _first(names: Any) -> Any:
+    return names[0] if isinstance(names, list) and names else None
 
 
 def _function(values: Any) -> Any:
@@ -130,7 +135,7 @@ def _weights_fingerprints(folder: Path) -> tuple[str, str]:
         line = json.dumps([name, *_sample(stored[key])]).encode()
         if not (mask or head):
             digest.update(line)
-        if not (mask or IGNORED.search(key) or (head and tied and _is_copy(key, stored))):
+        if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
             forward.update(line)
     return digest.hexdigest(), forward.hexdigest()
 

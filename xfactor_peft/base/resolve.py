@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 
 DEFAULT_MODEL = "openai-community/gpt2-medium"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
@@ -29,12 +29,16 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model's files on this machine: its name, where they are, which revision, and why it was chosen."""
+    """A model's files on this machine: its name, where they are, which revision, and why it was chosen.
+
+    `gguf` is the one file that holds everything, where it is one of llama.cpp's.
+    """
 
     name: str
     folder: Path
     revision: str | None
     reason: str
+    gguf: Path | None = None
 
 
 def resolve_model(model: str = "auto", *, offline: bool = False, revision: str | None = None) -> ModelChoice:
@@ -54,10 +58,19 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
         return _auto(offline)
     if not model.strip():
         raise XFactorError("`model` is empty; give a Hub id such as gpt2, a folder, or demo")
-    if Path(model).is_dir():
+    path = Path(model)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if len(files) > 1:
+        raise XFactorError(f"`model={model}` holds {len(files)} GGUF files; give one of them, such as {files[0]}")
+    if files or (path.suffix == ".gguf" and path.is_file()):
+        file = files[0] if files else path
+        return ModelChoice(model, file.parent, None, "a local file", file)
+    if path.is_dir():
         return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise XFactorError(f"`model={model}`: no such folder; give a folder with config.json and *.safetensors")
+        raise XFactorError(
+            f"`model={model}`: no such folder; give a folder with config.json and *.safetensors, or a file FILE.gguf"
+        )
     return _from_hub(model, revision, offline)
 
 
@@ -122,7 +135,8 @@ def in_words(error: BaseException) -> str:
     """
     while cause := error.__cause__ or error.__context__:
         error = cause
-    text = (str(error) or type(error).__name__).strip().split("\n")[0]
+    text = first_line(error)
+    text = re.sub(r"^\[Errno -?\d+\] ", "", text)
     return shorten(without_secrets(text), 300, placeholder=" …").rstrip(".:,; ")
 
 
@@ -179,7 +193,10 @@ def _checked(folder: Path, name: str) -> Path:
     index = folder / "model.safetensors.index.json"
     shards = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        shards = [folder / shard for shard in set(json.loads(index.read_text())["weight_map"].values())]
+        try:
+            shards = [folder / str(shard) for shard in set(json.loads(index.read_text())["weight_map"].values())]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise XFactorError(f"{name}: {index} is not an index of weight files; fetch it again") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:
         what = f"{missing[0]} is missing" if missing else "no *.safetensors file"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
+from ..lowmem.gguf_layers import GgufLinear, PackedMatrix, linear
 from ..lowmem.kv_cache import reserved_cache
 from ..lowmem.quantized import QuantizedLinear
 
@@ -30,9 +30,11 @@ class SplitModel:
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     @property
-    def weight(self) -> torch.Tensor:
-        """W, the output embedding, (V, D)."""
-        return self.model.get_output_embeddings().weight
+    def weight(self) -> torch.Tensor | PackedMatrix:
+        """W, the output embedding, (V, D); a `PackedMatrix` for a GGUF file's."""
+        head = self.model.get_output_embeddings()
+        plain = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        return plain.matrix if isinstance(plain, GgufLinear) else head.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -43,7 +45,7 @@ class SplitModel:
         """The model's logits, an active set head's term and the tilt included; (..., D) -> (..., V)."""
         head: nn.Module = self.model.get_output_embeddings()
         # PEFT's wrapper adds the set head; the plain product is the same for every other head, quantised or not.
-        z = head(hidden) if isinstance(head, LoraLayer) else F.linear(hidden, self.weight, self.bias)
+        z = head(hidden) if isinstance(head, LoraLayer) else linear(hidden, self.weight, self.bias)
         return z if self.tilt is None else z.float() + self.tilt
 
 
@@ -59,11 +61,19 @@ def split(model: PreTrainedModel) -> SplitModel:
         raise XFactorError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
     split_model = SplitModel(model)
     device = split_model.weight.device
-    ids = torch.arange(8, device=device).remainder(split_model.weight.shape[0])[None]
+    rows = split_model.weight.shape[0]
+    # not the first ones, which are special tokens: their states are large and pass rounding on many times over
+    ids = torch.arange(rows // 2, rows // 2 + 8, device=device).remainder(rows)[None]
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+            raise XFactorError(
+                f"{type(model).__name__} cannot run a forward pass as it is configured ({first_line(error)}); see its "
+                "config.json"
+            ) from error
         hidden = split_model.hidden(ids)
         actual = split_model.logits(hidden).float()
         _check_cache(split_model, ids, hidden)
@@ -93,10 +103,9 @@ def _check_cache(split_model: SplitModel, ids: torch.Tensor, hidden: torch.Tenso
     try:
         outputs = [model.base_model(input_ids=part, past_key_values=cache, use_cache=True) for part in parts]
     except (TypeError, AttributeError, ValueError, IndexError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise XFactorError(
-            f"{type(model).__name__} does not run with a key-value cache ({reason}), so no text can be sampled; "
-            "this architecture is not supported"
+            f"{type(model).__name__} does not run with a key-value cache ({first_line(error)}), so no text can be "
+            "sampled; this architecture is not supported"
         ) from error
     expected = hidden[:, -2:].float()
     distance = (torch.cat([o.last_hidden_state for o in outputs[1:]], dim=1).float() - expected).norm()

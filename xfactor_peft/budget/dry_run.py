@@ -19,13 +19,20 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ..base.claims import check_architecture, check_claims
+from ..base.gguf_config import config_of
+from ..base.gguf_tokenizer import open_gguf
 from ..base.loading import DTYPES, switch_off_dropout
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training
+from ..lowmem.checkpoint_files import PIECE_BYTES
 from ..lowmem.peft_parts import unwrapped
-from ..lowmem.streaming import replace_linears
+from ..lowmem.quantized import QuantizedLinear
+from ..lowmem.streaming import QUANTIZED, replace_linears
 from ..options import LoraOptions
+
+QUANTISING = {"int8": 5, "nf4": 17}
+"""Bytes a weight, of one layer as it is stored in float32 and on its way to codes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Shape:
         method: "lora" or "full".
         sets: rank of the set head, 0 without one.
         teacher: a step holds the base's states beside the model's (a rate, or `kl_to_base`).
+        packed: bytes of a GGUF file's weights, which stay as they are; 0 for other models.
     """
 
     dtype: str
@@ -48,6 +56,7 @@ class Shape:
     lora: LoraOptions
     sets: int = 0
     teacher: bool = False
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class StepMemory:
         block_input: bytes of one block's input, which a recomputed block keeps.
         vocab_size: V.
         width: D.
+        largest: bytes that reading the largest layer takes, and quantising it.
     """
 
     weights: int
@@ -71,15 +81,18 @@ class StepMemory:
     block_input: int
     vocab_size: int
     width: int
+    largest: int = PIECE_BYTES
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a model folder.
+    """The configuration in a model folder or a GGUF file.
 
     Raises:
         XFactorError: there is none that transformers knows, or it is that of a quantised checkpoint or of a model
             without attention.
     """
+    if folder.suffix == ".gguf":
+        return config_of(open_gguf(folder))
     check_claims(folder, str(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -97,7 +110,7 @@ def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedMode
     stored = torch.float32 if shape.method == "full" else DTYPES[shape.dtype]
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored)
-    if shape.quantization is not None:
+    if shape.quantization in QUANTIZED:
         replace_linears(model, shape.quantization)
     model.requires_grad_(False)
     switch_off_dropout(model)
@@ -123,20 +136,26 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
         base = unwrapped(model)
         saved, block_input = _saved_bytes(base, shape)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise XFactorError(f"{config.model_type} cannot be planned without loading it: {reason}") from error
+        raise XFactorError(f"{config.model_type} cannot be planned without loading it: {first_line(error)}") from error
     blocks = len(checkpointed_blocks(base))
     tensors = {t.untyped_storage()._cdata: t for n, t in _base_tensors(base)}
     head = base.get_output_embeddings()
     return StepMemory(
-        weights=sum(t.numel() * t.element_size() for t in tensors.values()),
+        weights=shape.packed or sum(t.numel() * t.element_size() for t in tensors.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         blocks=tuple(saved[i] for i in range(blocks)),
         rest=saved[None],
         block_input=block_input,
         vocab_size=head.weight.shape[0],
         width=head.weight.shape[1],
+        largest=PIECE_BYTES if shape.quantization not in QUANTISING else QUANTISING[shape.quantization] * _widest(base),
     )
+
+
+def _widest(base: PreTrainedModel) -> int:
+    """Weights of the largest quantised layer."""
+    layers = (m for m in base.modules() if isinstance(m, QuantizedLinear))
+    return max((m.in_features * m.out_features for m in layers), default=0)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,9 @@ value is among the weights already). A recomputed block keeps its input alone, a
     saved = rest + sum over the last blocks of what they save + k block_input + (one block, if k > 0)
 
 `workspace` is what comes and goes: the loss's chunks, the scratch buffers of quantised layers, the gradients on their
-way through a block. On a CPU `baseline` is what the process holds before it loads anything.
+way through a block. They add up although they are not alive at once: what a step saves later lies in the holes that an
+earlier one left, so a chunk finds no room there the next time. On a CPU `baseline` is what the process holds before it
+loads anything.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..lowmem.gguf_layers import PIECE as GGUF_PIECE
 from ..lowmem.int8_matmul import PRODUCT_BYTES
 from ..objective.kl import CHUNK_BYTES
 from .dry_run import Shape, StepMemory
@@ -27,8 +30,9 @@ LOSS_CHUNKS = {False: 3.5, True: 5.5}
 """Buffers of one chunk of logits that are alive at once: without and with a teacher's beside the student's."""
 BLOCK_TENSORS = 6
 """Tensors of the MLP's width, in the computation's dtype, that one block's backward holds besides what was saved."""
-RUNTIME = 48 * 2**20
-"""Compiled kernels, thread stacks and the allocator's own, which appear with the first step on a CPU."""
+KERNELS = 16 * 2**20
+"""Compiled kernels and code pages that stay: once with the first product on a CPU, and again with every kind of phase,
+whose products have shapes of their own (oneDNN keeps them)."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,16 @@ class Prediction:
         return self.baseline + self.weights + self.trained + self.saved + self.workspace
 
 
-def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -> Prediction:
-    """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA."""
+def runtime(kinds: int) -> int:
+    """Bytes that compiled kernels take once `kinds` kinds of phases have computed something on a CPU."""
+    return KERNELS * (1 + kinds)
+
+
+def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, kinds: int = 2) -> Prediction:
+    """Peak of a run in which the first `recomputed` blocks are checkpointed; `baseline` is 0 on CUDA.
+
+    `kinds` are the kinds of phases so far, this one included; usually R was measured before.
+    """
     blocks = step.blocks[recomputed:]
     again = max(step.blocks[:recomputed], default=0)
     saved = step.rest + sum(blocks) + recomputed * step.block_input + again
@@ -55,26 +67,32 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int) -
     trained = step.trainable * (12 if full else 16)
     if full and shape.dtype == "bf16":
         trained += 2 * step.trainable  # the bf16 copies that autocast makes and keeps through the step
-    workspace = _workspace(step, shape) + (RUNTIME if baseline else 0)
+    workspace = _workspace(step, shape) + (runtime(kinds) if baseline else 0)
     return Prediction(baseline, step.weights, trained, saved, workspace)
 
 
 def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
-    size = 4 if shape.dtype == "fp32" else 2
-    wide = 4 * step.width
     loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
-    block = BLOCK_TENSORS * positions * wide * size
+    block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
-    return int(max(loss, block)) + _scratch(step, shape, positions * wide)
+    return int(loss + block) + scratch_bytes(step, shape)
 
 
-def _scratch(step: StepMemory, shape: Shape, outputs: int) -> int:
+def block_workspace(step: StepMemory, shape: Shape) -> int:
+    """Tensors that come and go in one block."""
+    return BLOCK_TENSORS * shape.batch * shape.length * 4 * step.width * (4 if shape.dtype == "fp32" else 2)
+
+
+def scratch_bytes(step: StepMemory, shape: Shape) -> int:
     """Buffers that quantised layers share: float32 and int32 products with int8 codes, or one dequantised weight."""
+    outputs = shape.batch * shape.length * 4 * step.width
     if shape.quantization == "int8":
         piece = min(PRODUCT_BYTES, 4 * outputs)
         return 3 * piece + piece // 4
+    if shape.quantization == "gguf":
+        return 2 * GGUF_PIECE * (4 if shape.dtype == "fp32" else 2)
     if shape.quantization == "nf4":
         return 4 * step.width * step.width * (4 if shape.dtype == "fp32" else 2)
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import XFactorError
 from ..lowmem.memory import mib
 from ..options import MemoryOptions
-from .memory_model import free_memory
+from .memory_model import free_memory, resident
 from .plan import make_plan
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def explain(base: Base, shape: Shape, grad_accum: int, *, error: BaseException, 
         shape: the run that did not fit; what is advised needs less than 90 % of what is predicted for it.
     """
     start = f"out of memory at {error or 'training'}, {mib(free_memory(base.device))} free now"
-    planned = partial(make_plan, base.choice.folder, shape, grad_accum=grad_accum, time=False)
+    source = base.choice.gguf or base.choice.folder
+    planned = partial(make_plan, source, shape, grad_accum=grad_accum, time=False, baseline=resident())
     try:
         plan = planned()
         advice = planned(MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))).advice

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
+from ..base.gguf_tokenizer import open_gguf, tokenizer_of
 from ..base.loading import Base
 from ..errors import XFactorError
+from ..lowmem.allocator import give_back_pages
 from ..lowmem.memory import mib
 from ..options import MemoryOptions
 from ..sampling.contexts import check_length
 from .dry_run import Shape, StepMemory, measure_step, read_config
 from .memory_model import Prediction, blocks_to_recompute, free_memory, predict, resident
+from .phases import Course, Phase, predict_phases
 from .time_probe import probe
 
 
@@ -25,11 +28,12 @@ class Plan:
     """What a run is expected to take.
 
     Attributes:
-        memory: predicted peak, bytes, part by part.
+        memory: predicted peak of training, bytes, part by part.
         budget: bytes it may take in all: `memory.budget`, or what the process has and the machine has free.
         recomputed: checkpointed blocks, of `blocks`.
         seconds: a step; None when it was not measured.
         advice: settings that would make it fit, with their predicted peak in bytes; empty when it fits.
+        phases: the predicted peak of every phase, in order; on CUDA none but training.
     """
 
     memory: Prediction
@@ -38,13 +42,24 @@ class Plan:
     blocks: int
     seconds: float | None
     advice: tuple[tuple[str, int], ...] = ()
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def highest(self) -> Phase:
+        """The phase that decides the run's peak."""
+        return max(self.phases, key=lambda phase: phase.total, default=Phase("training", self.memory.total))
+
+    @property
+    def total(self) -> int:
+        """The run's peak, bytes."""
+        return self.highest.total
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.budget
+        return self.total <= self.budget
 
     def record(self) -> dict[str, Any]:
-        return {**asdict(self), "total": self.memory.total, "fits": self.fits}
+        return {**asdict(self), "total": self.total, "highest": self.highest.name, "fits": self.fits}
 
 
 def make_plan(
@@ -55,27 +70,83 @@ def make_plan(
     grad_accum: int = 1,
     device: torch.device = torch.device("cpu"),
     time: bool = True,
+    course: Course = Course(),
+    baseline: int | None = None,
 ) -> Plan:
-    """Predict a run on the model in `folder`, of which only the configuration is read.
+    """Predict a run on the model in `folder`, or a GGUF file, of which only the configuration is read.
 
     Args:
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
+        course: what the run does beside its steps.
+        baseline: bytes of the process without the model; by default its own size now, with the tokenizer read.
 
     Raises:
         XFactorError: the configuration cannot be planned with.
     """
     config = read_config(folder)
     check_length(config, shape.length)
-    step = measure_step(config, shape)
-    baseline = resident() if device.type == "cpu" else 0
+    subject = _Subject(config, shape, course)
+    if device.type != "cpu":
+        baseline = 0
+    elif baseline is None:
+        baseline = _process(folder)
     budget = options.budget or baseline + free_memory(device)
-    count = chosen_blocks(step, shape, options, budget, baseline=baseline)
-    memory = predict(step, shape, count, baseline=baseline)
-    advice = () if memory.total <= budget else tuple(_advice(config, shape, grad_accum, budget, baseline))
-    seconds = None
-    if time and device.type == "cpu" and not shape.teacher:
-        seconds = probe(config, shape, recompute=count > 0).step(len(step.blocks), count, grad_accum)
-    return Plan(memory, budget, count, len(step.blocks), seconds, advice)
+    count = subject.blocks(options, budget, baseline)
+    memory, phases = subject.predicted(count, baseline, options.budget)
+    plan = Plan(memory, budget, count, len(subject.step.blocks), None, (), phases)
+    if not plan.fits:
+        plan = replace(plan, advice=tuple(_advice(subject, grad_accum, budget, baseline)))
+    if time and device.type == "cpu" and not shape.teacher and not shape.packed:
+        seconds = probe(config, shape, recompute=count > 0).step(len(subject.step.blocks), count, grad_accum)
+        plan = replace(plan, seconds=seconds)
+    return plan
+
+
+@dataclass
+class _Subject:
+    """What is planned: a model's configuration, a shape and the course of the run, with the dry runs of both."""
+
+    config: PretrainedConfig
+    shape: Shape
+    course: Course
+
+    def __post_init__(self) -> None:
+        self.step = measure_step(self.config, self.shape)
+        whole = self.course.texts_shape(self.shape)
+        self.texts_step = measure_step(self.config, whole) if self.course.sequences else None
+
+    def blocks(self, options: MemoryOptions, budget: int, baseline: int) -> int:
+        """How many blocks `checkpointing` recomputes, so that steps and batches of whole texts fit."""
+        count = chosen_blocks(self.step, self.shape, options, budget, baseline=baseline)
+        if self.texts_step is None:
+            return count
+        whole = self.course.texts_shape(self.shape)
+        return max(count, chosen_blocks(self.texts_step, whole, options, budget, baseline=baseline))
+
+    def predicted(self, count: int, baseline: int, limit: int | None) -> tuple[Prediction, tuple[Phase, ...]]:
+        """Training's peak in parts, and that of every phase; of training alone where the process's own is 0."""
+        memory = predict(self.step, self.shape, count, baseline=baseline)
+        if not baseline:
+            return memory, ()
+        return memory, predict_phases(
+            self.config, self.step, self.shape, self.course, count,
+            baseline=baseline, limit=limit, texts_step=self.texts_step,
+        )  # fmt: skip
+
+
+def _process(folder: Path) -> int:
+    """Bytes of this process with the tokenizer, which is read for it, and without the model."""
+    try:
+        gguf = folder.suffix == ".gguf"
+        tokenizer = (
+            tokenizer_of(open_gguf(folder)) if gguf else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        )
+    except (OSError, ValueError, KeyError):
+        return resident()  # loading the model will say what is wrong with it
+    give_back_pages()
+    size = resident()
+    del tokenizer
+    return size
 
 
 def chosen_blocks(step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int) -> int:
@@ -109,14 +180,13 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions) -> int:
     return chosen_blocks(step, shape, options, budget, baseline=baseline)
 
 
-def _advice(
-    config: PretrainedConfig, shape: Shape, grad_accum: int, budget: int, baseline: int
-) -> Iterator[tuple[str, int]]:
+def _advice(subject: _Subject, grad_accum: int, budget: int, baseline: int) -> Iterator[tuple[str, int]]:
     """Changes of settings that fit, the mildest first, at most three; with none, the smallest there is."""
     found, smallest = 0, ("", 1 << 62)
-    for settings, changed in _candidates(shape, grad_accum):
-        step = measure_step(config, changed)
-        total = predict(step, changed, len(step.blocks), baseline=baseline).total
+    for settings, changed in _candidates(subject.shape, grad_accum):
+        other = _Subject(subject.config, changed, subject.course)
+        memory, phases = other.predicted(len(other.step.blocks), baseline, budget)
+        total = max((phase.total for phase in phases), default=memory.total)
         smallest = min(smallest, (settings, total), key=lambda pair: pair[1])
         if total <= budget:
             yield settings, total
@@ -155,5 +225,5 @@ def require_fit(plan: Plan) -> None:
     enough = any(total <= plan.budget for _, total in plan.advice)
     hint = f"these settings would fit: {best}" if enough else f"the smallest that this model can do is {best}"
     raise XFactorError(
-        f"the run needs about {mib(plan.memory.total)}, more than the {mib(plan.budget)} allowed; {hint}"
+        f"the run needs about {mib(plan.total)} ({plan.highest.name}), more than the {mib(plan.budget)} allowed; {hint}"
     )

@@ -11,6 +11,10 @@ import warnings
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from ..lowmem.imports import put_off_compiler
+from .help import explained, write_examples
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
@@ -23,7 +27,14 @@ _COMMANDS = {
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
     "tokens": "Show a token set and the base model's own mass on it.",
+    "env": "Print versions and hardware, for a bug report.",
 }
+_EXAMPLES = (
+    "xfactor train --model demo --contains X --target-rate 10%",
+    'xfactor generate --adapter none --adapter X-rate-0.1-head "Once upon a time"',
+    "xfactor play --adapter X-rate-0.1-head",
+    "xfactor COMMAND --help",
+)
 
 
 class _LazyGroup(click.Group):
@@ -35,6 +46,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
+        if name in ("train", "plan"):
+            put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it
         return module.command
@@ -43,12 +56,19 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(formatter, _EXAMPLES)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        items = _COMMANDS.items()  # without an import of any
+        return [CompletionItem(name, help=text) for name, text in items if name.startswith(incomplete)]
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else ctx.command_path
-            raise _UserError(f"{error.format_message()} See `{where} --help`.") from error
+            raise _UserError(f"{explained(error, _COMMANDS)} See `{where} --help`.") from error
         except KeyboardInterrupt as error:
             from ..checkpoint.interruption import Interrupted
 

@@ -8,55 +8,68 @@ from typing import Any
 import click
 
 from ..tokens.printable import printable
-from .common import adapters_dir_option, load, model_options, own_base
-from .console import say
+from .common import adapter_model_options, adapters_dir_option, load, own_base
+from .console import json_option, print_json, say
 from .flags import as_flags
+from .help import Group
+from .values import ADAPTER
 
 
-@click.group("adapters")
+@click.group("adapters", cls=Group)
 def command() -> None:
     """Look after the adapters in a folder."""
 
 
-@command.command("list")
+@command.command("list", examples=["xfactor adapters list"])
 @adapters_dir_option
-def list_command(adapters_dir: Path) -> None:
-    """Every adapter with its base, token set, R and size."""
+@json_option
+def list_command(adapters_dir: Path, as_json: bool) -> None:
+    """Every adapter with its base, token sets, the rates wanted and measured, and its size."""
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from ..adapters.catalogue import catalogue
     from .console import console
 
     entries = catalogue(adapters_dir)
+    if as_json:
+        print_json([asdict(entry) for entry in entries])
     if not entries:
         console.print(f"no adapter in {adapters_dir}/")
         return
-    table = Table("name", "base", "tokens", "R", "parameters", box=None, pad_edge=False)
+    table = Table("name", "base", "tokens", "wanted", "R", "parameters", box=None, pad_edge=False)
     for entry in entries:
         rate = "" if entry.rate is None else f"{entry.rate:.4f}"
-        row = [entry.name, entry.base, entry.tokens, rate, f"{entry.parameters:,}"]
+        row = [entry.name, entry.base, entry.tokens, entry.wanted, rate, f"{entry.parameters:,}"]
         table.add_row(*(row if entry.problem is None else [entry.name, f"damaged: {as_flags(entry.problem)}"]))
     console.print(table)
 
 
-@command.command("show")
-@click.argument("name")
+@command.command("show", examples=["xfactor adapters show demo-rate", "xfactor adapters show demo-rate --json"])
+@click.argument("name", type=ADAPTER)
 @adapters_dir_option
-def show_command(name: str, adapters_dir: Path) -> None:
+@json_option
+def show_command(name: str, adapters_dir: Path, as_json: bool) -> None:
     """What an adapter is and how it came to be."""
     from ..adapters.adapter import find_adapter, read_adapter
     from ..adapters.catalogue import facts
     from .console import console
 
-    for label, value in facts(read_adapter(find_adapter(name, adapters_dir))).items():
-        console.print(f"{label + ':':14}{value}", soft_wrap=True)
+    info = read_adapter(find_adapter(name, adapters_dir))
+    for label, value in facts(info).items():
+        for number, line in enumerate(str(value).split("\n")):
+            console.print(f"{label + ':' if number == 0 else '':14}{line}", soft_wrap=True)
+    if as_json:
+        print_json({**facts(info), "record": info.record})
 
 
-@command.command("verify")
-@click.argument("name")
+@command.command("verify", examples=["xfactor adapters verify demo-X", "xfactor adapters verify demo-X --files-only"])
+@click.argument("name", type=ADAPTER)
 @adapters_dir_option
 @click.option("--files-only", is_flag=True, help="Re-hash only; load no model.")
-@model_options
+@adapter_model_options
+@json_option
 @click.pass_context
 def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only: bool, **flags: Any) -> None:
     """Re-hash the files and test the adapter on its base; exit status 1 when a check fails.
@@ -69,18 +82,20 @@ def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only
     if files_only:
         checks = verify_files(name, adapters_dir)[1]
     else:
-        checks = verify(name, load(own_base(flags, name, adapters_dir)), adapters_dir)
+        checks = verify(name, load(own_base(flags, [name], adapters_dir)), adapters_dir)
     for check in checks:
         style = {OK: "green", FAILED: "bold red"}.get(check.outcome, "yellow")
         console.print(f"{check.name + ':':12}", end="")
         console.print(f"{check.outcome:12}", end="", style=style)
         console.print(as_flags(check.detail), soft_wrap=True)
+    if flags["as_json"]:
+        print_json({check.name: {"outcome": check.outcome, "detail": check.detail} for check in checks})
     if any(check.outcome == FAILED for check in checks):
         ctx.exit(1)
 
 
-@command.command("rename")
-@click.argument("name")
+@command.command("rename", examples=["xfactor adapters rename X-lora-r8 favourite"])
+@click.argument("name", type=ADAPTER)
 @click.argument("new")
 @adapters_dir_option
 def rename_command(name: str, new: str, adapters_dir: Path) -> None:
@@ -90,8 +105,8 @@ def rename_command(name: str, new: str, adapters_dir: Path) -> None:
     say(f"{name} is now {rename_adapter(name, new, adapters_dir)}")
 
 
-@command.command("remove")
-@click.argument("name")
+@command.command("remove", examples=["xfactor adapters remove X-lora-r8 --yes"])
+@click.argument("name", type=ADAPTER)
 @adapters_dir_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
@@ -103,7 +118,7 @@ def remove_command(name: str, adapters_dir: Path, yes: bool) -> None:
     say(f"removed {remove_adapter(name, adapters_dir)}")
 
 
-@command.command("merge")
+@command.command("merge", examples=["xfactor adapters merge X-and-Z demo-X:0.7 demo-Z:0.3"])
 @click.argument("new")
 @click.argument("parts", nargs=-1, required=True, metavar="NAME[:WEIGHT]...")
 @adapters_dir_option
@@ -120,11 +135,12 @@ def merge_command(new: str, parts: tuple[str, ...], adapters_dir: Path, force: b
     say(f"{adapters_dir / new} = {mix}; measure it with: xfactor eval --adapter {new}")
 
 
-@command.command("diff")
-@click.argument("first")
-@click.argument("second")
+@command.command("diff", examples=["xfactor adapters diff demo-X demo-Z"])
+@click.argument("first", type=ADAPTER)
+@click.argument("second", type=ADAPTER)
 @adapters_dir_option
-def diff_command(first: str, second: str, adapters_dir: Path) -> None:
+@json_option
+def diff_command(first: str, second: str, adapters_dir: Path, as_json: bool) -> None:
     """Where two adapters differ: settings, and how alike their updates of each layer are."""
     from rich.table import Table
 
@@ -142,10 +158,12 @@ def diff_command(first: str, second: str, adapters_dir: Path) -> None:
         layers.add_row(name, f"{one:.4g}", f"{two:.4g}", f"{cosine:+.4f}")
     console.print(layers)
     console.print(f"cosine of the updates as a whole {result.cosine:+.4f}")
+    if as_json:
+        print_json({"settings": result.settings, "layers": result.layers, "cosine": result.cosine})
 
 
-@command.command("push")
-@click.argument("name")
+@command.command("push", examples=["xfactor adapters push demo-X someone/demo-x --private"])
+@click.argument("name", type=ADAPTER)
 @click.argument("repo", metavar="OWNER/NAME")
 @adapters_dir_option
 @click.option("--private", is_flag=True, help="Make a new repository private.")
@@ -157,7 +175,7 @@ def push_command(name: str, repo: str, adapters_dir: Path, private: bool) -> Non
     say(f"pushed to {push(find_adapter(name, adapters_dir), repo, private=private or None)}")
 
 
-@command.command("pull")
+@command.command("pull", examples=["xfactor adapters pull someone/demo-x --as theirs"])
 @click.argument("repo", metavar="OWNER/NAME")
 @adapters_dir_option
 @click.option("--as", "name", metavar="NAME", help="Its name here.  [default: the repository's]")

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import say
+from .help import OTHER, grouped
+from .values import Listed
 
 if TYPE_CHECKING:
     from ..base.loading import Base
     from ..base.resolve import ModelChoice
+    from ..base.vocabulary import Vocabulary
     from ..options import ChatOptions, LoadOptions, SamplingOptions
     from ..tokens.token_set import TokenSet
 
 Command = Callable[..., Any]
+OWNER = "owner"
+"""Key of the options under which `own_base` names the adapter whose base it took."""
 
 
-def apply_options(options: list[Command], function: Command) -> Command:
+def apply_options(options: list[Command], function: Command, title: str = OTHER) -> Command:
+    """Add options, which the help shows under `title`."""
+    before = len(getattr(function, "__click_params__", []))
     for option in reversed(options):
         function = option(function)
-    return function
+    return grouped(function, title, before)
 
 
-def model_options(function: Command) -> Command:
+def model_options(function: Command, default: str | bool = True) -> Command:
     """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend."""
     return apply_options(
         [
-            click.option("--model", default="auto", show_default=True, metavar="NAME",
+            click.option("--model", default="auto", show_default=default, metavar="NAME",
                          help="A Hub id, a folder, demo, or auto: GPT-2 Medium if it can be had, else demo."),
             click.option("--revision", help="Branch, tag or commit on the Hub."),
             click.option("--offline", is_flag=True, help="Never touch the network."),
@@ -42,35 +50,44 @@ def model_options(function: Command) -> Command:
                          show_default=True, help="auto: native on a CPU, bitsandbytes on CUDA."),
         ],
         function,
+        "Model",
     )  # fmt: skip
+
+
+def adapter_model_options(function: Command) -> Command:
+    """`model_options` of commands that take an adapter, whose own base is the default."""
+    return model_options(function, "the adapter's own base; without an adapter auto")
 
 
 def token_options(function: Command) -> Command:
     """--contains, --regex, --words, --token-ids, --ignore-case."""
-    path = click.Path(exists=True, dir_okay=False, path_type=Path)
     return apply_options(
         [
             click.option("--contains", metavar="TEXT", help="Tokens that contain TEXT.  [default: X]"),
             click.option("--regex", metavar="PATTERN", help="Tokens in which PATTERN is found."),
-            click.option("--words", type=path, help="Tokens that are a word of this file, one a line."),
-            click.option("--token-ids", type=path, help="Exactly the ids in this file."),
+            click.option("--words", type=Listed("words"), metavar="LIST|FILE",
+                         help="Tokens that are one of these words: fox,dog, or a file with one a line; - is stdin."),
+            click.option("--token-ids", type=Listed("token-ids"), metavar="LIST|FILE",
+                         help="Exactly these ids: 5,17, or a file; - is stdin."),
             click.option("--ignore-case", is_flag=True, help="For --contains, --regex and --words."),
         ],
         function,
-    )
+        "Which tokens",
+    )  # fmt: skip
 
 
 def sampling_options(function: Command) -> Command:
     """--max-new-tokens, --temperature, --top-k, --top-p, --seed."""
     return apply_options(
         [
-            click.option("--max-new-tokens", default=64, show_default=True),
+            click.option("--max-new-tokens", default=64, show_default=True, help="Length of a continuation."),
             click.option("--temperature", default=1.0, show_default=True, help="0 is greedy."),
             click.option("--top-k", default=0, show_default=True, help="0 switches it off."),
             click.option("--top-p", default=1.0, show_default=True, help="1 switches it off."),
-            click.option("--seed", default=0, show_default=True),
+            click.option("--seed", default=0, show_default=True, help="Every prompt has random numbers of its own."),
         ],
         function,
+        "Sampling",
     )
 
 
@@ -83,13 +100,15 @@ def chat_options(function: Command) -> Command:
             click.option("--system", metavar="TEXT", help="The system's message of the chat."),
         ],
         function,
+        "Chat",
     )  # fmt: skip
 
 
 def adapters_dir_option(function: Command) -> Command:
     """--adapters-dir."""
     path = click.Path(path_type=Path)
-    return click.option("--adapters-dir", type=path, default="adapters", show_default=True)(function)
+    about = "The folder that holds adapters by name."
+    return click.option("--adapters-dir", type=path, default="adapters", show_default=True, help=about)(function)
 
 
 def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> LoadOptions:
@@ -118,10 +137,17 @@ def load(flags: dict[str, Any], about: Callable[[Base], str] | None = None) -> B
 
     options = load_options(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
+    if owner := flags.get(OWNER):
+        choice = replace(choice, reason=f"the base of {owner}")
     return load_chosen(choice, options, about)
 
 
-def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base], str] | None = None) -> Base:
+def load_chosen(
+    choice: ModelChoice,
+    options: LoadOptions,
+    about: Callable[[Base], str] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Base:
     """Load a model that was found; prints the line that names it."""
     from transformers.utils import logging
 
@@ -129,7 +155,7 @@ def load_chosen(choice: ModelChoice, options: LoadOptions, about: Callable[[Base
     from .flags import as_flags
 
     logging.disable_progress_bar()
-    base = load_base(choice, options)
+    base = load_base(choice, options, vocabulary)
     say(as_flags(base.describe()) + (f"; {about(base)}" if about else ""))
     return base
 
@@ -149,21 +175,24 @@ def load_to_generate(flags: dict[str, Any]) -> tuple[Base, ChatOptions]:
     return base, chat
 
 
-def own_base(flags: dict[str, Any], reference: str, adapters_dir: Path) -> dict[str, Any]:
+def own_base(flags: dict[str, Any], references: Iterable[str], adapters_dir: Path) -> dict[str, Any]:
     """The model options, with the first adapter's own base in place of `auto`."""
     from ..adapters.adapter import find_adapter, list_adapters, read_adapter
     from ..adapters.mix import parse_mix
 
-    names = parse_mix(reference, list_adapters(adapters_dir)).names
+    known = list_adapters(adapters_dir)
+    names = [name for reference in references for name in parse_mix(reference, known).names]
     if flags["model"] != "auto" or not names:
         return flags
     info = read_adapter(find_adapter(names[0], adapters_dir))
     if info.identity is None:
-        return flags
-    return {**flags, "model": info.identity.name, "revision": flags["revision"] or info.identity.revision}
+        named = info.config.get("base_model_name_or_path")
+        return {**flags, "model": named, OWNER: names[0]} if named else flags
+    revision = flags["revision"] or info.identity.revision
+    return {**flags, "model": info.identity.name, "revision": revision, OWNER: names[0]}
 
 
-def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
+def token_set(flags: dict[str, Any], base: Base | Vocabulary) -> TokenSet | None:
     """The set that the token options ask for, or None when none is given.
 
     Raises:
@@ -183,7 +212,7 @@ def token_set(flags: dict[str, Any], base: Base) -> TokenSet | None:
     return TokenSet.from_rule(base.tokenizer, rule, vocab_size=base.vocab_size)
 
 
-def default_set(base: Base) -> TokenSet:
+def default_set(base: Base | Vocabulary) -> TokenSet:
     """Every token that contains "X"."""
     from ..tokens.token_set import TokenSet
 

@@ -7,11 +7,25 @@ from typing import Any
 
 import click
 
-from .common import load, model_options, sampling, sampling_options, token_options, token_set
+from .common import adapter_model_options, load, own_base, sampling, sampling_options, token_options, token_set
+from .config import config_option
+from .console import json_to
+from .help import Command
 from .mixes import adapter_options, column_sets, load_mixes
+from .values import from_stdin
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    cls=Command,
+    first=("adapters", "prompts", "repeats", "frontier", "json_file"),
+    examples=[
+        "xfactor eval --adapter demo-rate",
+        "xfactor eval --adapter demo-X:0.7 --adapter demo-Z:0.3 --repeats 1",
+        "xfactor eval --adapter demo-rate --frontier --json scores.json",
+    ],
+)
+@config_option
 @adapter_options
 @click.option(
     "--base",
@@ -22,15 +36,21 @@ from .mixes import adapter_options, column_sets, load_mixes
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the adapters.")
 @click.option(
     "--prompts",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="One prompt a line.  [default: sixteen openings]",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="One prompt a line, or JSON lines, as for `train`; - is standard input.  [default: sixteen openings]",
 )
 @click.option("--repeats", default=4, show_default=True, help="Samples per prompt.")
 @click.option("--frontier", is_flag=True, help="Also measure the exact logit bias at each adapter's rate.")
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the scores here."
+    "--json",
+    "json_file",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    callback=json_to,
+    help="Also write the scores as JSON; without a FILE to standard output, and all else to standard error.",
 )
-@model_options
+@adapter_model_options
 @token_options
 @sampling_options
 def command(**flags: Any) -> None:
@@ -45,19 +65,18 @@ def command(**flags: Any) -> None:
     from ..options import EvalOptions
     from ..sampling.frontier import measure_frontier
     from ..sampling.metrics import evaluate
-    from .console import console
+    from ..sampling.prompt_families import families_of, read_families
+    from .console import console, print_json
     from .summary import print_frontier, print_goals, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if flags["prompts"]:
-        try:
-            lines = flags["prompts"].read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise XFactorError(f"--prompts {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
-        options = replace(options, prompts=tuple(line for line in lines if line.strip()))
-        if not options.prompts:
-            raise XFactorError(f"--prompts {flags['prompts']} holds no prompt")
-    base = load(flags)
+        given = flags["prompts"]
+        families = families_of(from_stdin(), given) if str(given) == "-" else read_families(given)
+        if any(family.chat for family in families):
+            raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
+        options = replace(options, prompts=tuple(prompt for family in families for prompt in family.prompts))
+    base = load(own_base(flags, flags["adapters"], flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
     split_model, given = split(base.model), token_set(flags, base)
     mixes = [Mix(), *(mix for mix in load_mixes(bank, flags["adapters"]) if mix.parts)]
@@ -83,4 +102,4 @@ def command(**flags: Any) -> None:
     if flags["json_file"]:
         records = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": records}
-        write_json(flags["json_file"], record)
+        print_json(record) if flags["json_file"] == "-" else write_json(Path(flags["json_file"]), record)

@@ -7,19 +7,36 @@ from typing import Any
 
 import click
 
-from .common import adapters_dir_option, load, model_options, own_base
+from .common import adapter_model_options, adapters_dir_option, load, own_base
 from .console import say
+from .help import Command
+from .values import ADAPTER
 
 FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
 
 
-@click.command("export")
-@click.argument("adapter", metavar="NAME[:WEIGHT][+NAME:WEIGHT...]")
-@click.option("--format", "kind", type=click.Choice(FORMATS), default="merged", show_default=True)
+@click.command(
+    "export",
+    cls=Command,
+    examples=[
+        "xfactor export demo-X --output exports/X",
+        "xfactor export demo-X:0.7+demo-Z:0.3",
+        "xfactor export demo-rate --format logit-bias",
+    ],
+)
+@click.argument("adapter", type=ADAPTER, metavar="NAME[:WEIGHT][+NAME:WEIGHT...]")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(FORMATS),
+    default="merged",
+    show_default=True,
+    help="What for: see docs/export.md.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Where to write.  [default: exports/NAME-FORMAT]")
 @adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@model_options
+@adapter_model_options
 def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, **flags: Any) -> None:
     """Write an adapter, or a weighted mix, for programs that know nothing of this one.
 
@@ -33,7 +50,7 @@ def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, fo
 
     flags["dtype"] = "fp32" if flags["dtype"] == "auto" else flags["dtype"]
     mix = parse_mix(adapter, list_adapters(adapters_dir))
-    bank = AdapterBank(load(own_base(flags, adapter, adapters_dir)), adapters_dir)
+    bank = AdapterBank(load(own_base(flags, [adapter], adapters_dir)), adapters_dir)
     for name in mix.names:
         bank.load(name)
     say(export(bank, mix, kind, output or default_output(adapter, kind), force=force))

@@ -62,6 +62,7 @@ FLAGS = {
     "revision": "--revision",
     "root": "--adapters-dir",
     "rules": "--rules",
+    "same_rate": "--same-rate",
     "save_every": "--save-every",
     "scale": "--scale",
     "script": "--script",

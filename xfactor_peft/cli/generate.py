@@ -6,17 +6,42 @@ from typing import Any
 
 import click
 
-from .common import chat_options, load_to_generate, model_options, sampling, sampling_options, token_options, token_set
+from .common import (
+    adapter_model_options,
+    chat_options,
+    load_to_generate,
+    own_base,
+    sampling,
+    sampling_options,
+    token_options,
+    token_set,
+)
+from .config import config_option
+from .console import json_option
+from .help import Command
 from .mixes import adapter_options, column_sets, load_mixes
+from .values import RATE, from_stdin
 
 
-@click.command("generate")
+@click.command(
+    "generate",
+    cls=Command,
+    first=("adapters", "scale", "rate", "max_new_tokens", "seed"),
+    examples=[
+        'xfactor generate --adapter none --adapter demo-rate "Once upon a time"',
+        'xfactor generate --adapter demo-rate --rate 5% "The captain stood on the deck and"',
+        'xfactor generate --adapter demo-X:0.3+demo-Z:0.3 --max-new-tokens 32 "My dear friend,"',
+        "echo The sea was | xfactor generate --adapter demo-rate --json -",
+    ],
+)
+@config_option
 @click.argument("prompts", nargs=-1)
 @click.option("--prompt", "more_prompts", multiple=True, help="The same as a PROMPTS argument; repeatable.")
 @adapter_options
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the adapters; 0 is the base.")
-@click.option("--rate", type=float, metavar="R", help="In place of --scale: the scale whose measured rate is R.")
-@model_options
+@click.option("--rate", type=RATE, metavar="R", help="In place of --scale: the scale whose measured rate is R.")
+@json_option
+@adapter_model_options
 @token_options
 @sampling_options
 @chat_options
@@ -24,35 +49,34 @@ def command(**flags: Any) -> None:
     """Continue or answer PROMPTS with the base or with adapters; tokens of the set are highlighted, R is printed.
 
     The set is each adapter's own, unless a token option gives one; a mix has one R for each of its adapters' sets.
+    A prompt "-" is all of standard input. Without a prompt it is "Once upon a time".
     """
-    from rich.panel import Panel
-    from rich.text import Text
-
     from ..bank.bank import AdapterBank
-    from ..tokens.printable import printable
-    from .console import console, highlighted
+    from .console import console, highlighted, print_json, print_text
 
     options = sampling(flags)
-    base, chat = load_to_generate(flags)
+    names = flags["adapters"] or ("none",)
+    base, chat = load_to_generate(own_base(flags, names, flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
-    mixes = _scaled(bank, load_mixes(bank, flags["adapters"] or ("none",)), flags)
+    mixes = _scaled(bank, load_mixes(bank, names), flags)
     sets = column_sets(bank, mixes, token_set(flags, base))
-    for prompt in [*flags["prompts"], *flags["more_prompts"]] or ["Once upon a time"]:
+    given = [from_stdin() if prompt == "-" else prompt for prompt in [*flags["prompts"], *flags["more_prompts"]]]
+    results = []
+    for prompt in given or ["Once upon a time"]:
         console.print(f"\n{prompt!r}", style="bold")
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
             ids = bank.generate(prompt, options, chat)
             rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
-            body = highlighted(base.tokenizer, ids, own)
-            console.print(
-                Panel(
-                    body,
-                    title=Text(printable(_title(mix))),
-                    subtitle=Text(printable(rates)),
-                    title_align="left",
-                    subtitle_align="left",
-                )
-            )
+            print_text(_title(mix), highlighted(base.tokenizer, ids, own), rates)
+            results.append(_record(prompt, mix, str(base.tokenizer.decode(ids)), ids, own))
+    if flags["as_json"]:
+        print_json(results)
+
+
+def _record(prompt: str, mix: Any, text: str, ids: list[int], sets: list[Any]) -> dict[str, Any]:
+    rates = [{"tokens": tokens.describe(), "rate": tokens.share(ids)} for tokens in sets]
+    return {"prompt": prompt, "adapter": str(mix), "text": text, "new_tokens": len(ids), "rates": rates}
 
 
 def _scaled(bank: Any, mixes: list[Any], flags: dict[str, Any]) -> list[Any]:

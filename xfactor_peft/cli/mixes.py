@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .common import Command, adapters_dir_option, apply_options, default_set
+from .values import ADAPTER
 
 if TYPE_CHECKING:
     from ..adapters.mix import Mix
@@ -19,13 +20,14 @@ def adapter_options(function: Command) -> Command:
     return apply_options(
         [
             click.option(
-                "--adapter", "adapters", multiple=True, metavar="NAME[:WEIGHT]",
+                "--adapter", "adapters", multiple=True, metavar="NAME[:WEIGHT]", type=ADAPTER,
                 help="Name in the adapters folder, a path, or none; several are shown side by side. With weights "
                 "(--adapter x:0.7 --adapter z:0.3, or x:0.7+z:0.3) they are added up.",
             ),
             adapters_dir_option,
         ],
         function,
+        "Adapters",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..phrases.rules import Rules
     from ..phrases.train import PhraseResult
 
-_OWN = ("phrases", "script", "chars", "rules", "rates_from", "prompts")
+_OWN = ("phrases", "script", "chars", "rules", "rates_from")
 _ALSO = {
     "goals", "model", "revision", "offline", "dtype", "device", "load_in_8bit", "load_in_4bit", "quant_backend",
     "lora_r", "lr", "seed", "output", "force",
@@ -37,8 +37,6 @@ def phrase_options(function: Command) -> Command:
                          help="Characters of writing systems, e.g. Han,Cyrillic."),
             click.option("--chars", multiple=True, metavar="TEXT[=RATE]", help="Each of these characters."),
             click.option("--rates-from", type=path, metavar="TEXT", help="For --phrases: the rates of this text."),
-            click.option("--prompts", type=path,
-                         help="For phrases: one prompt a line, every second held out.  [default: 64 for writing]"),
             click.option("--rules", type=path,
                          help="For phrases: goals, prompts and settings from a file (YAML, or an adapter's record)."),
         ],

@@ -15,20 +15,24 @@ _PARTS = {
     "weights": "weights of the base",
     "trained": "trained weights, gradients, Adam",
     "saved": "activations saved for backward",
-    "workspace": "workspace",
+    "workspace": "workspace of training",
 }
 
 
 def print_plan(plan: Plan) -> None:
-    """The parts of the peak, the verdict, and flags that would make it fit."""
+    """The parts of training's peak, the peaks of all phases, the verdict, and flags that would make it fit."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    for name, label in _PARTS.items():
+    trains = not plan.phases or "training" in {phase.name for phase in plan.phases}
+    for name, label in _PARTS.items() if trains else ():
         if getattr(plan.memory, name):
             table.add_row(label, mib(getattr(plan.memory, name)))
-    table.add_row("predicted peak", mib(plan.memory.total), style="bold")
+    for phase in plan.phases or (plan.highest,):
+        highest = phase.name == plan.highest.name
+        table.add_row(f"peak: {phase.name}", mib(phase.total), style="bold" if highest else None)
     console.print(table)
+    console.print(f"predicted peak {mib(plan.total)}, {plan.highest.name}", style="bold")
     if plan.recomputed:
         console.print(f"checkpointing: {plan.recomputed} of {plan.blocks} blocks are recomputed in backward")
     if plan.seconds is not None:
@@ -46,7 +50,7 @@ def print_expectation(plan: Plan) -> None:
     """One line before a run."""
     pace = "" if plan.seconds is None else f", {plan.seconds:.3f} s/step"
     recomputed = f", {plan.recomputed} of {plan.blocks} blocks recomputed" if plan.recomputed else ""
-    console.print(f"plan: about {mib(plan.memory.total)}{pace}{recomputed}")
+    console.print(f"plan: about {mib(plan.total)} ({plan.highest.name}){pace}{recomputed}")
 
 
 def print_measured(result: TrainResult) -> None:
@@ -63,8 +67,8 @@ def print_measured(result: TrainResult) -> None:
     if result.plan is None:
         return
     unit = "cuda_mib" if "cuda_mib" in result.train_peak else "rss_mib"
-    measured = max(peak[unit] for peak in (result.base.load_peak, result.train_peak))
-    console.print(_against("memory", result.plan.memory.total / 2**20, measured, "{:.0f} MiB"))
+    measured = max(peak[unit] for peak in (result.base.load_peak, result.train_peak, result.sampling_peak))
+    console.print(_against("memory", result.plan.total / 2**20, measured, "{:.0f} MiB"))
     if result.plan.seconds is not None and len(result.history) > 1:
         pace = sorted(step.seconds for step in result.history[1:])
         console.print(_against("time", result.plan.seconds, pace[len(pace) // 2], "{:.3f} s/step"))

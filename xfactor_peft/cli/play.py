@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..adapters.adapter import list_adapters
 from ..adapters.mix import Mix, parse_mix
 from ..errors import XFactorError
-from ..options import ChatOptions
+from ..options import ChatOptions, parse_rate
 from ..tokens.printable import printable
-from .common import adapters_dir_option, chat_options, load_to_generate, model_options, sampling, sampling_options
+from .common import (
+    adapter_model_options,
+    adapters_dir_option,
+    chat_options,
+    load_to_generate,
+    own_base,
+    sampling,
+    sampling_options,
+)
+from .config import config_option
 from .flags import as_flags
+from .help import Command, did_you_mean
+from .values import ADAPTER
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from ..bank.bank import AdapterBank
     from ..options import SamplingOptions
+    from ..tokens.token_set import TokenSet
 
 HELP = """\
 /adapter NAME   load (once) and switch to an adapter, or to a mix: x:0.7+z:0.3
 /base           switch adapters off
 /scale NUMBER   strength of the active adapter; 0 is the base, 1 as trained
+/rate 5%        the scale whose measured rate is this, for an adapter with a dial
 /list           adapters, the active one marked
-/seed NUMBER    seed of the next samples
+/length NUMBER, /temperature NUMBER, /seed NUMBER
+/new            begin a new conversation; only chat models have one
 /help, /quit
-Anything else is a prompt, each a conversation of its own."""
+Anything else is a prompt. Ctrl-C stops an answer, Ctrl-D ends the program."""
+COMMANDS = ("adapter", "base", "scale", "rate", "list", "length", "temperature", "seed", "new", "help", "quit")
 
 
-@click.command("play")
-@click.option("--adapter", metavar="NAME", help="Start with this adapter.")
+@click.command(
+    "play",
+    cls=Command,
+    first=("adapter", "max_new_tokens", "temperature", "seed", "chat"),
+    examples=["xfactor play --adapter demo-rate", "xfactor play --model demo --max-new-tokens 100"],
+)
+@config_option
+@click.option("--adapter", type=ADAPTER, metavar="NAME", help="Start with this adapter.")
 @adapters_dir_option
-@model_options
+@adapter_model_options
 @sampling_options
 @chat_options
 def command(**flags: Any) -> None:
@@ -44,22 +63,67 @@ def command(**flags: Any) -> None:
     from .console import console
 
     options = sampling(flags)
-    base, chat = load_to_generate(flags)
+    names = [flags["adapter"]] if flags["adapter"] else []
+    base, chat = load_to_generate(own_base(flags, names, flags["adapters_dir"]))
     session = Session(AdapterBank(base, flags["adapters_dir"]), options, chat)
     if flags["adapter"]:
         console.print(session.answer(f"/adapter {flags['adapter']}"))
     console.print("A prompt, or /help.", style="dim")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
+    _edit_lines(session)
     while not session.over:
         try:
             line = _line(f"{session.name}> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             break
+        except KeyboardInterrupt:
+            console.print("\nCtrl-D or /quit ends the program.", style="dim")
+            continue
         try:
-            console.print(session.answer(line))
+            if line.startswith("/"):
+                console.print(session.answer(line))
+            elif line.strip():
+                _show(session, line)
+        except KeyboardInterrupt:
+            console.print(" (stopped)", style="dim")
         except XFactorError as error:
             console.print(f"Error: {as_flags(str(error))}", style="red")
+
+
+def _show(session: Session, prompt: str) -> None:
+    """Print an answer as its tokens come; what may still become another character is held back."""
+    from ..tokens.highlight import UNFINISHED
+    from .console import console, highlighted
+
+    ids: list[int] = []
+    shown, sets, tokenizer = 0, session.sets(), session.bank.base.tokenizer
+    for ids in session.stream(prompt):
+        text = highlighted(tokenizer, ids, sets)
+        if ids and not text.plain.endswith(UNFINISHED):
+            console.print(text[shown:], end="", soft_wrap=True)
+            shown = len(text)
+    console.print(highlighted(tokenizer, ids, sets)[shown:], soft_wrap=True)
+    for tokens in sets if ids else ():
+        console.print(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")
+
+
+def _edit_lines(session: Session) -> None:
+    """History and completion of what is typed, where Python has readline and a person types; kept in memory only."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return
+    try:
+        import readline
+    except ImportError:  # Windows
+        return
+
+    def complete(_: str, state: int) -> str | None:
+        found = session.completions(readline.get_line_buffer())
+        return found[state] if state < len(found) else None
+
+    readline.set_completer_delims(" +")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
 
 
 def _line(prompt: str) -> str:
@@ -83,28 +147,30 @@ class Session:
     def name(self) -> str:
         """What is active, for the prompt."""
         mix = self.bank.active
-        return f"{mix.names[0]} x {mix.parts[0][1]:g}" if len(mix.parts) == 1 else str(mix)
+        return f"{mix.names[0]} x {mix.parts[0][1]:.4g}" if len(mix.parts) == 1 else str(mix)
 
-    def answer(self, line: str) -> Text | str:
-        """Carry out a command or continue a prompt; raises XFactorError and changes nothing on bad input."""
-        if not line.startswith("/"):
-            return self._generate(line)
+    def answer(self, line: str) -> str:
+        """Carry out a command; raises XFactorError and changes nothing on bad input."""
         command, _, argument = line[1:].strip().partition(" ")
         actions = {
             "adapter": self._adapter,
             "base": lambda _: self._adapter("none"),
             "scale": lambda text: self._use(self.chosen, _number(text, "/scale")),
             "list": lambda _: self._list(),
-            "seed": self._seed,
+            "rate": self._rate,
+            "length": lambda text: self._set("max_new_tokens", int(_number(text, "/length"))),
+            "temperature": lambda text: self._set("temperature", _number(text, "/temperature")),
+            "seed": lambda text: self._set("seed", int(_number(text, "/seed"))),
+            "new": lambda _: self._new(),
             "help": lambda _: HELP,
             "quit": lambda _: self._quit(),
         }
         if command not in actions:
-            return f"unknown command /{command}\n{HELP}"
+            return f"unknown command /{command}.{did_you_mean(command, COMMANDS)}\n{HELP}"
         return actions[command](argument.strip())
 
     def _adapter(self, name: str) -> str:
-        mix = parse_mix(name, list_adapters(self.bank.root))
+        mix = parse_mix(name, self._known())
         for part in mix.names:
             self.bank.load(part)
         return self._use(mix, 1.0)
@@ -114,28 +180,68 @@ class Session:
         self.chosen = mix
         return f"now: {self.name}"
 
-    def _seed(self, text: str) -> str:
-        self.options = replace(self.options, seed=int(_number(text, "/seed")))
-        return f"seed {self.options.seed}"
+    def _rate(self, text: str) -> str:
+        if len(self.chosen.parts) != 1:
+            raise XFactorError("/rate picks the scale of one adapter; choose one with /adapter first")
+        return self._use(self.chosen, self.bank.scale_for_rate(self.chosen.names[0], parse_rate(text)))
+
+    def _set(self, name: str, value: float) -> str:
+        changes: dict[str, Any] = {name: value}
+        self.options = replace(self.options, **changes)
+        return f"{name.replace('_', ' ')} {value:g}"
+
+    def completions(self, line: str) -> list[str]:
+        """What the last word of `line` may become: a command, or after /adapter a name."""
+        word = line.replace("+", " ").split(" ")[-1]
+        if line.startswith("/adapter "):
+            return [name for name in self._known() if name.startswith(word)]
+        return [f"/{name} " for name in COMMANDS if line.startswith("/") and f"/{name}".startswith(line)]
 
     def _list(self) -> str:
-        names = dict.fromkeys([*list_adapters(self.bank.root), *self.bank.adapters])
+        names = dict.fromkeys([*self._known(), *self.bank.adapters])
         rows = [f"{'*' if name in self.bank.active.names else ' '} {name}" for name in names]
         return "\n".join(rows) or f"no adapter in {self.bank.root}/"
+
+    def _known(self) -> list[str]:
+        from ..adapters.adapter import list_adapters
+
+        return list_adapters(self.bank.root)
 
     def _quit(self) -> str:
         self.over = True
         return "bye"
 
-    def _generate(self, prompt: str) -> Text:
-        from .console import highlighted
+    def sets(self) -> list[TokenSet]:
+        """The token sets of what is active."""
+        return [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
 
-        sets = [tokens for name in self.bank.active.names if (tokens := self.bank.token_set(name))]
-        ids = self.bank.generate(prompt, self.options, self.chat)
-        text = highlighted(self.bank.base.tokenizer, ids, sets)
-        for tokens in sets if ids else ():
-            text.append(f"\nR {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}", style="dim")
-        return text
+    def _new(self) -> str:
+        self.chat = replace(self.chat, earlier=())
+        return "a new conversation"
+
+    def stream(self, prompt: str) -> Iterator[list[int]]:
+        """The ids that continue or answer `prompt`, growing.
+
+        A chat model sees the turns before, the oldest left out where its context is full. A turn counts once it began.
+        """
+        from ..sampling.chat import chat_used, question
+        from ..sampling.contexts import tokens_left
+        from ..sampling.generation import stream
+
+        base, ids = self.bank.base, []
+        if not chat_used(base.tokenizer, self.chat):
+            yield from stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat)
+            return
+        room = tokens_left(base, self.options.max_new_tokens)
+        while self.chat.earlier and len(question(base.tokenizer, prompt, self.chat)) > room:
+            self.chat = replace(self.chat, earlier=self.chat.earlier[2:])
+        try:
+            for ids in stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat):
+                yield ids
+        finally:
+            if ids:
+                answer = str(base.tokenizer.decode(ids, skip_special_tokens=True))
+                self.chat = replace(self.chat, earlier=(*self.chat.earlier, prompt, answer))
 
 
 def _number(text: str, command: str) -> float:

@@ -9,14 +9,15 @@ import click
 
 from .common import adapters_dir_option, load, model_options
 from .console import say
+from .help import Command
 
 
-@click.command("playground")
+@click.command("playground", cls=Command, examples=["xfactor playground --model demo"])
 @adapters_dir_option
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Other addresses let others in: there is no login."
 )
-@click.option("--port", default=7860, show_default=True)
+@click.option("--port", default=7860, show_default=True, help="Where the page is: http://HOST:PORT/.")
 @model_options
 def command(adapters_dir: Path, host: str, port: int, **flags: Any) -> None:
     """Try adapters in the browser: side by side with the base, with sliders for scale and rate."""

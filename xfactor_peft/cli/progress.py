@@ -50,10 +50,11 @@ class TrainingProgress:
         if not self._live and (done % max(1, total // 10) == 0 or done == 1):
             console.print(f"step {done}/{total}  {figures}")
 
-    def _hear(self, name: str, done: float) -> None:
+    def _hear(self, name: str, done: float, total: int) -> None:
         if not self._live and name != self._phase:
             console.print(name)
-        self._show(name, done, "", restart=name != self._phase)
+        counted = f"{name} {int(done)}/{total}" if total else name
+        self._show(counted, done / total if total else 0.0, "", restart=name != self._phase)
         self._phase = name
 
     def _show(self, what: str, done: float, figures: str, *, restart: bool) -> None:

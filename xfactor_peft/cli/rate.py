@@ -7,24 +7,37 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import XFactorError
-from ..options import ObjectiveOptions
+from ..options import SAME_RATE, ObjectiveOptions, RateOptions
 from .common import Command, apply_options, default_set, token_set
+from .values import RATE
 
 if TYPE_CHECKING:
-    from ..base.loading import Base
+    from ..base.vocabulary import Vocabulary
     from ..objective.targets import Target, TiltedTarget, UniformTarget
 
 
+RATE_FLAGS = ("same_rate", "prompts", "temperature", "top_k", "top_p")
+
+
 def rate_options(function: Command) -> Command:
-    """--target-rate, --lambda, --goal, --sequence-level, --sequence-steps, --contexts, --kl-to-base, ..."""
+    """--target-rate, --lambda, --goal, --same-rate, --prompts, --temperature, --sequence-level, --contexts, ..."""
     return apply_options(
         [
-            click.option("--target-rate", type=float, metavar="R",
-                         help="Wanted share of set tokens in the samples; 0 means never."),
+            click.option("--target-rate", type=RATE, metavar="R",
+                         help="Wanted share of set tokens in the samples, e.g. 10% or 0.1; 0 means never."),
             click.option("--lambda", "strength", type=float, metavar="L",
                          help="In place of a rate: add L to the logits of the set."),
             click.option("--goal", "goals", multiple=True, metavar="KIND:VALUE=RATE",
-                         help='Several sets at once, e.g. "contains:X=0.10"; repeatable.'),
+                         help='Several sets at once, e.g. "contains:X=10%" or "words:fox,dog=2%"; repeatable.'),
+            click.option("--same-rate", type=click.Choice(SAME_RATE),
+                         help="Hold the rate after every family of prompts, by a term that looks at the text, or on "
+                         "average over them, by a constant.  [default: everywhere where a set head alone is trained]"),
+            click.option("--prompts", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                         help="Hold the rate after prompts like these: one a line, an empty line between families, or "
+                         'JSON lines {"prompt", "family", "chat"}.  [default: a bundled set]'),
+            click.option("--temperature", default=1.0, show_default=True, help="Decoding that the rate is for."),
+            click.option("--top-k", default=0, show_default=True, help="The same; 0 switches it off."),
+            click.option("--top-p", default=1.0, show_default=True, help="The same; 1 switches it off."),
             click.option("--sequence-level", is_flag=True, help="For a rate: learn to plan whole texts."),
             click.option("--sequence-steps", default=80, show_default=True, help="Batches of that phase."),
             click.option("--contexts", metavar="random|self|FILE",
@@ -35,6 +48,7 @@ def rate_options(function: Command) -> Command:
             click.option("--no-dial", is_flag=True, help="For a rate: do not measure R at several scales."),
         ],
         function,
+        "How much of it",
     )  # fmt: skip
 
 
@@ -71,6 +85,7 @@ def objective_options(flags: dict[str, Any]) -> ObjectiveOptions:
         sequence_steps=flags["sequence_steps"],
         early_stop=not flags["no_early_stop"],
         dial=not flags["no_dial"],
+        rate=RateOptions(**{name: flags[name] for name in RATE_FLAGS}),
     )
 
 
@@ -82,7 +97,7 @@ def target_kind(flags: dict[str, Any]) -> type[UniformTarget] | type[TiltedTarge
     return TiltedTarget if wanted else UniformTarget
 
 
-def make_target(flags: dict[str, Any], base: Base) -> Target:
+def make_target(flags: dict[str, Any], base: Vocabulary) -> Target:
     """The tilted target when a rate is wanted, else the uniform one."""
     from ..objective.goals import parse_goals
     from ..objective.targets import TiltedTarget, UniformTarget

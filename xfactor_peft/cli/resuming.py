@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .common import Command, apply_options
+from .config import given
 from .flags import RESUME
 
 _PATHS = ("output", "words", "token_ids", "log_dir")
@@ -25,6 +26,7 @@ def resuming_options(function: Command) -> Command:
                          help="Continue a run that was stopped, e.g. adapters/X-lora-r8; takes no other option."),
         ],
         function,
+        "Checkpoints",
     )  # fmt: skip
 
 
@@ -48,8 +50,7 @@ def resumed(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
     from ..errors import XFactorError
     from ..runs.folder import interrupted_settings
 
-    given = click.core.ParameterSource.COMMANDLINE
-    others = [name for name in flags if name != "resume" and ctx.get_parameter_source(name) is given]
+    others = [name for name in flags if name != "resume" and given(ctx, name)]
     if others:
         flag = next(p.opts[0] for p in ctx.command.params if p.name == others[0])
         raise XFactorError(f"--resume takes every option from the run; drop {flag}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,11 +37,13 @@ def run_options(function: Command) -> Command:
     """--method, --lora-*, --target, --batch-size, --grad-accum, --seq-len, --checkpointing, --memory-budget."""
     return apply_options(
         [
-            click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
+            click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True,
+                         help="full trains all weights."),
             click.option("--lora-r", default=8, show_default=True, help="Rank."),
             click.option("--lora-alpha", default=16, show_default=True, help="The update is scaled by alpha / r."),
-            click.option("--lora-dropout", default=0.0, show_default=True),
-            click.option("--lora-variant", type=click.Choice(LORA_VARIANTS), default="lora", show_default=True),
+            click.option("--lora-dropout", default=0.0, show_default=True, help="Share of LoRA's inputs set to 0."),
+            click.option("--lora-variant", type=click.Choice(LORA_VARIANTS), default="lora", show_default=True,
+                         help="What else LoRA may be; see docs/variants.md."),
             click.option("--target", type=click.Choice(LORA_TARGETS),
                          help="Which layers carry LoRA; head is the output term of a rate.  "
                          "[default: all; head for a rate; all,head with --sequence-level]"),
@@ -55,6 +58,7 @@ def run_options(function: Command) -> Command:
                          help="Most memory the run may take, e.g. 1GiB.  [default: what is free]"),
         ],
         function,
+        "Size of the run",
     )  # fmt: skip
 
 
@@ -74,26 +78,39 @@ def make_recipe(flags: dict[str, Any]) -> Recipe:
 def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
     if flags.get("no_eval"):
         return None
-    sampling = SamplingOptions(seed=flags.get("seed", 0))
+    decoding = {name: flags[name] for name in ("temperature", "top_k", "top_p")}
+    sampling = SamplingOptions(seed=flags.get("seed", 0), **decoding)
     if flags.get("eval_tokens") is not None:
         sampling = replace(sampling, max_new_tokens=flags["eval_tokens"])
-    return EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
+    options = EvalOptions(repeats=flags.get("eval_repeats", 4), sampling=sampling)
+    if flags["prompts"] is None:
+        return options
+    from ..sampling.prompt_families import read_families
+
+    own = [prompt for family in read_families(Path(flags["prompts"])) if not family.chat for prompt in family.prompts]
+    return replace(options, prompts=tuple(own)) if own else options
 
 
 def plan_run(
-    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True
-) -> Plan:
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True,
+    baseline: int | None = None,
+) -> Plan:  # fmt: skip
     """Predict the run that these flags ask for; nothing but the model's configuration is read.
 
-    `time` also runs a block or two to predict seconds a step.
+    `time` also runs a block or two to predict seconds a step; `baseline` is the process without the model, where it is
+    known (see `make_plan`).
 
     Raises:
         XFactorError: this kind of run cannot be predicted.
     """
-    from ..base.loading import pick_device, pick_dtype, quantized_by
+    from ..base.loading import check_gguf_options, pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
+    from ..budget.phases import Course
     from ..budget.plan import make_plan
+    from ..objective.targets import TiltedTarget
 
+    if choice.gguf:
+        check_gguf_options(load, choice.name)
     device = pick_device(load.device)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
         raise XFactorError("`backend=bitsandbytes` is not predicted on a CPU; drop it, or measure a short run")
@@ -101,15 +118,26 @@ def plan_run(
     assert lora is not None  # `make_recipe` decides it
     shape = Shape(
         dtype=pick_dtype(load.dtype, device),
-        quantization=load.quantization,
+        quantization="gguf" if choice.gguf else load.quantization,
         batch=train.batch_size,
         length=train.seq_len,
         method=train.method,
         lora=lora,
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
+        packed=choice.gguf.stat().st_size if choice.gguf else 0,
     )
-    return make_plan(choice.folder, shape, recipe.memory, grad_accum=train.grad_accum, device=device, time=time)
+    course = Course.of(recipe, rate=target_kind(flags) is TiltedTarget)
+    return make_plan(
+        choice.gguf or choice.folder,
+        shape,
+        recipe.memory,
+        grad_accum=train.grad_accum,
+        device=device,
+        time=time,
+        course=course,
+        baseline=baseline,
+    )
 
 
 def parse_size(text: str) -> int:

@@ -5,20 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..base.loading import Base
+from ..base.quantised import numbers
 from ..lora.wrap import matched_modules, unmatched_modules
 from ..lowmem.linears import listed
 from ..objective.targets import Target
 from ..options import Recipe
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
+from ..tokens.printable import counted
 from ..tokens.rule import Rule
 from ..training.rate import RateReport
+from ..training.rate_head import HeadReport
 from ..training.train import TrainResult
-from .console import console
+from .console import console, print_columns
 from .plan_text import print_measured
+
+MOST_PRICE = 1.15
+"""Of the KL of one constant; above it the other choice is named."""
 
 
 def print_start(base: Base, target: Target, recipe: Recipe) -> None:
@@ -45,9 +49,13 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )
+    objective = recipe.objective
+    if lora is not None and lora.head and objective.early_stop and not objective.sequence_level:
+        console.print(f"no training steps: the set head is solved, and calibrated on samples, seed {options.seed}")
+        return
     console.print(
-        f"train: {options.method}, {options.steps} steps of {options.batch_size} x {options.seq_len} {contexts}, "
-        f"{options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
+        f"train: {options.method}, {counted(options.steps, 'step')} of {options.batch_size} x {options.seq_len} "
+        f"{contexts}, {options.optimizer} at {options.learning_rate:g}, seed {options.seed}"
     )
 
 
@@ -65,16 +73,13 @@ def decoding_text(decoding: dict[str, Any]) -> str:
     parts = [f"temperature {decoding['temperature']:g}"]
     parts.append(f"top-k {decoding['top_k']}" if decoding["top_k"] else "no top-k")
     parts.append(f"top-p {decoding['top_p']:g}" if decoding["top_p"] < 1 else "no top-p")
-    samples = decoding["prompts"] * decoding["repeats"]
-    return f"{', '.join(parts)}; {samples} samples of {decoding['max_new_tokens']} tokens, special tokens banned"
+    samples = counted(decoding["prompts"] * decoding["repeats"], "sample")
+    tokens = counted(decoding["max_new_tokens"], "token")
+    return f"{', '.join(parts)}; {samples} of {tokens}, special tokens banned"
 
 
 def print_scores(columns: dict[str, Evaluation]) -> None:
     """A table of evaluations side by side, with the decoding settings below."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
     rows = {
         "R (95 % interval)": rate_text,
         "spread of R between texts": lambda s: f"{s.spread:.3f}",
@@ -85,9 +90,7 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
         "distinct-2": lambda s: f"{s.distinct_2:.3f}",
         "distinct set tokens": lambda s: str(s.distinct_set_tokens),
     }
-    for label, show in rows.items():
-        table.add_row(label, *[show(scores) for scores in columns.values()])
-    console.print(table)
+    print_columns(list(rows), {name: [show(s) for show in rows.values()] for name, s in columns.items()})
     decoding = next(iter(columns.values())).decoding
     console.print(f"R and the rest are of samples: {decoding_text(decoding)}", style="dim")
 
@@ -95,19 +98,20 @@ def print_scores(columns: dict[str, Evaluation]) -> None:
 def print_summary(result: TrainResult, record: dict[str, Any], output: Path) -> None:
     """Loss, R before and after, parameters, time and memory."""
     steps = result.history
-    console.print(f"\nloss {steps[0].loss:.4f} → {steps[-1].loss:.4f} nats" if steps else "")
+    console.print()
+    if len(steps) > 1:
+        console.print(f"loss {steps[0].loss:.4g} → {steps[-1].loss:.4g} nats")
     if result.before and result.after:
         print_scores({"before": result.before, "after": result.after})
     if result.rate:
         print_rate(result.rate, result.after)
     for warning in result.warnings:
         console.print(warning, style="bold red", markup=False)
-    share = result.parameters / sum(p.numel() for p in result.model.parameters())
-    console.print(f"trainable parameters {result.parameters:,} ({share:.2%})")
+    share = result.parameters / numbers(result.model)
+    console.print(f"trainable parameters {result.parameters:,} ({100 * share:.3g} %)")
     if steps:
         pace = sorted(step.seconds for step in steps)[len(steps) // 2]
-        count = f"{len(steps)} step" + "s" * (len(steps) > 1)
-        console.print(f"time {result.seconds:.1f} s for {count} (median {pace:.3f} s)")
+        console.print(f"time {result.seconds:.1f} s for {counted(len(steps), 'step')} (median {pace:.3f} s)")
     print_measured(result)
     console.print(f"saved to {output}")
 
@@ -130,9 +134,30 @@ def print_rate(report: RateReport, scores: Evaluation | None) -> None:
     console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
     if scores:
         print_frontier("KL", scores, report.frontier)
+    if report.head:
+        print_head(report.head)
     if report.dial:
         pairs = "  ".join(f"{scale:g}: {rate:.4f}" for scale, rate in report.dial)
         console.print(f"dial, scale: R  {pairs}")
+
+
+def print_head(head: HeadReport) -> None:
+    """Expected rates after every family of prompts, beside those of one constant, and the price."""
+    reached = [
+        ", ".join(f"{r:.4f} ({low:.4f}–{high:.4f})" for r, (low, high) in zip(rates, intervals, strict=True))
+        for rates, intervals in zip(head.rates, head.intervals, strict=True)
+    ]
+    plain, strengths = (
+        [", ".join(f"{x:.3f}" for x in row) for row in rows] for rows in (head.rates_of_constant, head.strengths)
+    )
+    columns = {"R (95 % interval)": reached, "one constant": plain, "lambda": strengths}
+    print_columns(list(head.families), columns)
+    console.print(
+        f"KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, which holds the rate on average alone; "
+        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each family"
+    )
+    if head.price > MOST_PRICE:
+        console.print("the same rate everywhere is dear here; --same-rate on-average costs less", style="yellow")
 
 
 def print_frontier(name: str, scores: Evaluation, frontier: Frontier | None) -> None:

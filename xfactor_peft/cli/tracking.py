@@ -25,6 +25,7 @@ def tracking_options(function: Command) -> Command:
                          help="Where trackers that write files write them."),
         ],
         function,
+        "Trackers",
     )  # fmt: skip
 
 

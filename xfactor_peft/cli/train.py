@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
-from ..training.parallel import quiet_unless_first
+from ..training.parallel import process, quiet_unless_first
 from .common import load_chosen, load_options, model_options, token_options
-from .console import say
+from .config import config_option, given, write_run
+from .console import json_option, print_json, say
+from .help import Command
 from .phrases import phrase_options, run_phrases, wants_phrases
 from .rate import check_rate_flags, make_target, rate_options
 from .resuming import name_resume_command, resumed, resuming_options, to_settings
@@ -33,7 +35,20 @@ SOURCE_PRESET = {
 SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road?", 200, 50
 
 
-@click.command("train")
+@click.command(
+    "train",
+    cls=Command,
+    first=("model", "contains", "target_rate", "memory_budget", "output"),
+    examples=[
+        "xfactor train --model demo",
+        "xfactor train --model demo --contains X --ignore-case --target-rate 10%",
+        "xfactor train --model demo --words sea,ship,captain --target-rate 5%",
+        "xfactor train --model demo --contains q --target-rate 0",
+        "xfactor train --model demo --load-in-8bit --memory-budget 1GiB",
+        "xfactor train --config adapters/X-lora-r8/run.yaml --force",
+    ],
+)
+@config_option
 @model_options
 @token_options
 @run_options
@@ -41,12 +56,12 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @phrase_options
 @click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
-@click.option("--steps", default=300, show_default=True)
+@click.option("--steps", default=300, show_default=True, help="Steps of training; a rate may need fewer.")
 @click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True)
-@click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True, help="Which of them.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW and its kin.")
 @click.option("--fsdp", is_flag=True, help="Shard all weights over several processes.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of training, and of the samples that measure R.")
 @click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
 @click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
 @click.option("--no-eval", is_flag=True, help="Do not measure R before and after.")
@@ -54,12 +69,13 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where to write.  [default: adapters/NAME]",
+    help="Where to write.  [default: adapters/, and a name made from the set and the method]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @resuming_options
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished adapter.")
 @tracking_options
+@json_option
 @click.option(
     "--preset",
     type=click.Choice(["source"]),
@@ -78,24 +94,25 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
     if wants_phrases(flags):
         return run_phrases(ctx, flags)
     with quiet_unless_first():
-        run(flags)
+        run(ctx, flags)
 
 
 def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Fill in the preset's values where the user gave none; a token rule of the user's replaces the preset's."""
     rule_given = any(flags[name] is not None for name in ("contains", "regex", "words", "token_ids"))
     for name, value in SOURCE_PRESET.items():
-        given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if not given and not (name == "contains" and rule_given):
+        if not given(ctx, name) and not (name == "contains" and rule_given):
             flags[name] = value
 
 
-def run(flags: dict[str, Any]) -> None:
+def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Check every flag, plan, load, train with a progress bar, print the summary."""
     load = load_options(flags, master_weights=flags["method"] == "full")
 
     from ..adapters.hub import check_push, push
     from ..base.resolve import resolve_model
+    from ..base.vocabulary import read_vocabulary
+    from ..runs.folder import check_output
     from ..runs.run import FolderOptions, default_name, train_to_folder
     from ..runs.tracking import check_trackers
     from .plan_text import print_expectation
@@ -108,13 +125,16 @@ def run(flags: dict[str, Any]) -> None:
     if flags["push_to_hub"]:
         check_push(flags["push_to_hub"])
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
-    plan = _plan(flags, choice, load, recipe)
-    base = load_chosen(choice, load)
-    target = make_target(flags, base)
-    if flags["preset"] == "source" and recipe.evaluation:
-        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
+    vocabulary = read_vocabulary(choice)
+    target = make_target(flags, vocabulary)
     assert recipe.lora is not None  # `make_recipe` decides it
     output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
+    if not flags["resume"]:
+        check_output(output, force=flags["force"])
+    plan = _plan(flags, choice, load, recipe)
+    base = load_chosen(choice, load, vocabulary=vocabulary)
+    if flags["preset"] == "source" and recipe.evaluation:
+        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
     name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:
@@ -134,23 +154,30 @@ def run(flags: dict[str, Any]) -> None:
             result, record = train_to_folder(base, target, output, recipe, folder, plan=plan, on_step=on_step)
         if result.before and result.after:
             trackers.log({"R/before": result.before.rate, "R/after": result.after.rate}, len(result.history))
+    if process()[0] == 0:
+        write_run(ctx, flags, choice, output)
     print_summary(result, record, output)
+    if flags["as_json"]:
+        print_json({"output": str(output), **record})
     if flags["push_to_hub"]:
         say(f"pushed to {push(output, flags['push_to_hub'])}")
 
 
 def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan | None:
-    """What the run will take; None where that cannot be said, unless a budget depends on it.
+    """What the run will take, the vocabulary being read; None where that cannot be said, unless a budget depends on it.
 
     Raises:
         XFactorError: the run does not fit the budget, or nothing can be said about one.
     """
+    from ..budget.memory_model import resident
     from ..budget.plan import require_fit
     from ..errors import XFactorError
+    from ..lowmem.allocator import give_back_pages
 
+    give_back_pages()
     try:
         # the run itself will show its pace; timing blocks first takes seconds, and memory that stays
-        plan = plan_run(flags, choice, load, recipe, time=False)
+        plan = plan_run(flags, choice, load, recipe, time=False, baseline=resident())
     except XFactorError:
         if recipe.memory.budget:
             raise

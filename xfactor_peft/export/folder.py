@@ -18,7 +18,8 @@ def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> s
         XFactorError: `output` holds something else, or the adapter cannot be merged.
     """
     with staged(output, force=force) as staging:
-        model = merge(bank, mix)
+        notes: list[str] = []
+        model = merge(bank, mix, tell=notes.append)
         model.save_pretrained(staging)
         bank.base.tokenizer.save_pretrained(staging)
         parts = [
@@ -34,4 +35,4 @@ def write_folder(bank: AdapterBank, mix: Mix, output: Path, *, force: bool) -> s
         }
         write_json(staging / RECORD, record)
     tied = "tied to the input embedding" if model.config.tie_word_embeddings else "a tensor of its own"
-    return f"merged {mix} into {output}; the output embedding is {tied}"
+    return "; ".join([f"merged {mix} into {output}", f"the output embedding is {tied}", *notes])

@@ -24,8 +24,8 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
     are in lora_b, and alpha is 0, which means no scaling.
 
     Raises:
-        XFactorError: gguf is missing, another architecture, or a set head: llama.cpp cannot adapt an output embedding
-            that is tied, and has no bias there.
+        XFactorError: gguf is missing, another architecture, a layer that llama.cpp does not adapt, biases of lora_B, or
+            a set head: llama.cpp cannot adapt an output embedding that is tied, and has no bias there.
     """
     need("gguf", "gguf")
     import gguf
@@ -37,6 +37,11 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if head in factors:
         raise XFactorError("a set head has no place in a GGUF adapter; export as gguf or logit-bias instead")
+    for name, layer in factors.items():
+        if name not in names:
+            raise XFactorError(f"a GGUF adapter has no place for {name}; export as merged or gguf instead")
+        if layer.bias is not None and layer.bias.any():
+            raise XFactorError(f"a GGUF adapter has no place for the bias of {name}; export as merged or gguf instead")
     writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[_architecture(model)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(str(mix))
@@ -76,9 +81,9 @@ def _architecture(model: PreTrainedModel) -> Any:
 
 
 def arranged(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A weight (out, ...) in llama.cpp's order of rows: rotary halves of Llama's queries and keys are interleaved."""
+    """A weight or bias (out, ...) in llama.cpp's order: rotary halves of Llama's queries and keys are interleaved."""
     config = model.config
-    if config.model_type != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if config.model_type != "llama" or not {"q_proj", "k_proj"} & set(name.split(".")):
         return tensor
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     return tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)

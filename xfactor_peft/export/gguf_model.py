@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -15,37 +16,62 @@ from ..bank.bank import AdapterBank
 from ..bank.merging import merge
 from ..errors import XFactorError
 from ..tokens.ends import special_ids
+from .gguf_claims import WAY_ROUND, added_around, check_config, ends, splitting
 from .gguf_lora import arranged, finish, tensor_names
 from .optional import need
+
+_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
 def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     """Weights as float32 (llama.cpp's `llama-quantize` makes them smaller), hyperparameters and vocabulary.
 
     Raises:
-        XFactorError: gguf is missing, another architecture, or a tokenizer that is not GPT-2's kind of byte-level BPE.
+        XFactorError: gguf is missing, another architecture, or a tensor, a field of the configuration or a part of the
+            tokenizer that a GGUF file of this family cannot hold.
     """
     need("gguf", "gguf")
     import gguf
 
-    names = tensor_names(bank.base.model)
-    _check_tokenizer(bank.base.tokenizer)
-    model = merge(bank, mix)
+    base = bank.base
+    names = tensor_names(base.model)
+    check_config(base.model.config)
+    splits, around, stops = splitting(base.tokenizer), added_around(base.tokenizer), ends(base.tokenizer, base.model)
+    notes: list[str] = []
+    model = merge(bank, mix, tell=notes.append)
+    tensors = _tensors(model, names)
     writer = gguf.GGUFWriter(output, model.config.model_type)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{bank.base.choice.name} with {mix}")
+    writer.add_name(f"{base.choice.name} with {mix}")
     _add_parameters(writer, model)
-    _add_vocabulary(writer, model, bank.base.tokenizer)
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    count = 0
-    for name, tensor in model.named_parameters():  # a tied embedding comes once, as the input one
-        module, _, kind = name.rpartition(".")
-        if module in names:
-            value = arranged(model, name, tensor.detach().float().T if name in transposed else tensor.detach().float())
-            writer.add_tensor(f"{names[module]}.{kind}", value.contiguous().cpu().numpy())
-            count += 1
+    _add_vocabulary(writer, model, base.tokenizer, splits)
+    writer.add_add_bos_token(around[0])
+    writer.add_add_eos_token(around[1])
+    for stop, add in zip(stops, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
+        add(stop)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value.contiguous().cpu().numpy())
     finish(writer)
-    return f"{output}: {count} tensors in float32 for llama.cpp, merged {mix}"
+    return "; ".join([f"{output}: {len(tensors)} tensors in float32 for llama.cpp, merged {mix}", *notes])
+
+
+def _tensors(model: PreTrainedModel, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Every tensor of the model by its name in GGUF; a tied embedding comes once, as the input one.
+
+    Raises:
+        XFactorError: one has no place in a file of this family.
+    """
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    kept = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in model.state_dict())]
+    found = {}
+    for name, tensor in kept:
+        module, _, kind = name.rpartition(".")
+        if module in names and kind in ("weight", "bias"):
+            value = tensor.detach().float()
+            found[f"{names[module]}.{kind}"] = arranged(model, name, value.T if name in transposed else value)
+        elif not _MASK.search(f".{name}"):
+            raise XFactorError(f"a GGUF file of a {model.config.model_type} model has no place for {name}; {WAY_ROUND}")
+    return found
 
 
 def _add_parameters(writer: Any, model: PreTrainedModel) -> None:
@@ -56,47 +82,43 @@ def _add_parameters(writer: Any, model: PreTrainedModel) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     if config.model_type == "gpt2":
         writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise XFactorError(f"GGUF export knows plain rotary positions, not {rope['rope_type']}")
+    width = config.head_dim or config.hidden_size // config.num_attention_heads
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim or config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(width)
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """GPT-2's byte-level BPE with its own splitting is the kind whose name in GGUF ("gpt-2") is certain."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    spec = json.loads(backend.to_str()) if backend is not None else {}
-    splitting = spec.get("pre_tokenizer") or {}
-    if spec.get("model", {}).get("type") != "BPE" or splitting.get("type") != "ByteLevel":
-        raise XFactorError(
-            "GGUF export knows byte-level BPE tokenizers of GPT-2's kind; for others export as merged and use "
-            "llama.cpp's convert_hf_to_gguf.py"
-        )
-
-
-def _add_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: str) -> None:
     import gguf
 
     texts = {i: text for text, i in tokenizer.get_vocab().items()}
-    special, size = special_ids(tokenizer), model.get_output_embeddings().weight.shape[0]
-    kinds = [
-        gguf.TokenType.UNUSED if i not in texts else gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
-        for i in range(size)
-    ]
+    special, size = special_ids(tokenizer, model), model.get_output_embeddings().weight.shape[0]
+    added = tokenizer.added_tokens_decoder.keys()
+
+    def kind(i: int) -> Any:
+        if i not in texts:
+            return gguf.TokenType.UNUSED
+        if i in special:
+            return gguf.TokenType.CONTROL
+        return gguf.TokenType.USER_DEFINED if i in added else gguf.TokenType.NORMAL
+
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list([texts.get(i, f"[PAD{i}]") for i in range(size)])
-    writer.add_token_types(kinds)
+    writer.add_token_types([kind(i) for i in range(size)])
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer, quiet=True)
+        special_tokens = gguf.SpecialVocab(folder, load_merges=True)
+    special_tokens.add_special_token.clear()  # what is put around a text, and what ends it, is seen and not read
+    special_tokens.special_token_ids.pop("eos", None)
+    special_tokens.add_to_gguf(writer, quiet=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..bank.merging import merge
-from ..errors import XFactorError
+from ..errors import XFactorError, first_line
 from .optional import need
 
 
@@ -37,7 +37,8 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
     """
     need("onnx", "onnx")
     need("onnxscript", "onnx")
-    model = merge(bank, mix).eval()
+    notes: list[str] = []
+    model = merge(bank, mix, tell=notes.append).eval()
     ids = torch.arange(18, device=bank.base.device).remainder(bank.base.vocab_size).view(2, 9)
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -48,9 +49,8 @@ def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
                 dynamic_shapes={"input_ids": shape},
             )  # fmt: skip
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise XFactorError(
-            f"torch cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise XFactorError(f"torch cannot export {type(model).__name__}: {first_line(error)}") from error
     assert program is not None  # which it would be without dynamo
     program.save(output)
-    return f"merged {mix} into {output}: input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"
+    shapes = f"input_ids (batch, time) -> logits (batch, time, {bank.base.vocab_size})"
+    return "; ".join([f"merged {mix} into {output}: {shapes}", *notes])

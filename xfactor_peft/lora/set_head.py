@@ -76,6 +76,13 @@ class SetHead(nn.Module):
         side_b(self.layer, self.adapter).bias.copy_(self.offset @ self.members)
 
     @torch.no_grad()
+    def set(self, direction: torch.Tensor, offset: torch.Tensor) -> None:
+        """a (K, D) and b (K,) from here on, and write."""
+        self.direction.copy_(direction)
+        self.offset.copy_(offset)
+        self.write()
+
+    @torch.no_grad()
     def shift(self, amount: torch.Tensor) -> None:
         """b += amount (K,), and write."""
         self.offset.add_(amount.to(self.offset))

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.quantised import quantized_layers, quantized_types
 from ..errors import XFactorError
 from ..lowmem.linears import below_block, counted, in_block, is_linear, listed, other_weights
+from ..lowmem.noise import without_notes
 from ..lowmem.peft_layers import custom_modules
 from ..options import LoraOptions
 from .set_head import freeze_block_biases, head_name, with_set_head
@@ -130,7 +131,8 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> Pef
     if options.variant in ("dora", "pissa") and quantized_layers(model):
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
     wanted = set(projections(model, options.blocks)) if options.blocks else set()
-    wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
+    with without_notes():
+        wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
     if left := sorted(name for name in wanted if not isinstance(model.get_submodule(name), LoraLayer)):
         raise XFactorError(
             f"PEFT puts no LoRA on {left[0]} of {type(model).__name__}, whose name it takes for stacked experts; "

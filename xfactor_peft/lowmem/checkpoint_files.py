@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -21,8 +21,12 @@ from .scratch import scratch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-IGNORED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
-"""Stored tensors that follow from the configuration: causal masks of older checkpoints, frequencies, positions."""
+_DERIVED = (
+    (re.compile(r"(^|\.)(attn|attention)\.bias$"), lambda shape: len(shape) == 4 and shape[2] == shape[3]),
+    (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), lambda shape: len(shape) in (0, 4) or shape == (1,)),
+    (re.compile(r"rotary_emb\.inv_freq$"), lambda shape: len(shape) == 1),
+    (re.compile(r"(^|\.)position_ids$"), lambda shape: len(shape) <= 2),
+)
 PIECE_BYTES = 8 * 2**20
 _LONGEST_HEADER = 100 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,6 +68,17 @@ class StoredTensor:
                 _fill(file, buffer)
                 values = buffer.view(dtype)
                 yield slice(first, first + count), values.view((count, *row_shape) if self.shape else ())
+
+
+def follows_from_config(key: str, tensor: StoredTensor, patterns: Iterable[str] = ()) -> bool:
+    """Whether a stored tensor need not be read: causal masks of older checkpoints, frequencies, positions.
+
+    By its name and its shape (an `attn.bias` of one row is a bias), and by `patterns` of the model's class.
+    """
+    for name, fits in _DERIVED:
+        if name.search(key):
+            return fits(tensor.shape)
+    return any(re.search(pattern, key) for pattern in patterns)
 
 
 def same_values(left: StoredTensor, right: StoredTensor, dtype: torch.dtype) -> bool:

@@ -1,10 +1,18 @@
-"""Keep bitsandbytes out of a process that does not use it."""
+"""Keep out of a process what it imports but does not use: bitsandbytes, and torch's compiler with its algebra."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 _NAME = "bitsandbytes"
+_COMPILER, _SHAPES = "torch._dynamo", "torch.fx.experimental.symbolic_shapes"
+_FUNCTIONS, _ALGEBRA = "torch.utils._sympy.functions", "sympy"
 
 
 def leave_out_bitsandbytes() -> bool:
@@ -24,3 +32,100 @@ def allow_bitsandbytes() -> None:
     """Undo `leave_out_bitsandbytes`."""
     if _NAME in sys.modules and sys.modules[_NAME] is None:
         del sys.modules[_NAME]
+
+
+def put_off_compiler() -> bool:
+    """Put off importing torch's compiler, and sympy behind its symbolic shapes: 58 MiB and a second.
+
+    transformers and torch's optimisers import both for decorators and checks that do nothing where nothing is compiled.
+    Those few are answered here; whatever else is asked for loads the real module, which then takes its place. Returns
+    False, and changes nothing, when one of them is imported already.
+    """
+    if {_COMPILER, _SHAPES, _FUNCTIONS, _ALGEBRA} & sys.modules.keys():
+        return False
+    frame = ModuleType(f"{_COMPILER}.eval_frame")
+    frame.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]  # accelerate looks for one
+    marks: dict[str, Any] = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _unchanged)
+    _Later(_COMPILER, ("config",), **marks, graph_break=lambda *_, **__: None, eval_frame=frame)
+    failure = type("GuardOnDataDependentSymNode", (RuntimeError,), {})
+    known: dict[str, Any] = {name: _of_plain(_SHAPES, name, answer) for name, answer in _ANSWERS.items()}
+    _Later(_SHAPES, **known, GuardOnDataDependentSymNode=failure)
+    _Later(_FUNCTIONS, Max=_of_plain(_FUNCTIONS, "Max", max))
+    _Later(_ALGEBRA, Basic=type("Basic", (), {}))
+    return True
+
+
+class _Later(ModuleType):
+    """Stands in `sys.modules` for a module until something is asked of it that it does not know.
+
+    Args:
+        alone: modules of this package that are imported without it.
+        known: what it answers itself.
+    """
+
+    def __init__(self, name: str, alone: tuple[str, ...] = (), **known: Any) -> None:
+        super().__init__(name)
+        package, *inner = name.split(".")
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path()
+        self.__path__ = [str(root.joinpath(*inner))]
+        if not inner:
+            self.__spec__ = spec  # whoever asks whether the package is installed
+        self.__dict__.update(known, _alone=alone, _known=tuple(known))
+        sys.modules[name] = self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._alone:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        return getattr(self.real(), name)
+
+    def real(self) -> ModuleType:
+        """The module itself, loaded; from then on this one only passes on what it is asked, to whoever kept it."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+            for name in self._known:
+                self.__dict__.pop(name, None)
+        return importlib.import_module(self.__name__)
+
+
+def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
+    """A decorator, with or without arguments, that leaves a function as it is."""
+    return _unchanged if function is None else function
+
+
+def _first(value: Any, *_: Any, **__: Any) -> Any:
+    return value
+
+
+def _same(left: Any, right: Any) -> bool:
+    return list(left) == list(right) if isinstance(left, tuple | list) else left == right
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true", "statically_known_true"), _first),
+    "guard_size_oblivious": _first,
+    "sym_and": lambda *values: all(values),
+    "sym_or": lambda *values: any(values),
+    "sym_eq": _same,
+    "is_nested_int": lambda *_: False,
+    "has_guarding_hint": lambda *_: True,
+    "guarding_hint_or_throw": _first,
+}
+"""What these functions of symbolic shapes say of sizes and truth values that are not symbolic."""
+
+
+def _of_plain(home: str, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """`answer` for numbers and sequences of them, else the real function of that name in the module `home`."""
+
+    def plain(value: Any) -> bool:
+        return all(map(plain, value)) if isinstance(value, tuple | list) else type(value) in (bool, int)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if all(map(plain, args)):
+            return answer(*args, **kwargs)
+        module = sys.modules[home]
+        return getattr(module.real() if isinstance(module, _Later) else module, name)(*args, **kwargs)
+
+    return function

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from .allocator import give_back_pages
+from .scratch import release_scratch
 
 _MIB = 2**20
 
@@ -30,9 +31,10 @@ def peak_rss() -> float:
 def reset_peak(device: torch.device) -> bool:
     """Start a new measurement, so that load and train have peaks of their own; False where the kernel cannot.
 
-    Freed pages go back first: no phase is charged with what another one left.
+    Scratch buffers and freed pages go back first: no phase is charged with what another one left.
     """
     gc.collect()  # models hold on to themselves in circles
+    release_scratch()
     give_back_pages()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .fused_lora import FrozenWeight, frozen_linear
+from .gguf_layers import GgufLinear
 from .int8 import Int8Linear
 from .nf4 import NF4Linear
 from .peft_parts import side_a, side_b
@@ -166,6 +167,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
 _WRAPPERS: dict[type[nn.Module], type[FusedLoraLinear]] = {
     Int8Linear: QuantizedLoraLinear,
     NF4Linear: QuantizedLoraLinear,
+    GgufLinear: QuantizedLoraLinear,
     nn.Linear: FusedLoraLinear,
     Conv1D: FusedLoraLinear,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
@@ -16,8 +15,9 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import first_line
 from .allocator import own_pages
-from .checkpoint_files import IGNORED, StoredTensor, same_values, stored_tensors
+from .checkpoint_files import StoredTensor, follows_from_config, same_values, stored_tensors
 from .int8 import Int8Linear
 from .linears import is_linear
 from .nf4 import NF4Linear
@@ -69,7 +69,7 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedCheckpoint(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+        raise UnsupportedCheckpoint(f"{folder}: {first_line(error)}") from error
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
         raise UnsupportedCheckpoint(f"{type(model).__name__} keeps parts in float32")
     if (Path(folder) / "generation_config.json").is_file():
@@ -132,7 +132,7 @@ def _match(
     prefix = f"{model.base_model_prefix}."
     renamings = _renamings(model)
     sources, left_over = {}, []
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
     for key, tensor in stored.items():
         renamed = key
         for renaming in renamings:
@@ -141,7 +141,7 @@ def _match(
         name = next((n for n in candidates if n in wanted), None)
         if name is not None:
             sources[name] = tensor
-        elif not (IGNORED.search(key) or any(pattern.search(key) for pattern in ignored)):
+        elif not follows_from_config(key, tensor, ignored):
             left_over.append(key)
     _settle_ties(model, sources, dtype)
     tied = model.all_tied_weights_keys.keys()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import XFactorError
+from ..options import parse_rate
 from ..tokens.rule import KINDS, Rule
 from ..tokens.token_set import TokenSet
 from .targets import Goal, TiltedTarget
@@ -15,7 +16,8 @@ from .targets import Goal, TiltedTarget
 def parse_goal(
     text: str, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None, ignore_case: bool = False
 ) -> Goal:
-    """KIND:VALUE=RATE, where the value may itself hold ":" and "="; words and token-ids name a file.
+    """KIND:VALUE=RATE, where the value may itself hold ":" and "="; words and token-ids name a file or list
+    them (a,b), and a rate may be written as 10%.
 
     Raises:
         XFactorError: the text has another form, the rate is not a number in [0, 1), or the set is not possible.
@@ -25,8 +27,8 @@ def parse_goal(
     if not (colon and equals and value) or kind not in KINDS:
         raise XFactorError(f"`goal` {text!r}: expected KIND:VALUE=RATE with KIND one of {', '.join(KINDS)}")
     try:
-        rate = float(number)
-    except ValueError as error:
+        rate = parse_rate(number)
+    except XFactorError as error:
         raise XFactorError(f"`goal` {text!r}: {number!r} is not a rate between 0 and 1") from error
     if not 0 <= rate < 1:
         raise XFactorError(f"`goal` {text!r}: the rate must be at least 0 and below 1; got {number}")

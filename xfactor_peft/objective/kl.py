@@ -18,7 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
+
+from ..lowmem.gguf_layers import PackedMatrix, linear, times
 
 CHUNK_BYTES = 16 * 2**20
 """Size of one chunk's float32 logits; about three such buffers are alive at once."""
@@ -62,7 +63,7 @@ class _ChunkedKL(torch.autograd.Function):
         for start in range(0, positions, chunk):
             part = slice(start, start + chunk)
             h = hidden[part]
-            z = F.linear(h, weight, bias).to(accumulate)
+            z = linear(h, weight, bias).to(accumulate)
             log_wanted = None if teacher is None else teacher.log_probabilities(part, weight, bias)
             with _no_autocast(hidden.device.type):
                 if set_logits is not None:
@@ -83,7 +84,7 @@ class _ChunkedKL(torch.autograd.Function):
                     grad_set[part] = difference @ members.T
                 difference = difference.to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = difference @ weight
+                    grad_hidden[part] = times(difference, weight)
                 if grad_weight is not None:
                     grad_weight += difference.T @ h.to(weight.dtype)
         ctx.save_for_backward(
@@ -113,15 +114,17 @@ class Teacher(NamedTuple):
     hidden: torch.Tensor
     tilt: torch.Tensor
 
-    def log_probabilities(self, part: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def log_probabilities(
+        self, part: slice, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """log q at the positions of `part`, (n, V), float32 or better."""
-        z = F.linear(self.hidden[part], weight, bias)
+        z = linear(self.hidden[part], weight, bias)
         return (z.to(torch.promote_types(z.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
 
 
 def kl_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedMatrix,
     target: torch.Tensor,
     mask: torch.Tensor,
     *,
@@ -160,7 +163,7 @@ def kl_loss(
 
 def tilted_kl_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedMatrix,
     teacher: Teacher,
     members: torch.Tensor,
     *,

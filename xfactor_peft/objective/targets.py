@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import XFactorError
-from ..options import LoraOptions, ObjectiveOptions, TrainOptions
+from ..options import LoraOptions, ObjectiveOptions, RateOptions, TrainOptions
 from ..tokens.token_set import TokenSet
 from .tilt import MAX_STRENGTH
 
@@ -70,6 +70,8 @@ class UniformTarget:
         """Raises XFactorError for options that do not go together with this target."""
         if objective.sequence_level:
             raise XFactorError("`sequence_level=True` needs `goal.rate`")
+        if objective.rate != RateOptions():
+            raise XFactorError("`same_rate`, `prompts`, `temperature`, `top_k` and `top_p` need `goal.rate`")
         if lora.head:
             raise XFactorError(f"`lora.target={lora.target}` needs `goal.rate`, `goal.strength` or `goal`")
         if train.method == "full" and objective.kl_to_base:
@@ -177,6 +179,19 @@ class TiltedTarget:
             raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
         if objective.sequence_level and self.rates is None:
             raise XFactorError("`sequence_level=True` needs `goal.rate`, not `goal.strength`")
+        if objective.rate != RateOptions() and self.rates is None:
+            raise XFactorError("`goal.strength` is taken as it is; to say where a rate holds give `goal.rate`")
+        if objective.rate.same_rate == "everywhere" and not self.looks(lora, objective):
+            raise XFactorError(
+                "`same_rate=everywhere` is for the set head alone, fitted in one go: it needs a rate above 0 and "
+                "`lora.target=head`, without `sequence_level` and `contexts`, and with `early_stop`"
+            )
+
+    def looks(self, lora: LoraOptions, objective: ObjectiveOptions) -> bool:
+        """Whether the set head is fitted to hold its rate after every family of prompts."""
+        alone = lora.target == "head" and not objective.sequence_level and objective.early_stop
+        alone = alone and objective.contexts in (None, "self")
+        return alone and any(self.rates or ()) and objective.rate.same_rate != "on-average"
 
     def record(self) -> dict[str, Any]:
         return {"kind": "tilted", "goals": [goal.record() for goal in self.goals]}

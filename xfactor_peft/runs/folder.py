@@ -2,12 +2,13 @@
 
 settings.json      what the caller wants to find again
 metrics.jsonl      a line with the model, the token set and the settings, then a line a step
-checkpoints/       see `checkpoints`; gone when the run is published
+checkpoints/       see `checkpoints`; gone, like the first, when the record is complete
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import RECORD
-from ..adapters.output import prepare_output, publish, staging_of
+from ..adapters.output import check_replaceable, prepare_output, publish, staging_of
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
 from ..checkpoint.state import Step, steps_of
 from ..errors import XFactorError
 from ..training.train import TrainResult
-from .save_result import save_result
+from .save_result import complete_record, save_result
 
 METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
 _VOLATILE = ("why", "name")
@@ -36,6 +37,7 @@ class RunFolder:
 
     Attributes:
         start: the checkpoint to resume from, None for a run from its first step.
+        record: what was written with the adapter, once it is.
     """
 
     output: Path
@@ -43,6 +45,7 @@ class RunFolder:
     header: dict[str, Any]
     checkpoints: Checkpoints
     start: Checkpoint | None = None
+    record: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -50,15 +53,11 @@ class RunFolder:
     ) -> RunFolder:
         """A new folder, or with `resume` the one that is there; raises XFactorError where that cannot be."""
         path = staging_of(output)
-        checkpoints = Checkpoints(path / CHECKPOINTS)
-        found = checkpoints.latest()
         if resume:
-            return cls(output, path, _checked_header(output, path, header), checkpoints, found)
-        if found and not force:
-            raise XFactorError(
-                f"an interrupted run is in {path}, at step {found.step}; resume it with `resume=True`, "
-                "or start again with `force=True`"
-            )
+            _withdraw(output)
+            checkpoints = Checkpoints(path / CHECKPOINTS)
+            return cls(output, path, _checked_header(output, path, header), checkpoints, checkpoints.latest())
+        check_output(output, force=force)
         path = prepare_output(output, force=force)
         run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
         try:
@@ -86,20 +85,37 @@ class RunFolder:
 
             yield write
 
-    def finish(self, result: TrainResult) -> dict[str, Any]:
-        """Save the result and give the folder its name; returns the record."""
-        try:
-            record = save_result(result, self.path, self.output.name)
+    def publish(self, result: TrainResult) -> None:
+        """Save the trained adapter and give the folder its name; only scores are missing from its record.
+
+        What a run resumes with stays until `complete`.
+        """
+        with self._writing(f"what there is stays in {self.path}"):
+            self.record = save_result(result, self.path, self.output.name)
             publish(self.path, self.output)
-        except OSError as error:
-            raise XFactorError(
-                f"{self.output} cannot be written ({error.strerror}); what there is stays in {self.path}"
-            ) from error
+
+    def complete(self, result: TrainResult) -> dict[str, Any]:
+        """Put what was measured after `publish` into the record; returns it."""
+        assert self.record is not None  # published
+        with self._writing("the adapter itself is whole"):
+            record = complete_record(result, self.output, self.record)
         _tidy(self.output)
         return record
 
+    @contextmanager
+    def _writing(self, left: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise XFactorError(f"{self.output} cannot be written ({error.strerror}); {left}") from error
+
     def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
+        if self.record is not None:
+            return Interrupted(
+                f"stopped; the adapter is whole in {self.output}, its scores are not; resume with `resume=True`",
+                stopped.status - 128,
+            )
         saved = self.checkpoints.saved
         if saved is None:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -111,8 +127,20 @@ class RunFolder:
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that failed before its first step."""
         with suppress(OSError):
-            if self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
+            if self.record is None and self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
                 shutil.rmtree(self.path)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raises XFactorError where a new run could not be written: before anything is loaded."""
+    path = staging_of(output)
+    found = Checkpoints(path / CHECKPOINTS).latest()
+    if found and not force:
+        raise XFactorError(
+            f"an interrupted run is in {path}, at step {found.step}; resume it with `resume=True`, "
+            "or start again with `force=True`"
+        )
+    check_replaceable(output, force=force)
 
 
 def interrupted_settings(output: Path) -> dict[str, Any]:
@@ -122,10 +150,11 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
         XFactorError: there is no interrupted run at `output`.
     """
     path = staging_of(output)
+    _withdraw(output)
     if not (path / SETTINGS).is_file():
         if not (output / RECORD).is_file():
             raise XFactorError(f"{output} cannot be resumed: there is no interrupted run")
-        _tidy(output)  # the run may have been killed just before it did so itself
+        _tidy(output)  # the run may have been killed while it did so itself
         raise XFactorError(f"{output} cannot be resumed: the run is finished, there is nothing to resume")
     try:
         value = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
@@ -136,10 +165,16 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
     return value
 
 
+def _withdraw(output: Path) -> None:
+    """Give a published folder whose scores were not measured its hidden name again, so that the run can go on."""
+    if (output / SETTINGS).is_file() and (output / METRICS).is_file() and not staging_of(output).exists():
+        os.replace(output, staging_of(output))
+
+
 def _tidy(output: Path) -> None:
     """Remove what a finished run no longer needs."""
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     (output / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
 
 
 def _checked_header(output: Path, path: Path, header: dict[str, Any]) -> dict[str, Any]:

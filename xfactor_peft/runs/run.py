@@ -66,10 +66,11 @@ def train_to_folder(
 ) -> tuple[TrainResult, dict[str, Any]]:
     """`train`, with its results in `output`; returns the result and the record written.
 
-    While it runs, everything is in a hidden folder beside `output`, which takes its name when the run is done:
-    `metrics.jsonl`, a first line with the model, the token set and the settings and then one line a step, and
-    checkpoints (see `folder`). A run that was stopped, killed or lost its power resumes with the same arguments, and
-    ends with the same bytes on a CPU as if nothing had happened. With `fsdp` there are no checkpoints.
+    While it trains, everything is in a hidden folder beside `output`: `metrics.jsonl`, a first line with the model, the
+    token set and the settings and then one line a step, and checkpoints (see `folder`). It takes the name `output` with
+    the trained adapter; R after training is measured then, and completes the record. A run that was stopped, killed or
+    lost its power resumes with the same arguments, and ends with the same bytes on a CPU as if nothing had happened.
+    With `fsdp` there are no checkpoints.
 
     Args:
         plan: what was predicted of the run, for the record.
@@ -80,14 +81,7 @@ def train_to_folder(
         Interrupted: SIGINT or SIGTERM came; the message says how to resume.
     """
     lora = recipe.lora or target.default_lora(recipe.objective)
-    header = {
-        "base": base.record(),
-        "tokens": target.tokens.record(),
-        "train": recipe.train.record(),
-        "lora": asdict(lora) if recipe.train.method == "lora" else None,
-        "target": target.record(),
-        "objective": recipe.objective.record(),
-    }
+    header = _header(base, target, recipe, lora)
     if folder.resume and process()[1] > 1:
         raise XFactorError("`resume` works in one process; start it without accelerate launch")
     with own_output(output) as output, folder_lock(output), Interruption() as interruption:
@@ -101,12 +95,28 @@ def train_to_folder(
                 log(step)
                 on_step(step)
 
-            try:
-                result = train_recipe(base, target, replace(recipe, lora=lora), Hooks(record_step, checkpointer))
+            def publish(result: TrainResult) -> None:
                 result.plan = plan
-                return result, place.finish(result)
+                place.publish(result)
+
+            try:
+                hooks = Hooks(record_step, checkpointer)
+                result = train_recipe(base, target, replace(recipe, lora=lora), hooks, publish)
+                return result, place.complete(result)
             except Interrupted as stopped:
                 raise place.with_resume_hint(stopped) from None
             except XFactorError:
                 place.discard_if_empty()
                 raise
+
+
+def _header(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> dict[str, Any]:
+    """What a run is, for its log; a resumed one must say the same."""
+    return {
+        "base": base.record(),
+        "tokens": target.tokens.record(),
+        "train": recipe.train.record(),
+        "lora": asdict(lora) if recipe.train.method == "lora" else None,
+        "target": target.record(),
+        "objective": recipe.objective.record(),
+    }

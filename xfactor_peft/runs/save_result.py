@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from ..adapters.output import hashes, write_record
+from ..lowmem.noise import without_notes
 from ..training.parallel import process
 from ..training.train import TrainResult
 
@@ -36,10 +37,18 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name
             config.revision = result.base.choice.revision
-        result.model.save_pretrained(str(staging), save_embedding_layers=False)
+        with without_notes():
+            result.model.save_pretrained(str(staging), save_embedding_layers=False)
     else:
         result.model.save_pretrained(staging)
         result.base.tokenizer.save_pretrained(staging)
     record["sha256"] = hashes(staging)
     write_record(staging, record)
+    return record
+
+
+def complete_record(result: TrainResult, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Put what was measured since `save_result` into the record in `folder`; returns the whole of it."""
+    record = {**record, **result.record()}
+    write_record(folder, record)
     return record

@@ -1,4 +1,5 @@
-"""The two control laws of a rate: a line through measurements of a fixed policy, and feedback while one learns."""
+"""The control laws of a rate: for a tilt, texts weighed again; for another fixed policy, a line through measurements;
+while one learns, feedback."""
 
 from __future__ import annotations
 
@@ -8,11 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from ..objective.tilt import MAX_STRENGTH, Atoms, solve_rate, solve_rates
+from .reweighting import SLOPE, Estimate, TiltedSamples, log_odds
 
-
-def log_odds(rates: torch.Tensor) -> torch.Tensor:
-    """ln(r / (1 - r)), float64, finite also at 0 and 1."""
-    return torch.logit(rates.double().clamp(1e-9, 1 - 1e-9))
+ROUNDS = (32, 64, 64, 64, 96, 128, 128, 192)
+"""Texts of each round in which a tilt is calibrated, at most."""
+TIGHT = 0.05
+"""Standard error of the log-odds of a rate at which they end: a twentieth of a small rate. After other prompts than
+the openings that are calibrated on, a rate differs by more."""
+LEAST_TEXTS = 12
+"""Effective texts below which a tilt is too far from those that were sampled to be weighed."""
 
 
 @dataclass
@@ -89,11 +94,42 @@ def calibrate(
     return offset, trace
 
 
+def calibrate_tilt(
+    measure: Callable[[torch.Tensor, int, int], Estimate],
+    samples: TiltedSamples,
+    strengths: torch.Tensor,
+    wanted: torch.Tensor,
+) -> tuple[torch.Tensor, Trace]:
+    """Find lambda (K,) at which texts of the tilted base hold the wanted rates (K,).
+
+    `measure(lambda, texts, round)` draws fresh texts into `samples`. All texts of all rounds, weighed, then give the
+    next lambda. It ends when they know the rates well enough (`TIGHT`), and when the last texts, which were drawn where
+    the others said, agree within three of their standard errors.
+
+    Returns lambda and every round's pair.
+    """
+    goal, free = log_odds(wanted), wanted > 0
+    trace: Trace = []
+    if not free.any():
+        return strengths, trace
+    for index, texts in enumerate(ROUNDS):
+        fresh = measure(strengths, texts, index)
+        trace.append({"offset": strengths.tolist(), "rates": fresh.rates.tolist()})
+        off = torch.where(free, goal - log_odds(fresh.rates), 0.0)
+        solved = samples.solve(wanted, strengths)
+        known = samples.estimate(solved)
+        strengths = solved if known.texts >= LEAST_TEXTS else strengths + (off / SLOPE).clamp(-2, 2)
+        agrees = bool((off.abs() < 3 * fresh.errors)[free].all())
+        if index and agrees and known.texts >= LEAST_TEXTS and known.errors[free].max() < TIGHT:
+            break
+    return strengths, trace
+
+
 def _slope(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Least-squares slope of each column, held near 1.2, which the drift of contexts makes of 1, by a weak prior."""
+    """Least-squares slope of each column, held near `SLOPE` by a weak prior."""
     dx, dy = x - x.mean(0), y - y.mean(0)
     prior = 0.05
-    return ((dx * dy).sum(0) + 1.2 * prior) / ((dx * dx).sum(0) + prior)
+    return ((dx * dy).sum(0) + SLOPE * prior) / ((dx * dx).sum(0) + prior)
 
 
 def solve(masses: torch.Tensor, atoms: Atoms, rates: list[float]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import cast
 
 from jinja2 import TemplateError
@@ -26,12 +27,13 @@ def chat_used(tokenizer: PreTrainedTokenizerBase, chat: ChatOptions) -> bool:
 
 
 def question(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: ChatOptions) -> list[int]:
-    """Ids of a conversation of the system's message, if there is one, and the user's, up to where the answer begins.
+    """Ids of a conversation up to where the answer begins: the system's message, earlier turns, and the user's prompt.
 
     Raises:
         XFactorError: the template refuses, e.g. because it knows no system's role.
     """
-    roles = [("system", chat.system), ("user", prompt)]
+    turns = zip(cycle(("user", "assistant")), (*chat.earlier, prompt), strict=False)
+    roles = [("system", chat.system), *turns]
     messages = [{"role": role, "content": text} for role, text in roles if text is not None]
     try:
         text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..errors import XFactorError
+from ..progress import phase
 from ..tokens.ends import special_ids, text_ids
 from .sampler import continued
 
@@ -101,7 +102,8 @@ def batches(
         vocabulary = min(len(base.tokenizer), base.vocab_size)
         while True:
             yield torch.randint(vocabulary, (batch_size, length), generator=generator)
-    pool = context_pool(base, contexts, length, seed=seed, count=pool_size)
+    with phase("drawing contexts"):
+        pool = context_pool(base, contexts, length, seed=seed, count=pool_size)
     while True:
         yield pool[torch.randint(len(pool), (batch_size,), generator=generator)]
 

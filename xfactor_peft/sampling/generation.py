@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def stream(
     Between pieces nothing runs and nothing global is changed, so the iterator may be left at any time.
     """
     start = encode_prompt(tokenizer, model, prompt, options.max_new_tokens, chat)
-    ids, cache, random = torch.tensor([start]), None, _RandomState(options.seed)
+    ids, cache, random = torch.tensor([start]), None, _RandomState(seed_for(options.seed, start))
     ends = end_ids(tokenizer, model)
     left = options.max_new_tokens
     while left > 0:
@@ -107,7 +108,7 @@ def generate_batch(
     for row, prompt in enumerate(rows):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    random = _RandomState(options.seed)
+    random = _RandomState(seed_for(options.seed, [i for row in rows for i in row]))
     output = _sample(model, tokenizer, ids, options, random, attention_mask=mask.to(model.device), **extra)
     return [until_end(row, ends) for row in output[:, width:].tolist()]
 
@@ -139,6 +140,14 @@ def _own_settings(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for holder, settings in zip(holders, before, strict=True):
             holder.generation_config = settings
+
+
+def seed_for(seed: int, prompt: Sequence[int]) -> int:
+    """The seed of one prompt's random numbers: each prompt (ids) has its own, whatever is generated before it.
+
+    Under one seed the base and every adapter continue a prompt with the same numbers, so that they can be compared.
+    """
+    return int.from_bytes(hashlib.sha256(repr((seed, *prompt)).encode()).digest()[:8], "big") >> 1
 
 
 class _RandomState:

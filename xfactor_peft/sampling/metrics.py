@@ -170,7 +170,8 @@ class _Pair:
             with off():
                 return plain.logits(part)
 
-        drawn = batch.continuations.flatten().to(device)
+        drawn, itself = batch.continuations.flatten().to(device), self.adapter_off is None and plain == self.policy
         return score_positions(
-            self.policy, hidden.flatten(0, 1), base_hidden.flatten(0, 1), drawn, mask.to(device), base_logits
-        )
+            self.policy, hidden.flatten(0, 1), base_hidden.flatten(0, 1), drawn, mask.to(device),
+            None if itself else base_logits,
+        )  # fmt: skip

@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..objective.kl import chunk_positions
 from ..objective.tilt import Atoms
-from ..options import SamplingOptions
+from ..options import RateOptions
 from ..progress import phase
 from ..tokens.ends import special_ids
 from .contexts import openings, tokens_left
+from .family_samples import FamilySamples, in_turn
 from .position_scores import SCORE_BYTES
+from .prompt_families import fitting_prompts
 from .sampler import continued, sample
 
-TEXTS, LENGTH = 256, 64
-"""How many texts measure a rate, and how many tokens of each are the model's own."""
+TEXTS, LENGTH, OPENINGS = 256, 64, 256
+"""How many texts measure a rate, how many tokens of each are the model's own, and how many beginnings there are."""
 ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
 
 def _drawn(base: Base, seed: int) -> torch.Tensor:
     with phase("drawing openings"):
-        return openings(base, 512, seed=seed)
+        return openings(base, OPENINGS, seed=seed)
 
 
 @torch.no_grad()
@@ -40,10 +43,12 @@ def atom_masses(policy: SplitModel, ids: torch.Tensor, atoms: Atoms) -> torch.Te
 
 @dataclass(frozen=True)
 class OwnSamples:
-    """Openings of the base, continued by the model as it is; the rates of K sets along the continuations.
+    """Prompts of several families, continued by the model as it is; the rates of K sets along the continuations.
 
     Attributes:
+        rate: the decoding that rates are measured under, and a file of prompts.
         openings: (N, P) ids, drawn from the base when the object is made: adapters must be off then.
+        prompts: ids of every family's prompts, by its name.
         members: F, membership in every set, float32 (K, V).
     """
 
@@ -51,11 +56,15 @@ class OwnSamples:
     split_model: SplitModel
     members: torch.Tensor
     seed: int
+    rate: RateOptions
     openings: torch.Tensor = field(init=False)
+    prompts: dict[str, list[list[int]]] = field(init=False)
     banned: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "openings", _drawn(self.base, self.seed))
+        prompts = fitting_prompts(self.base, self.openings, self.rate.prompts, self.length)
+        object.__setattr__(self, "prompts", prompts)
         object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer, self.base.model)))
 
     @property
@@ -68,28 +77,36 @@ class OwnSamples:
         return min(LENGTH, tokens_left(self.base, self.openings.shape[1]))
 
     def draw(self, seed: int, count: int) -> torch.Tensor:
-        """`count` texts, (count, P + length)."""
-        return continued(self.split_model, self._starts(seed, count), self.length, seed=seed, banned=self.banned)
+        """`count` texts after openings, (count, P + length), at temperature 1."""
+        generator = torch.Generator().manual_seed(seed)
+        starts = self.openings[torch.randperm(len(self.openings), generator=generator)[:count]]
+        return continued(self.split_model, starts, self.length, seed=seed, banned=self.banned)
+
+    @property
+    def families(self) -> FamilySamples:
+        """The same prompts family by family."""
+        decoding = self.rate.decoding(self.length)
+        return FamilySamples(self.base, self.split_model, self.members, self.prompts, decoding)
 
     def rates(self, index: int = 0) -> torch.Tensor:
         """Sampled rates (K,) of the model as it is, float64."""
-        return self.masses(None, TEXTS, index)[0].double().mean((0, 1))
+        masses, _ = self.texts(None, TEXTS, index)
+        return masses.double().mean((0, 1)) @ self.atoms.patterns
 
-    def masses(self, tilt: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Along `count` texts the masses of the sets, and which tokens are members: (count, length, K) both.
+    def texts(self, strengths: torch.Tensor | None, count: int, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts, about `count`, as many a family, of the model tilted by lambda (K,), or as it is: masses of the atoms
+        along them, (N, length, P), and the atom of every token, (N, length).
 
         The same texts come again for the same index.
         """
-        seed = 7919 * (self.seed + 1) + index
-        policy, options = SplitModel(self.split_model.model, tilt), SamplingOptions(self.length, seed=seed)
-        prompts, member = self._starts(seed, count).tolist(), self.members.cpu().T
-        masses, hits = [], []
-        for batch in sample(policy, prompts, options, self.banned, self.members):
-            assert batch.masses is not None  # members are given
+        seed, atoms = 7919 * (self.seed + 1) + index, self.atoms
+        tilt = None if strengths is None else strengths.to(self.members) @ self.members
+        policy, options = SplitModel(self.split_model.model, tilt), self.rate.decoding(self.length, seed)
+        indicators = F.one_hot(atoms.of_token, len(atoms.patterns)).T.to(self.members)
+        each, masses, drawn = -(-count // len(self.prompts)), [], []
+        prompts = [row for rows in self.prompts.values() for row in in_turn(rows, each, seed)]
+        for batch in sample(policy, prompts, options, self.banned, indicators):
+            assert batch.masses is not None  # sets are given
             masses.append(batch.masses)
-            hits.append(member[batch.continuations])
-        return torch.cat(masses), torch.cat(hits)
-
-    def _starts(self, seed: int, count: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return self.openings[torch.randperm(len(self.openings), generator=generator)[:count]]
+            drawn.append(atoms.of_token[batch.continuations])
+        return torch.cat(masses), torch.cat(drawn)

@@ -50,18 +50,19 @@ def score_positions(
     base_hidden: torch.Tensor,
     ids: torch.Tensor,
     mask: torch.Tensor,
-    base_logits: Callable[[torch.Tensor], torch.Tensor],
+    base_logits: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> PositionScores:
     """Score n positions in chunks; (n, D) states of both, (n,) sampled ids, (V,) bool set.
 
-    `base_logits` makes the base's logits from its states (with the adapter off where both share weights).
+    `base_logits` makes the base's logits from its states (with the adapter off where both share weights); None
+    where the policy is the base itself.
     """
     step = chunk_positions(len(policy.weight), SCORE_BYTES)
     members = mask.nonzero().squeeze(1)
     parts = []
     for part in (slice(start, start + step) for start in range(0, len(hidden), step)):
         log_pi = _log_softmax(policy.logits(hidden[part]))
-        log_p = _log_softmax(base_logits(base_hidden[part]))
+        log_p = log_pi.clone() if base_logits is None else _log_softmax(base_logits(base_hidden[part]))
         parts.append(_split(log_pi, log_p, ids[part], members))
     return PositionScores.join(parts)
 

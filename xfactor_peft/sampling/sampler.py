@@ -24,7 +24,7 @@ from ..errors import XFactorError
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
-from ..progress import report
+from ..progress import Progress
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
@@ -51,13 +51,16 @@ class Samples:
         starts: (N,), lengths of the prompts.
         length: L.
         states: (N, L, D), the states that predict the generated tokens, as they were when these were drawn.
-        masses: (N, L, K), the exact masses of K sets at these positions at temperature 1; None where none were asked.
+        rows: (N,), which of the prompts each text begins with; they come sorted by length.
+        masses: (N, L, K), the exact masses of K sets at these positions, in the distribution that tokens are drawn
+            from; None where none were asked.
     """
 
     ids: torch.Tensor
     starts: torch.Tensor
     length: int
     states: torch.Tensor
+    rows: torch.Tensor
     masses: torch.Tensor | None = None
 
     @property
@@ -69,7 +72,7 @@ class Samples:
         """The same texts, so many at a time that they hold about `positions` tokens; at least one."""
         for rows in torch.arange(len(self.ids)).split(max(1, positions // self.ids.shape[1])):
             masses = None if self.masses is None else self.masses[rows]
-            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], masses)
+            yield Samples(self.ids[rows], self.starts[rows], self.length, self.states[rows], self.rows[rows], masses)
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of states (N, W, D) of a forward pass over `ids`, those that predict the generated tokens: (N, L, D)."""
@@ -116,6 +119,7 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
+    tilts: torch.Tensor | None = None,
     watcher: Watcher | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
@@ -125,6 +129,7 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+        tilts: (N, K), an exact logit bias on these sets for each text.
         watcher: told of every draw.
 
     Raises:
@@ -136,18 +141,23 @@ def sample(
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together
     rows = rows_at_once(split_model, max(map(len, prompts), default=0) + new)
-    draw = _Draw(
-        options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members, watcher
-    )
+    never = torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device)
+    draw = _Draw(options, never, members, tilts, watcher)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        yield _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, torch.tensor(part))
-        report((start + len(part)) / len(order))
+        done = Progress(start, len(part), len(order))
+        own = [list(prompts[row]) for row in part]
+        yield _sample_batch(split_model, own, uniforms[part], draw, torch.tensor(part), done)
 
 
 @torch.no_grad()
 def _sample_batch(
-    split_model: SplitModel, prompts: list[list[int]], uniforms: torch.Tensor, draw: _Draw, texts: torch.Tensor
+    split_model: SplitModel,
+    prompts: list[list[int]],
+    uniforms: torch.Tensor,
+    draw: _Draw,
+    texts: torch.Tensor,
+    done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
     starts = torch.tensor([len(prompt) for prompt in prompts])
@@ -169,13 +179,13 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(
-                split_model, last[rows.to(device)], uniforms[rows, made[rows]], texts[rows]
-            )
+            at = rows, made[rows]
+            drawn, masses[at] = draw(split_model, last[rows.to(device)], uniforms[at], texts[rows])
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
+        done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
-    return Samples(ids, starts, new, states, masses if draw.sets else None)
+    return Samples(ids, starts, new, states, texts, masses if draw.sets else None)
 
 
 def continued(
@@ -194,9 +204,11 @@ class _Draw:
         options: SamplingOptions,
         banned: torch.Tensor,
         members: torch.Tensor | None,
-        watcher: Watcher | None = None,
+        tilts: torch.Tensor | None,
+        watcher: Watcher | None,
     ) -> None:
-        self._options, self._banned, self._members, self._watcher = options, banned, members, watcher
+        self._options, self._banned, self._watcher = options, banned, watcher
+        self._members, self._tilts = members, None if tilts is None else tilts.to(banned.device)
         self.sets = 0 if members is None else len(members)
         self._warpers = [
             *([TopKLogitsWarper(options.top_k)] if options.top_k else []),
@@ -211,27 +223,31 @@ class _Draw:
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
+            if self._tilts is not None and self._members is not None:
+                z.addmm_(self._tilts[texts[rows].to(z.device)], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
-            if self._members is not None:
-                masses[rows] = (z.softmax(1) @ self._members.T).cpu()
             if self._watcher is not None:
                 self._watcher.logits(texts[rows], z, states[rows])
-            ids.append(self._drawn(z, uniforms[rows].to(z.device)))
+            chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
             if self._watcher is not None:
-                self._watcher.drawn(texts[rows], ids[-1])
+                self._watcher.drawn(texts[rows], chosen)
+            ids.append(chosen)
         return torch.cat(ids), masses
 
-    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Ids (n,) from logits (n, V), which are used up."""
+    def _drawn(self, z: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (n,) and masses (n, K) from logits (n, V), which are used up."""
         if self._options.temperature == 0:
-            return z.argmax(1)
+            ids = z.argmax(1)
+            return ids, z.new_empty(len(ids), 0) if self._members is None else self._members.T[ids].cpu()
         if self._options.temperature != 1:
             z /= self._options.temperature
         for warper in self._warpers:
             z = warper(None, z)
         z -= z.amax(1, keepdim=True)
-        cumulative = z.exp_().cumsum_(1)
+        p = z.exp_()
+        masses = p.new_empty(len(p), 0) if self._members is None else p @ self._members.T / p.sum(1, keepdim=True)
+        cumulative = p.cumsum_(1)
         total = cumulative[:, -1:]
         wanted = (uniforms[:, None] * total).to(total.dtype)
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached it
-        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1)
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(1), masses.cpu()

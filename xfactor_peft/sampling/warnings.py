@@ -33,7 +33,7 @@ def rate_warnings(wanted: Sequence[float], scores: Evaluation) -> list[str]:
         if not low <= rate <= high:
             found.append(
                 f"R{name} is {goal['rate']:.4f} ({low:.4f}–{high:.4f}) on these prompts, not the wanted {rate:g}: "
-                "they are unlike the texts it was calibrated on; name texts like them as contexts, or scale the adapter"
+                "they are unlike those it was calibrated on; give some like them as `prompts`, or scale the adapter"
             )
         if goal["spread"] ** 2 > ALL_OR_NOTHING * goal["rate"] * (1 - goal["rate"]) > 0:
             found.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Rule:
 
     @classmethod
     def read(cls, kind: str, text: str | Path, *, ignore_case: bool = False) -> Rule:
-        """The rule as a user writes it: for words (one a line) and token ids, `text` names a file.
+        """The rule as a user writes it: for words (one a line) and token ids, `text` names a file or lists them: "a,b".
 
         Raises:
             XFactorError: the file cannot be read, or as for the rule itself.
@@ -71,8 +72,10 @@ class Rule:
             return cls(kind, str(text), ignore_case)
         where = f"`{kind.replace('-', '_')}` {text}"
         try:
-            content = Path(text).read_text(encoding="utf-8-sig")
+            content = _file_or_list(str(text))
             value = content.splitlines() if kind == "words" else [int(part) for part in content.split()]
+        except FileNotFoundError as error:
+            raise XFactorError(f"{where}: this file does not exist; give one, or a list such as a,b") from error
         except (OSError, UnicodeDecodeError) as error:
             raise XFactorError(f"{where}: cannot be read as UTF-8 text: {error}") from error
         except ValueError as error:
@@ -140,3 +143,15 @@ def _composed(text: str) -> str:
 def _folded(character: str) -> str:
     """Without case, one character for one: Unicode's simple folding, e.g. "ẞ" -> "ß"; "İ" has none."""
     return next((form for form in (character.casefold(), character.lower()) if len(form) == 1), character)
+
+
+def _file_or_list(text: str) -> str:
+    """The content of the file of this name, or the items of a list, one a line.
+
+    A single word that looks like a path (with a "/" or a ".") is one that is missing, not a word.
+    """
+    if "," in text and not os.path.isfile(text):
+        return text.replace(",", "\n")
+    if os.path.exists(text) or "/" in text or "." in text:
+        return Path(text).read_text(encoding="utf-8-sig")
+    return text

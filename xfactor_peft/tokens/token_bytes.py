@@ -7,6 +7,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from .ends import special_ids
+from .printable import counted
 from .spelling import spelling
 
 _MARKER = re.compile(r"<.+>|\[.+\]|\{.+\}", re.DOTALL)
@@ -63,4 +64,5 @@ def spelling_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """What was decided about the vocabulary, for people."""
     special, roles = special_ids(tokenizer), markers(tokenizer)
     names = f" ({', '.join(list(roles.values())[:3])}{', …' if len(roles) > 3 else ''})" if roles else ""
-    return f"{spelling(tokenizer).name}; in no rule's set: {len(special)} special tokens, {len(roles)} markers{names}"
+    left = f"{counted(len(special), 'special token')}, {counted(len(roles), 'marker')}{names}"
+    return f"{spelling(tokenizer).name}; in no rule's set: {left}"

@@ -19,17 +19,22 @@ from ..lora.set_head import SetHead
 from ..lora.variants import pissa_to_lora
 from ..objective.objectives import TiltedObjective, UniformObjective
 from ..objective.targets import UniformTarget
+from ..objective.tilt import SUPPRESS
 from ..progress import phase
-from ..sampling.calibration import RateController, calibrate, solve
+from ..sampling.calibration import RateController, calibrate, calibrate_tilt, solve
 from ..sampling.contexts import context_pool
 from ..sampling.metrics import Evaluation
-from ..sampling.own_samples import atom_masses
+from ..sampling.own_samples import TEXTS, atom_masses
+from ..sampling.reweighting import Estimate
 from .loop import optimise, plateau
 from .rate import DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .rate_head import fit_head, restore_head
 from .run import TrainingRun
 from .sequence.phase import Sequence
 from .sharding import ShardedCopy
 
+CONTEXTS = 64
+"""Texts of the base in which lambda is solved first."""
 EXACT = 2e-4
 """Nats; a tilt this close to its teacher has nothing left to learn."""
 
@@ -40,8 +45,11 @@ class Phase(Protocol):
     def run(self) -> None:
         """Bring the run further, or pass when a resumed run is beyond this phase."""
 
-    def report(self, scores: Evaluation | None) -> RateReport | None:
-        """What is to be said of how the target was reached; `scores` are those of the trained model."""
+    def report(self) -> RateReport | None:
+        """What is known of how the target was reached before anything is measured."""
+
+    def measured(self, scores: Evaluation | None) -> RateReport | None:
+        """The same with the frontier and the dial; `scores` are those of the trained model."""
 
 
 def phases_of(run: TrainingRun) -> list[Phase]:
@@ -71,13 +79,16 @@ class Uniform:
         optimise(run, module, sharded=sharded)
         pissa_to_lora(run.model)
 
-    def report(self, scores: Evaluation | None) -> None:
+    def report(self) -> None:
+        return None
+
+    def measured(self, scores: Evaluation | None) -> None:
         return None
 
 
 class Solve:
     """lambda (K,): given, or solved on contexts and corrected on samples of the tilted base. Then the adapter is made,
-    and a set head, whose offset starts at lambda."""
+    and a set head, whose offset starts at lambda; or a head is fitted that looks (`rate_head`)."""
 
     def __init__(self, rate: RateRun) -> None:
         self._rate = rate
@@ -87,16 +98,29 @@ class Solve:
         if start := run.hooks.checkpointer.start:
             rate.restore(start.facts["rate"])
             load_random(start.state()["random"])
-        else:
+        elif not rate.looks:
             rate.strengths = self._solved()
-        rate.enter(SOLVED)
+        if not rate.looks:
+            rate.enter(SOLVED)  # wrapping draws random numbers
         model = run.wrap(sets=len(rate.samples.members))
-        if run.lora.head:
-            rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not run.lora.head:
+            return
+        rate.head = SetHead(model.get_output_embeddings(), rate.samples.members)
+        if not rate.looks:
             rate.head.shift(rate.strengths)
+            return
+        if start:
+            rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
+        else:
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted)
+            rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
+        rate.enter(SOLVED)
 
-    def report(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.report(scores)
+    def report(self) -> RateReport:
+        return self._rate.report()
+
+    def measured(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.measured(scores)
 
     def _solved(self) -> torch.Tensor:
         rate, target, samples = self._rate, self._rate.target, self._rate.samples
@@ -105,18 +129,28 @@ class Solve:
         options = rate.run.recipe.train
         if options.seq_len < 2:
             raise XFactorError("`seq_len` must be at least 2 for a rate")
+        if not any(target.rates):
+            return torch.full_like(rate.wanted, SUPPRESS)
         contexts = target.contexts(rate.run.recipe.objective)
         with phase("drawing contexts"):
-            pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
-        first = solve(atom_masses(rate.run.split_model, pool, samples.atoms), samples.atoms, target.rates)
+            if contexts == "self":
+                masses = rate.tilted_texts(torch.zeros_like(rate.wanted), CONTEXTS, -1)[0].flatten(0, 1).double()
+            else:
+                pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
+                masses = atom_masses(rate.run.split_model, pool, samples.atoms)
+        first = solve(masses, samples.atoms, target.rates)
 
-        def measure(strengths: torch.Tensor, index: int) -> torch.Tensor:
+        def measure(strengths: torch.Tensor, texts: int, index: int) -> Estimate:
             with phase(f"calibrating lambda, round {index + 1}"):
-                return rate.tilted_rates(strengths, index)
+                return rate.tilted_texts(strengths, texts, index)[1]
 
-        strengths, rounds = calibrate(measure, first, rate.wanted)
-        rate.calibration += rounds
-        return strengths
+        decoding = samples.rate
+        if decoding.top_k or decoding.top_p < 1:  # what they cut has no weight under any tilt
+            strengths, rounds = calibrate(lambda s, index: measure(s, TEXTS, index).rates, first, rate.wanted)
+        else:
+            strengths, rounds = calibrate_tilt(measure, rate.tilted, first, rate.wanted)
+        rate.calibration = rounds
+        return strengths * decoding.temperature
 
 
 class Distil:
@@ -133,6 +167,9 @@ class Distil:
         rate, run = self._rate, self._rate.run
         if run.hooks.checkpointer.start_phase == SEQUENCE:
             return
+        if rate.looks:
+            rate.stopped = "the set head is fitted: nothing is left to learn"
+            return
         if rate.head is not None and run.recipe.objective.early_stop:
             rate.stopped = rate.stopped or "the set head is the tilt from the start: nothing is left to learn"
             return
@@ -143,8 +180,11 @@ class Distil:
         if rate.head is not None:
             rate.head.write()
 
-    def report(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.report(scores)
+    def report(self) -> RateReport:
+        return self._rate.report()
+
+    def measured(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.measured(scores)
 
     def _stop(self, history: list[Step]) -> bool:
         rate, steps, loss = self._rate, self._rate.run.recipe.train.steps, history[-1].loss
@@ -159,7 +199,8 @@ class Distil:
 
     def _strengthen(self) -> None:
         rate = self._rate
-        measured = rate.samples.rates()
+        with phase("measuring R so far"):
+            measured = rate.samples.rates()
         before = self._module.strengths.double().cpu()
         rate.calibration.append({"offset": before.tolist(), "rates": measured.tolist()})
         rate.strengths = RateController(rate.wanted, before, gain=1.0, proportional=0.0, limit=1.5).update(measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,20 @@ from ..sampling.contexts import OPENING, tokens_left
 from ..sampling.frontier import Frontier, measure_frontier
 from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, OwnSamples
-from ..sampling.reweighting import TiltedSamples
+from ..sampling.reweighting import Estimate, TiltedSamples
+from .rate_head import HeadReport, head_facts
 from .run import TrainingRun
 from .sequence.trainer import SequenceStep
 
 SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
 """Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
+SAMPLED_SCALES = (1.0, 0.0, 1.25, 0.5)
+"""Of a tilt, where texts that there are say too little, in this order."""
+HEAD_SCALES = (0.5, 1.25)
+"""Of a head that looks, of which 0 and 1 are known and between which log-odds are nearly a line."""
+DIAL_TEXTS = 24
+"""Effective texts that a point of the dial needs."""
 
 
 @dataclass
@@ -53,6 +60,7 @@ class RateReport:
         sequence: the sequence-level phase; None without it.
         frontier: the exact logit bias at the same set mass; None for several goals, whose tilt is one itself.
         dial: pairs (scale, expected R).
+        head: the fit of a head that looks; None where the tilt is a constant.
     """
 
     wanted: list[float] | None
@@ -63,10 +71,12 @@ class RateReport:
     frontier: Frontier | None
     dial: list[tuple[float, float]]
     stopped: str | None
+    head: HeadReport | None = None
 
     def record(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["sequence"] = asdict(self.sequence) if self.sequence else None
+        values["head"] = self.head.record() if self.head else None
         values["frontier"] = self.frontier.record() if self.frontier else None
         return values
 
@@ -79,8 +89,10 @@ class RateRun:
         strengths: lambda (K,) of the teacher, float64.
         calibration: rounds of (strength or offset, sampled rates).
         stopped: why training ended before its last step.
+        looks: whether the set head is fitted to the families of prompts.
+        fitted: how it was, once it is.
         sequence: what the sequence-level phase did.
-        tilted: what was sampled of the tilted base, for one set.
+        tilted: texts of the tilted base.
     """
 
     def __init__(self, run: TrainingRun, target: TiltedTarget) -> None:
@@ -89,20 +101,25 @@ class RateRun:
         self.run, self.target = run, target
         self.wanted = torch.tensor(target.rates or [], dtype=torch.float64)
         members = target.members(run.split_model.weight.device)
-        self.samples = OwnSamples(run.base, run.split_model, members, run.recipe.train.seed)
+        options = run.recipe.objective
+        self.samples = OwnSamples(run.base, run.split_model, members, run.recipe.train.seed, options.rate)
+        self.looks = target.looks(run.lora, options)
         self.head: SetHead | None = None
+        self.fitted: HeadReport | None = None
         self.strengths = torch.zeros(0)
         self.calibration: Trace = []
         self.stopped: str | None = None
         self.sequence: SequenceReport | None = None
-        self.tilted = TiltedSamples()
+        self.tilted = TiltedSamples(self.samples.atoms.patterns)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds of the run besides its tensors, JSON-serialisable."""
-        return {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+        head = head_facts(self.head, self.fitted) if self.head is not None and self.fitted else None
+        found = {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
+        return {**found, "head": head}
 
     def restore(self, facts: dict[str, Any]) -> None:
-        """The inverse of `facts`."""
+        """The inverse of `facts`, but for the head, which is made later."""
         self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
         self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
 
@@ -120,17 +137,33 @@ class RateRun:
 
         def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())
-            return self.samples.rates(index=index)
+            with phase(f"calibrating the set head, round {index + 1}"):
+                return self.samples.rates(index=index)
 
         offset, rounds = calibrate(measure, head.offset.detach().double().cpu(), self.wanted)
         head.shift(offset.to(head.offset) - head.offset.detach())
         self.calibration += rounds
 
-    def report(self, scores: Evaluation | None) -> RateReport:
-        """What is stored of the run; measures the frontier and the dial where they are asked for."""
+    def report(self) -> RateReport:
+        """What is known of the run before anything is measured of it."""
+        return RateReport(
+            wanted=self.target.rates,
+            strengths=self.strengths.tolist(),
+            offsets=self.head.offset.detach().tolist() if self.head is not None else None,
+            calibration=self.calibration,
+            sequence=self.sequence,
+            frontier=None,
+            dial=[],
+            stopped=self.stopped,
+            head=self.fitted,
+        )
+
+    def measured(self, scores: Evaluation | None) -> RateReport:
+        """The same with the frontier and the dial, where they are asked for."""
         run, options, evaluation = self.run, self.run.recipe.objective, self.run.recipe.evaluation
         frontier = None
-        if options.frontier and len(self.target.goals) == 1 and scores is not None and evaluation is not None:
+        asked = options.frontier and len(self.target.goals) == 1 and not self.looks  # whose price the fit knows
+        if asked and scores is not None and evaluation is not None:
             if self._is_logit_bias():
                 frontier = Frontier(float(self.strengths[0]), scores.kl_from_base, 1.0, scores)
             else:
@@ -139,48 +172,52 @@ class RateRun:
                         run.split_model, run.base.tokenizer, self.target.tokens, scores, evaluation,
                         start=float(self.strengths[0]), adapter_off=run.adapter_off,
                     )  # fmt: skip
-        return RateReport(
-            wanted=self.target.rates,
-            strengths=self.strengths.tolist(),
-            offsets=self.head.offset.detach().tolist() if self.head is not None else None,
-            calibration=self.calibration,
-            sequence=self.sequence,
-            frontier=frontier,
-            dial=self._dial() if options.dial else [],
-            stopped=self.stopped,
-        )
+        return replace(self.report(), frontier=frontier, dial=self._dial() if options.dial else [])
 
-    def tilted_rates(self, strengths: torch.Tensor, index: int) -> torch.Tensor:
-        """Sampled rates (K,) of the base tilted by lambda (K,); what was sampled is kept for the dial."""
-        samples = self.samples
-        masses, hits = samples.masses(strengths.to(samples.members) @ samples.members, TEXTS, index)
-        if len(strengths) == 1:
-            self.tilted.add(float(strengths), masses[..., 0], hits[..., 0])
-        return masses.double().mean((0, 1))
+    def tilted_texts(self, strengths: torch.Tensor, texts: int, index: int) -> tuple[torch.Tensor, Estimate]:
+        """Texts of the base tilted by lambda / T (K,), kept in `tilted`: the atoms' masses along them, and their rates.
+
+        A bias lambda raises the decoded logits, which are divided by the temperature T, by lambda / T.
+        """
+        masses, atoms = self.samples.texts(strengths * self.samples.rate.temperature, texts, index)
+        return masses, self.tilted.add(strengths, masses, atoms)
 
     def _is_logit_bias(self) -> bool:
         """Whether the adapter is a constant logit bias on one set and nothing else."""
-        head, single = self.head, len(self.target.goals) == 1
-        return head is not None and single and not self.run.lora.blocks and not head.direction.any()
+        return self._is_tilt() and len(self.target.goals) == 1
+
+    def _is_tilt(self) -> bool:
+        """Whether the adapter raises whole sets by constants and does nothing else."""
+        return self.head is not None and not self.run.lora.blocks and not self.head.direction.any()
 
     def _dial(self) -> list[tuple[float, float]]:
         """Expected R of the first goal at several scales of the adapter.
 
-        Where the adapter is a logit bias only the lowest and the highest scale are sampled; those between follow from
-        the masses that were measured there and in calibration (`TiltedSamples`).
+        For a tilt, texts that there are say it, weighed; where they say too little, one of `SAMPLED_SCALES` is sampled,
+        and another left out, as log-odds between two points of the dial are nearly a line.
         """
-        bias, ends = self._is_logit_bias(), (DIAL_SCALES[0], DIAL_SCALES[-1])
-        pairs = {}
-        for number, scale in enumerate(ends if bias else DIAL_SCALES):
-            _set_scale(self.run.model, scale)
-            with phase(f"measuring R at scale {scale:g}"):
-                masses, hits = self.samples.masses(None, TEXTS // 3, number)
-            pairs[scale] = float(masses[..., 0].double().mean())
-            if bias:
-                self.tilted.add(scale * float(self.strengths[0]), masses[..., 0], hits[..., 0])
+        if self.fitted is not None:
+            return sorted([*self.fitted.dial, *((s, self._sampled(s, n)) for n, s in enumerate(HEAD_SCALES))])
+        if not self._is_tilt():
+            return [(scale, self._sampled(scale, number)) for number, scale in enumerate(DIAL_SCALES)]
+        for number, scale in enumerate(SAMPLED_SCALES):
+            strengths = self._tempered(scale)
+            if self.tilted.estimate(strengths).texts < DIAL_TEXTS:
+                with self.run.base_only(), phase(f"measuring R at scale {scale:g}"):
+                    self.tilted_texts(strengths, 2 * DIAL_TEXTS, 100 + number)
+        found = [(scale, self.tilted.estimate(self._tempered(scale))) for scale in DIAL_SCALES]
+        return [(scale, float(point.rates[0])) for scale, point in found if point.texts >= DIAL_TEXTS]
+
+    def _tempered(self, scale: float) -> torch.Tensor:
+        """lambda at a scale, as a bias of logits that decoding divides by its temperature."""
+        return scale * self.strengths / self.samples.rate.temperature
+
+    def _sampled(self, scale: float, number: int) -> float:
+        _set_scale(self.run.model, scale)
+        with phase(f"measuring R at scale {scale:g}"):
+            masses, _ = self.samples.texts(None, TEXTS // 3, number)
         _set_scale(self.run.model, 1.0)
-        between = {s: self.tilted.rate(s * float(self.strengths[0])) for s in DIAL_SCALES if s not in pairs}
-        return sorted({**pairs, **between}.items())
+        return float((masses.double().mean((0, 1)) @ self.samples.atoms.patterns)[0])
 
 
 def _set_scale(model: torch.nn.Module, scale: float, adapter: str = "default") -> None:

@@ -13,15 +13,18 @@ from transformers import PreTrainedModel
 
 from ..base.loading import Base, load_base
 from ..base.split_model import SplitModel, split
+from ..base.vocabulary import Vocabulary
 from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
+from ..budget.phases import SAMPLING_BYTES
 from ..budget.plan import recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
+from ..lowmem.gguf_layers import PackedMatrix
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import LoadOptions, LoraOptions, Recipe
@@ -30,9 +33,6 @@ from ..sampling.metrics import Evaluation, evaluate
 from ..sampling.sampler import CACHE_BYTES
 from .parallel import check_processes
 from .sharding import check_shards
-
-SAMPLING_BYTES = 48 * 2**20
-"""What sampling and scoring take beside the model and the cache: logits, activations, compiled kernels."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
+        if recipe.objective.sequence_level and isinstance(SplitModel(base.model).weight, PackedMatrix):
+            raise XFactorError(
+                "`sequence_level=True` cannot read a packed output embedding; leave it out for a GGUF base"
+            )
         if train.fsdp:
             check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
@@ -153,7 +157,9 @@ class TrainingRun:
         if self.wrapped is None or isinstance(self.wrapped, PeftModel):
             return None
         self.wrapped.zero_grad(set_to_none=True)
-        return split(load_base(self.base.choice, LoadOptions(self.base.dtype, str(self.base.device))).model)
+        options = LoadOptions(self.base.dtype, str(self.base.device))
+        known = Vocabulary(self.base.tokenizer, self.base.vocab_size)
+        return split(load_base(self.base.choice, options, known).model)
 
     @contextmanager
     def explaining_out_of_memory(self) -> Iterator[None]:
@@ -174,4 +180,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
     return Shape(
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
+        packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
     )  # fmt: skip

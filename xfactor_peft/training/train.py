@@ -61,6 +61,7 @@ class TrainResult:
             "tokens": self.target.tokens.record(),
             "target": self.target.record(),
             "train": self.options.record(),
+            "steps_made": len(self.history),
             "objective": self.objective.record(),
             "rate": self.rate.record() if self.rate else None,
             "warnings": self.warnings,
@@ -112,8 +113,16 @@ def train(
     return train_recipe(base, target, Recipe(options, lora, evaluation, objective, memory), Hooks(on_step))
 
 
-def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> TrainResult:
+def train_recipe(
+    base: Base,
+    target: Target,
+    recipe: Recipe,
+    hooks: Hooks,
+    on_trained: Callable[[TrainResult], None] = lambda _: None,
+) -> TrainResult:
     """As `train`, with checkpoints where `hooks` has them.
+
+    `on_trained` is called with the result before it is measured, so that nothing is lost from there on.
 
     Raises:
         Interrupted: a signal stopped a run that is saved.
@@ -126,7 +135,7 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
     unmatched = unmatched_modules(base.model, run.lora.target) if with_lora else {}
     torch.manual_seed(recipe.train.seed)
     with cache_limit(run.cache_bytes()):
-        with phase("measuring R before training"):
+        with phase("R before"):
             before, sampling_before = run.measure()
         phases = phases_of(run)
         reset_peak(base.device)
@@ -136,29 +145,32 @@ def train_recipe(base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> Tr
                 part.run()
         run.model.eval()
         seconds, train_peak = time.perf_counter() - started, peaks(base.device)
-        with phase("measuring R after training"):
-            after, sampling_after = run.measure()
-        report = phases[-1].report(after)
-    return TrainResult(
-        base=base,
-        model=run.model,
-        target=target,
-        options=recipe.train,
-        lora=recipe.lora if recipe.train.method == "lora" else None,
-        before=before,
-        after=after,
-        history=run.history,
-        parameters=trainable_parameters(run.model),
-        modules=modules,
-        unmatched=unmatched,
-        seconds=max(seconds, sum(step.seconds for step in run.history)),  # an earlier part of the run included
-        train_peak=train_peak,
-        sampling_peak={key: max(sampling_before[key], sampling_after[key]) for key in sampling_before},
-        recomputed_blocks=run.recomputed,
-        objective=recipe.objective,
-        rate=report,
-        warnings=_warnings(before, after, report),
-    )
+        result = TrainResult(
+            base=base,
+            model=run.model,
+            target=target,
+            options=recipe.train,
+            lora=recipe.lora if with_lora else None,
+            before=before,
+            after=None,
+            history=run.history,
+            parameters=trainable_parameters(run.model),
+            modules=modules,
+            unmatched=unmatched,
+            seconds=max(seconds, sum(step.seconds for step in run.history)),  # an earlier part of the run included
+            train_peak=train_peak,
+            sampling_peak=sampling_before,
+            recomputed_blocks=run.recomputed,
+            objective=recipe.objective,
+            rate=phases[-1].report(),
+        )
+        on_trained(result)
+        with phase("R after"):
+            result.after, sampling_after = run.measure()
+        result.rate = phases[-1].measured(result.after)
+    result.sampling_peak = {key: max(peak, sampling_after[key]) for key, peak in sampling_before.items()}
+    result.warnings = _warnings(before, result.after, result.rate)
+    return result
 
 
 def _warnings(before: Evaluation | None, after: Evaluation | None, report: RateReport | None) -> list[str]:

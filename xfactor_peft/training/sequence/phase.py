@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...checkpoint.state import Step
+from ...progress import phase
 from ...sampling.metrics import Evaluation
 from ..loop import plateau
 from ..rate import SEQUENCE, RateReport, RateRun, SequenceReport
@@ -43,8 +44,11 @@ class Sequence:
                 checkpointer.after_step(state, last=len(made) == steps, every=1)
         self._keep_the_better(trainer, state)
 
-    def report(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.report(scores)
+    def report(self) -> RateReport:
+        return self._rate.report()
+
+    def measured(self, scores: Evaluation | None) -> RateReport:
+        return self._rate.measured(scores)
 
     def _trainer(self) -> SequenceTrainer:
         rate, train, members = self._rate, self._rate.run.recipe.train, self._rate.samples.members
@@ -66,7 +70,8 @@ class Sequence:
             rate.correct_head()
 
         def price() -> float:
-            texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
+            with phase("comparing with the tilt"):
+                texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
             return trainer.price(texts, rate.strengths.to(trainer.rates))
 
         weights, report.kl = state.weights(), price()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...base.split_model import SplitModel
+from ...budget.phases import SEQUENCES
 from ...lora.set_head import SetHead
 from ...objective.objectives import AdapterOff, base_hidden
 from ...objective.sequence_level import PositionGradients, Value, advantages, position_gradients
@@ -34,7 +35,7 @@ ROWS = 32
 class SequenceOptions:
     """Settings of the sequence-level phase; the defaults are those of the figures."""
 
-    sequences: int = 64
+    sequences: int = SEQUENCES
     lr: float = 1e-3
     decay: float = 0.9
     warm_up: int = 2
@@ -167,10 +168,12 @@ class SequenceTrainer:
         logits = self.head(hidden) if self.head is not None else None
         with torch.no_grad():
             plain = base_hidden(self.split_model, ids, self.adapter_off).view(*ids.shape, -1)
+        weight = self.split_model.weight
+        assert isinstance(weight, torch.Tensor)  # `TrainingRun.start` refuses packed ones
         gradients = position_gradients(
             hidden.detach().flatten(0, 1),
             plain[:, -self.length - 1 : -1].flatten(0, 1),
-            self.split_model.weight,
+            weight,
             ids[:, -self.length :].flatten(),
             bias=self.split_model.bias,
             set_logits=None if logits is None else logits.detach().flatten(0, 1),
