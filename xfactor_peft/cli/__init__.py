@@ -46,7 +46,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        if name in ("train", "plan"):
+        if name in ("train", "plan", "unslop"):
             put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it

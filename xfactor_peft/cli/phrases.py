@@ -10,7 +10,8 @@ import click
 
 from ..errors import XFactorError
 from .common import Command, apply_options, load
-from .console import console, say
+from .config import given, write_run
+from .console import console, print_json, say
 
 if TYPE_CHECKING:
     from ..phrases.reference import Measured
@@ -19,28 +20,29 @@ if TYPE_CHECKING:
 
 _OWN = ("phrases", "script", "chars", "rules", "rates_from")
 _ALSO = {
-    "goals", "model", "revision", "offline", "dtype", "device", "load_in_8bit", "load_in_4bit", "quant_backend",
-    "lora_r", "lr", "seed", "output", "force",
+    "goals", "prompts", "model", "revision", "offline", "dtype", "device", "load_in_8bit", "load_in_4bit",
+    "quant_backend", "lora_r", "lr", "seed", "no_eval", "output", "force", "as_json",
 }  # fmt: skip
 """Options of `train` that a run for phrases heeds; every other one is refused."""
 
 
 def phrase_options(function: Command) -> Command:
-    """--phrases, --script, --chars, --rates-from, --prompts, --rules."""
+    """--phrases, --script, --chars, --rates-from, --rules."""
     path = click.Path(exists=True, dir_okay=False, path_type=Path)
     return apply_options(
         [
             click.option("--phrases", multiple=True, metavar="FILE[=RATE]",
-                         help="Words and phrases, one a line, whatever tokens spell them. RATE is 0 (never, as without "
-                         "one), x0.1 of the base's, 2.0/1000w or 2.0/1000t; repeatable."),
+                         help="Words and phrases, one a line. RATE is 0 (never; without one, too), x0.1 of the "
+                         "base's, 2.0/1000w or 2.0/1000t; repeatable."),
             click.option("--script", multiple=True, metavar="NAMES[=RATE]",
                          help="Characters of writing systems, e.g. Han,Cyrillic."),
             click.option("--chars", multiple=True, metavar="TEXT[=RATE]", help="Each of these characters."),
-            click.option("--rates-from", type=path, metavar="TEXT", help="For --phrases: the rates of this text."),
-            click.option("--rules", type=path,
-                         help="For phrases: goals, prompts and settings from a file (YAML, or an adapter's record)."),
+            click.option("--rates-from", type=path, metavar="TEXT", help="As often as in this text, each of them."),
+            click.option("--rules", type=path, metavar="FILE",
+                         help="Goals, prompts and settings from a file (YAML, or an adapter's xfactor.json)."),
         ],
         function,
+        "Words and phrases, whatever tokens spell them",
     )  # fmt: skip
 
 
@@ -64,19 +66,21 @@ def run_phrases(ctx: click.Context, flags: dict[str, Any]) -> None:
     """The run of `train` for phrases, from its options to the adapter's folder."""
     _refuse_others(ctx)
     rules, measured = _rules(ctx, flags)
-    output = flags["output"] or Path("adapters") / "phrases"
-    train_and_save(flags, rules, output, measured)
+    train_and_save(ctx, {**flags, "output": flags["output"] or Path("adapters") / "phrases"}, rules, measured)
 
 
-def train_and_save(flags: dict[str, Any], rules: Rules, output: Path, measured: list[Measured] | None = None) -> None:
+def train_and_save(
+    ctx: click.Context, flags: dict[str, Any], rules: Rules, measured: list[Measured] | None = None
+) -> None:
     """Load, train, save, print."""
-    from ..adapters.output import prepare_output
+    from ..adapters.output import check_replaceable
     from ..phrases.goals import describe
-    from ..phrases.saving import PAGE, save_phrases
+    from ..phrases.saving import save_phrases
     from ..phrases.train import train_phrases
     from .progress import TrainingProgress
 
-    prepare_output(output, force=flags["force"])  # before anything is computed
+    output = flags["output"]
+    check_replaceable(output, force=flags["force"])  # before anything is computed
     base = load(flags)
     goals = rules.target.goals
     console.print(f"phrases: {describe(goals[:3])}{f' and {len(goals) - 3} more' if len(goals) > 3 else ''}")
@@ -84,14 +88,24 @@ def train_and_save(flags: dict[str, Any], rules: Rules, output: Path, measured: 
     with TrainingProgress(1):
         result = train_phrases(base, rules.target, rules.prompts, rules.held_out, rules.options, rules.chat)
     reference = [m.rate for m in measured] if measured else None
-    save_phrases(result, output, force=flags["force"], rules=rules.record(), reference=reference)
+    record = save_phrases(result, output, force=flags["force"], rules=rules.record(), reference=reference)
+    write_run(ctx, flags, base.choice, output)
     _print_summary(result)
-    say(f"saved to {output}" + (f"; the page is {output / PAGE}" if result.after else ""))
-    name = output if output.parent != Path("adapters") else output.name
-    model = f" --model {flags['model']}" if flags["model"] != "auto" else ""
-    say(f'next: xfactor generate --adapter {name}{model} "Write a story."')
+    _print_next(result, output, flags)
+    if flags["as_json"]:
+        print_json({"output": str(output), **record})
+
+
+def _print_next(result: PhraseResult, output: Path, flags: dict[str, Any]) -> None:
+    """Where it is, and what can be done with it."""
+    from ..phrases.saving import PAGE
+
+    console.print(f"saved to {output}" + (f"; the page is {output / PAGE}" if result.after else ""))
+    name = output.name if output.parent == Path("adapters") else output
+    chat = " --chat on" if getattr(result.base.tokenizer, "chat_template", None) else ""
+    console.print(f'next: xfactor generate --adapter none --adapter {name}{chat} "Write a story."')
     for kind in ("gguf", "merged"):
-        say(f"      xfactor export {name} --format {kind}{model}")
+        console.print(f"      xfactor export {name} --format {kind}")
 
 
 def _print_summary(result: PhraseResult) -> None:
@@ -115,11 +129,9 @@ def _print_summary(result: PhraseResult) -> None:
 
 def _refuse_others(ctx: click.Context) -> None:
     """Raises XFactorError for options that were given and that a run for phrases does not heed."""
-    for name in ctx.params:
-        given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if given and name not in _ALSO and name not in _OWN:
-            flag = next(p.opts[0] for p in ctx.command.params if p.name == name)
-            raise XFactorError(f"{flag} has no meaning for phrases, characters and scripts; drop it")
+    for param in ctx.command.params:
+        if param.name not in _ALSO and param.name not in _OWN and given(ctx, str(param.name)):
+            raise XFactorError(f"{param.opts[0]} has no meaning for phrases, characters and scripts; drop it")
 
 
 def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measured] | None]:
@@ -129,8 +141,7 @@ def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measu
     from ..phrases.rules import Rules, read_rules
 
     if flags["rules"]:
-        others = [name for name in (*_OWN, "goals") if name not in ("rules", "prompts") and flags[name]]
-        if others or flags["prompts"]:
+        if any(flags[name] for name in (*_OWN, "goals", "prompts") if name != "rules"):
             raise XFactorError("`rules` says it all; drop the other options about phrases and prompts")
         rules = read_rules(flags["rules"])
         return replace(rules, options=_options(ctx, flags, rules.options)), None
@@ -141,8 +152,7 @@ def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measu
         if target is None:
             raise XFactorError("`rates_from` needs `phrases`: what is to be as in the text?")
         target, measured = like(flags["rates_from"], target.patterns)
-    if target is None:
-        raise XFactorError("`prompts` is for phrases; give `phrases`, `chars`, `script` or `rules`, too")
+    assert target is not None  # or `wants_phrases` had said no
     fit, held_out = prompts_of(flags)
     return Rules(target, tuple(fit), tuple(held_out), options=_options(ctx, flags)), measured
 
@@ -150,13 +160,11 @@ def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measu
 def prompts_of(flags: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(to learn from, held out): those of --prompts, or the bundled ones."""
     from ..phrases.lists import split_prompts, writing_prompts
+    from ..sampling.prompt_families import read_families
 
     if not flags["prompts"]:
         return writing_prompts()
-    try:
-        return split_prompts(flags["prompts"].read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`prompts` {flags['prompts']}: cannot be read as UTF-8 text: {error}") from error
+    return split_prompts([prompt for family in read_families(Path(flags["prompts"])) for prompt in family.prompts])
 
 
 def _as_goal(kind: str, text: str) -> str:
@@ -176,9 +184,7 @@ def _options(ctx: click.Context, flags: dict[str, Any], start: Any = None) -> An
     from ..options import PhraseOptions
 
     names = {"r": "lora_r", "lr": "lr", "seed": "seed"}
-    given = {
-        field: flags[name]
-        for field, name in names.items()
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
-    return replace(start or PhraseOptions(), **given)
+    chosen = {field: flags[name] for field, name in names.items() if given(ctx, name)}
+    if flags["no_eval"]:
+        chosen["eval_texts"] = 0
+    return replace(start or PhraseOptions(), **chosen)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,8 +83,8 @@ class Values:
     def __init__(self, statistics: Statistics, strengths: np.ndarray) -> None:
         self.statistics, self.automaton = statistics, statistics.automaton
         self.strengths = np.maximum(strengths, SUPPRESS)
-        for reference in (self.automaton.start, self.automaton.automaton.inside_word):
-            self.automaton.row(reference)
+        for state in (self.automaton.start, self.automaton.automaton.inside_word, *statistics.visits):
+            self.automaton.row(state)  # so that `endings` is whole
         self._g = self._solved()
 
     def factor(self, ended: Sequence[int]) -> float:
@@ -158,19 +159,24 @@ class Values:
     def _inner(self) -> Callable[[int], bool]:
         return self.automaton.automaton.inside
 
-    @property
+    @cached_property
     def _order(self) -> list[tuple[int, Visits]]:
         """Visited states with an occurrence under way, those that lack least first."""
         inside = [(s, v) for s, v in self.statistics.visits.items() if self.automaton.automaton.inside(s)]
         return sorted(inside, key=lambda item: self.automaton.automaton.left(item[0]))
 
     def _factors(self) -> np.ndarray:
-        return np.array([self.factor(ended) for ended in self.automaton.endings])
+        """f of every number of `TokenAutomaton.endings`; those that no row has yet are not computed again."""
+        known, endings = len(self._known), self.automaton.endings
+        if known < len(endings):
+            self._known = np.concatenate([self._known, [self.factor(ended) for ended in endings[known:]]])
+        return self._known
 
     def _solved(self) -> np.ndarray:
         never = np.full_like(self.strengths, SUPPRESS)
         self._chance = np.full(LACKING + 1, np.nan)
-        strengths, self.strengths = self.strengths, never
+        strengths = self.strengths
+        self._use(never)
         completes = 1 - self._swept(prior=0.0)
         weights, totals = np.zeros(LACKING + 1), np.zeros(LACKING + 1)
         for state, seen in self._order:
@@ -178,8 +184,11 @@ class Values:
             weights[place] += np.sqrt(seen.count)
             totals[place] += np.sqrt(seen.count) * completes[state]
         self._chance = (totals + 0.9 * np.exp(-np.arange(LACKING + 1) / 3)) / (weights + 1)
-        self.strengths = strengths
+        self._use(strengths)
         return self._swept(prior=1.0)
+
+    def _use(self, strengths: np.ndarray) -> None:
+        self.strengths, self._known = strengths, np.zeros(0)
 
     def _guess(self, state: int) -> float:
         """g of a state by the characters that it lacks."""
