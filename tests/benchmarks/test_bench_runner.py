@@ -172,8 +172,8 @@ def test_no_two_runs_of_a_preset_share_a_file(name):
 def test_presets_hold_what_the_benchmark_promises():
     full, paper, quick = (PRESETS[name] for name in ("full", "paper", "quick"))
     lora = [arm for arm in full.arms if arm.method == "lora"]
-    assert {arm.target for arm in lora} == {"attention", "mlp", "all"}
-    assert {arm.r for arm in lora} == {1, 4, 8, 16}
+    assert {arm.target for arm in lora} == {"attention", "mlp", "all", "all,head"}
+    assert {arm.r for arm in lora} == {1, 4, 8, 16, 64}
     for preset in (full, paper, quick):
         assert {"int8", "nf4", "fp32", "bf16"} <= {arm.precision for arm in preset.arms}
         assert {arm.optimizer for arm in preset.arms if arm.method == "full"} >= {"adam", "adam8bit"}

@@ -29,8 +29,10 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
     return next((module for module in reversed(outside) if "norm" in type(module).__name__.lower()), None)
 
 
-def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | None:
+def frozen_head_floor(model: PreTrainedModel, target: UniformTarget, raised: float = 0.0) -> float | None:
     """Lowest KL found from three starts by Adam, in float32; None for a model without a final norm.
+
+    `raised` is a constant added to the set's logits, as by a set head.
 
     The first start is the gradient's direction at h = 0: the mean embedding of the set less that of the vocabulary.
     """
@@ -39,6 +41,9 @@ def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | 
         return None
     weight = split_model.weight.detach()
     probabilities, mask = target.probabilities(weight.device), target.tokens.mask(weight.device)
+    bias = split_model.bias
+    if raised:
+        bias = raised * mask.to(weight.dtype) + (0 if bias is None else bias.detach())
     direction = (probabilities.to(weight.dtype) @ weight - weight.mean(0)).float()
     size = len(direction) ** 0.5
     noise = torch.randn(STARTS - 1, len(direction), generator=torch.Generator().manual_seed(0)).to(direction.device)
@@ -49,7 +54,7 @@ def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | 
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         optimizer.zero_grad(set_to_none=True)
         hidden = norm(states.to(weight.dtype))
-        losses = [kl_loss(row[None], weight, probabilities, mask, bias=split_model.bias).loss for row in hidden]
+        losses = [kl_loss(row[None], weight, probabilities, mask, bias=bias).loss for row in hidden]
         best = min(best, *(loss.item() for loss in losses))
         torch.stack(losses).sum().backward()
         optimizer.step()
