@@ -22,7 +22,8 @@ class Run:
 
     Attributes:
         group: "base" (scores of the untrained model), "sweep" (of learning rates), "train", "source" (the source's
-            table), "places" (ranks, places and precisions at one learning rate) or "shape" (memory and time with random weights).
+            table), "places" (ranks, places and precisions at one learning rate) or "shape" (memory and time with random
+            weights).
         model: "demo", a Hub id, a folder, or "SHAPE-shape" for random weights.
         lr: None for a "train" run until its sweep is done.
         rates: what a sweep tries.
