@@ -177,10 +177,10 @@ def train_figures(run: Run, models: Models, on_step: OnStep) -> Record:
 
 
 def shape_figures(run: Run, models: Models, on_step: OnStep) -> Record:
-    """Memory and time only: with random weights there is nothing to say about text."""
+    """Memory and time only."""
     base = models.load_for(run)
     result = train(run, base, lambda step: on_step(step.step + 1, step.loss), run.lr)
-    return {**_about(base, run), **_cost(result), "weights": "random"}
+    return {**_about(base, run), **_cost(result)}
 
 
 MEASURES = {

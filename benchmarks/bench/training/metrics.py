@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..store import Record
-from ..tables import file_size, number, whole
+from ..tables import file_size, number, share, whole
 
 REACHED = 0.9
 Value = Callable[[Record], float | None]
@@ -89,12 +89,14 @@ def steps_to_rate(record: Record) -> int | None:
 _MEMORY = {"show": whole, "noise": "memory", "lower_is_better": True}
 METRICS = {
     "rate": Metric("R (95 %)", at("scores", "rate"), scored="interval", most=1.0),
-    "set_mass": Metric("mass on set", at("scores", "set_mass")),
+    "set_mass": Metric("mass on set", at("scores", "set_mass"), share),
     "loss_first": Metric("loss, first step", first_loss),
     "loss_last": Metric("loss, last tenth", final_loss, lower_is_better=True),
     "kl": Metric("KL from base, nats/token", at("scores", "kl_from_base"), scored="kl_interval", lower_is_better=True),
     "perplexity": Metric("perplexity under base", at("scores", "perplexity"), lower_is_better=True),
-    "distinct_2": Metric("distinct-2", at("scores", "distinct_2"), lower_is_better=False),
+    "distinct_2": Metric("distinct-2", at("scores", "distinct_2"), share, lower_is_better=False),
+    "prose_before": Metric("prose before", at("held_out", "before"), noise=""),
+    "prose": Metric("prose perplexity", at("held_out", "after"), noise=""),
     "forgetting": Metric("forgetting ×", at("held_out", "ratio"), lower_is_better=True),
     "trainable": Metric("trainable", at("trainable_parameters"), whole, noise="exact"),
     "file_bytes": Metric("file", at("file_bytes"), file_size, noise="exact"),

@@ -14,6 +14,7 @@ from .presets import PLACE_RATES, Preset, RealPlan, Settings
 
 GROUPS = ("base", "sweep", "train", "source", "places", "shape")
 RUNS = "runs"
+COST = Settings(steps=5, probe_every=0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def plan(preset: Preset, model: str, real: str | None = None, pretrained: str | 
     runs += [Run("sweep", arm, model, short, rates=preset.rates_for(arm)) for arm in preset.arms]
     runs += [Run("train", arm, model, settings, seed) for arm in preset.arms for seed in preset.seeds]
     runs += pretrained_runs(pretrained, preset.pretrained) if pretrained else []
-    shape = replace(settings, steps=preset.shape_steps, seq_len=Settings.seq_len, probe_every=0)
+    shape = replace(COST, steps=preset.shape_steps)
     return runs + [Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4) for arm in preset.shape_arms]
 
 
@@ -107,4 +108,5 @@ def pretrained_runs(model: str, wanted: RealPlan) -> list[Run]:
     """The source's table for each letter, in bf16 as the model is kept, then ranks, places and precisions."""
     runs = [run for settings in wanted.sources for run in source_runs(model, settings, wanted.source_rates, "bf16")]
     rates = ((arm, PLACE_RATES.get(arm.optimizer, PLACE_RATES[arm.method])) for arm in wanted.place_arms)
-    return runs + [Run("places", arm, model, wanted.places, lr=rate) for arm, rate in rates]
+    runs += [Run("places", arm, model, wanted.places, lr=rate) for arm, rate in rates]
+    return runs + [Run("shape", arm, model, COST, lr=1e-4) for arm in wanted.cost_arms]
