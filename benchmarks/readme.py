@@ -16,6 +16,7 @@ from filecmp import cmp
 from pathlib import Path
 
 import click
+import four_bit
 import plan_accuracy
 import whole
 from bench import store
@@ -29,6 +30,7 @@ from xfactor_peft.errors import XFactorError
 
 PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md")
 MAKERS: dict[str, Callable[[Path], object]] = {
+    "four_bit": four_bit.write,
     "lowmem": memory.write,
     "paper": write_report,
     "plan": plan_accuracy.write,
@@ -37,7 +39,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "whole": whole.write,
 }
 """Folder of results: what writes its tables and figures into it."""
-PASTED = {"benchmark": "paper", "lowmem": "lowmem", "rate": "rate", "whole": "whole"}
+PASTED = {"benchmark": "paper", "four-bit": "four_bit", "lowmem": "lowmem", "rate": "rate", "whole": "whole"}
 """Markers: the folder whose table goes between them."""
 FIGURES = ("source-loss", "places-rate-kl")
 
@@ -51,7 +53,7 @@ def between(name: str, results: Path, page: Path) -> str:
     where = Path(os.path.relpath(RESULTS / folder.name, page.resolve().parent)).as_posix()
     names = [figure for figure in FIGURES if (folder / PLOTS / f"{figure}.png").is_file()]
     figures = " ".join(f'<img src="{where}/{PLOTS}/{figure}.png" alt="{figure}" width="49%">' for figure in names)
-    return f"{figures}\n\n{text} All of it, with samples: [{REPORT}]({where}/{REPORT})."
+    return f"{figures}\n\n{text}. All of it, with samples: [{REPORT}]({where}/{REPORT})."
 
 
 def pasted(text: str, new: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""From results to tables, report.html, the README and the comparison; the figures are made up."""
+"""From results to tables, report.html, and the pages; the figures are made up."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import re
 from html.parser import HTMLParser
 from statistics import mean
 
-import compare
 import pytest
 import readme
 from bench import store
 from bench.stats import over_seeds, t_quantile
 from bench.tables import number, with_interval
-from bench.training import arms, changes
+from bench.training import arms
 from bench.training.metrics import peak, steps_to_rate
 from bench.training.pages import all_tables
 from bench.training.plan import RUNS, Run, plan
@@ -248,68 +247,3 @@ def test_tables_and_figures_are_made_and_whatever_is_stale_is_named(tmp_path):
 def test_a_readme_without_markers_is_left_alone(text):
     with pytest.raises(XFactorError, match="benchmark:begin"):
         readme.pasted(text, "new", "benchmark")
-
-
-def scaled(factor: float, group: str, *path: str):
-    """Multiply one figure of the LoRA arm's records in a group."""
-
-    def change(run: Run, record: dict) -> dict:
-        if run.group == group and run.arm == arms.LORA_INT8:
-            place = record
-            for name in path[:-1]:
-                place = place[name]
-            old = place[path[-1]]
-            place[path[-1]] = [x * factor for x in old] if isinstance(old, list) else old * factor
-        return record
-
-    return change
-
-
-def moved(old, new) -> set[tuple[str, str]]:
-    found = {(change.metric, change.verdict) for change in changes.compare(load(old), load(new))}
-    return {(metric, verdict) for metric, verdict in found if verdict not in ("noise", "one seed")}
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (scaled(1.0, "train", "scores", "rate"), set()),
-        (scaled(1.001, "train", "scores", "perplexity"), {("perplexity", "worse")}),  # no spread over seeds at all
-        (scaled(1.002, "train", "scores", "kl_from_base"), set()),
-        (scaled(2.0, "train", "scores", "kl_from_base"), {("kl", "worse")}),
-        (scaled(0.5, "train", "scores", "rate"), {("rate", "moved")}),
-        (scaled(1.01, "shape", "train_peak", "rss_mib"), set()),
-        (scaled(1.5, "shape", "train_peak", "rss_mib"), {("train_peak", "worse")}),
-        (scaled(1.04, "shape", "seconds"), set()),
-        (scaled(0.5, "shape", "seconds"), {("step_seconds", "better")}),
-        (scaled(2, "train", "trainable_parameters"), {("trainable", "moved")}),
-    ],
-)
-def test_only_what_moved_beyond_noise_is_said_to_have_moved(folder, tmp_path, change, expected):
-    assert moved(folder, make(tmp_path / "new", change)) == expected
-
-
-def test_times_of_another_machine_are_not_compared(folder, tmp_path):
-    new = make(tmp_path / "new", scaled(3.0, "shape", "seconds"))
-    record = store.read(new / CHECKS)
-    store.write(new / CHECKS, {**record, "hardware": {**record["hardware"], "cpu": "another"}})
-    assert moved(folder, new) == set()
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "not the same hardware" in output
-
-
-def test_compare_says_what_moved_and_by_how_much(folder, tmp_path):
-    new = make(tmp_path / "new", scaled(1.5, "shape", "train_peak", "rss_mib"))
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "shape: LoRA r=8, attention + MLP, 8-bit" in output
-    assert re.search(r"worse +train peak, MiB: 400 → 600 \(\+200, \+50\.0%; noise ± 8\.00\)", output)
-    assert "1 of " in output
-    everything = CliRunner().invoke(compare.main, [str(folder), str(new), "--all"]).output
-    assert len(everything.splitlines()) > len(output.splitlines())
-
-
-def test_arms_that_only_one_side_has_are_named(folder, tmp_path):
-    new = make(tmp_path / "new", fail_shape_full)
-    assert changes.caveats(load(folder), load(new)) == ["only in the old benchmark: shape: full, fp32"]
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "only in the old benchmark: shape: full, fp32" in output

@@ -26,6 +26,7 @@ from .plan import Run
 from .texts import held_out, sample
 
 PROBE_TOKENS, SAMPLE_TOKENS, SAMPLE_PROMPTS = 32, 60, 3
+UNFINISHED = "The old man looked at her and said"
 RAISED = 20.0
 """Nats by which a set head raises its set here: e^-20 of the mass outside is left."""
 
@@ -193,11 +194,14 @@ MEASURES = {
 
 
 def samples(base: Base, run: Run) -> list[Record]:
-    """A few continuations; in the source's table its one: its prompt, 200 tokens in all, top 50."""
+    """A few continuations; in the source's table its one: its prompt, 200 tokens in all, top 50.
+
+    After it one of a sentence that is not finished, for a chat model may end its text after a whole one.
+    """
     context = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS
     if run.group in ("source", "places"):
         new = min(SOURCE_TOKENS, context) - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
-        prompts, options = (SOURCE_PROMPT,), xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K)
+        prompts, options = (SOURCE_PROMPT, UNFINISHED), xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K)
     else:
         prompts = DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)]
         options = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)

@@ -102,12 +102,17 @@ def all_tables(results: Results) -> dict[str, Table]:
         caption = f"{where_of(trained)}, every arm at the best rate of a sweep. {_settings(trained[0].settings)}"
         found["text"] = arms_table(results, trained, TEXT, caption)
     for rows in results.tables("shape"):
-        sizes, records = rows[0].settings, [record for row in rows for record in row.good]
-        threads = {record["hardware"]["threads"] for record in records}
+        sizes = rows[0].settings
         caption = f"{where_of(rows)}: memory and time of training, {sizes['steps']} steps of {sizes['batch_size']} × "
-        caption += f"{sizes['seq_len']} tokens, threads: {', '.join(map(str, sorted(threads)))}."
+        caption += f"{sizes['seq_len']} tokens{next((f', {threads_of(row)}' for row in rows if row.good), '')}."
         found[f"shape-{rows[0].model}"] = arms_table(results, rows, COST, caption)
     return found
+
+
+def threads_of(row: Row) -> str:
+    """ "one thread" or "2 threads"; runs with other threads are no results of one benchmark."""
+    count = row.good[0]["hardware"]["threads"]
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def where_of(rows: list[Row]) -> str:
@@ -154,7 +159,7 @@ def table_page(results: Results) -> str:
     for name, table in all_tables(results).items():
         parts.append(table.section())
         if name.startswith(SOURCE_TABLE):
-            rows = [row for row in sources[int(name.removeprefix(SOURCE_TABLE))] if row.good and row.good[0]["samples"]]
+            rows = [row for row in sources[int(name.removeprefix(SOURCE_TABLE))] if row.sample]
             prompt = rows[0].good[0]["samples"][0]["prompt"] if rows else ""
             lines = "\n".join(f"- {row.label}: {beginning(row)}" for row in rows)
             parts += [f"“{prompt}” continued, top-k 50, set tokens in bold:\n\n{lines}"] if rows else []
@@ -169,11 +174,12 @@ def planned(file: str) -> str:
 
 def beginning(row: Row, letters: int = LETTERS) -> str:
     """The first letters of a row's sample as Markdown."""
-    text, left = "", letters
-    for piece, inside in row.good[0]["samples"][0]["pieces"]:
+    sample, first = row.sample, row.good[0]["samples"][0]
+    text, left = "" if sample is first else f"nothing; but after “{sample['prompt']}”:", letters
+    for piece, inside in sample["pieces"]:
         words, left = re.sub(r"([\\*_`<|#])", r"\\\1", " ".join(piece[:left].split())), left - len(piece)
         space = " " if piece[:1].isspace() and text else ""
         text += space + (f"**{words}**" if inside and words else words)
         if left <= 0:
             break
-    return text + " …"
+    return f"{text} …" if text else "nothing: it ends its text at once"

@@ -55,7 +55,8 @@ def figures(results: Results) -> Iterator[Figure]:
                 yield Figure("source-loss" + (f"-{index}" if index else ""), "source", caption, _source_curves(rows))
         for prefix, section, rows in (("places-", "places", places), ("", "train", train)):
             if rows:
-                caption = "R against KL from the base. Up and to the left is better; the line is an exact logit bias."
+                caption = "R against KL from the base; up and to the left is better."
+                caption += " The line is an exact logit bias." if results.bias(rows[0]) else ""
                 yield Figure(f"{prefix}rate-kl", section, caption, _rate_against_kl(results, rows))
                 caption = "R against what was forgotten: perplexity of plain prose, after over before."
                 yield Figure(

@@ -13,14 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..store import REPOSITORY, Record
 from ..tables import file_size, model_name, number, share
 from . import arms, plots
-from .pages import all_tables, planned, sweep_table, table_page, where_of
+from .pages import all_tables, planned, sweep_table, table_page, threads_of, where_of
 from .results import Results, Row, load
 
 TEMPLATE = "report.html.j2"
 REPORT, TABLE, PLOTS = "report.html", "table.md", "plots"
 LETTERS, SAME = 420, 40
 """A sample is shown so far, and left out where its beginning is that of one shown before."""
-PLACES_SHOWN = 6
+PLACES_SHOWN = 9
 LIKE = (arms.LORA_BF16, arms.FULL_BF16), (arms.LORA_FP32, arms.FULL), (arms.LORA_INT8, arms.FULL)
 """What is compared in memory and time: the first of these pairs that there is."""
 
@@ -47,7 +47,9 @@ def html(results: Results) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "size": file_size, "name": model_name, "share": share}
-    shown = [row for row in results.of("places") if row.arm.target != "all" or row.arm.r in (1, 64)]
+    shown = [
+        row for row in results.of("places") if row.arm.target != "all" or row.arm.r != 8 or row.arm == arms.FULL_BF16
+    ]
     return environment.get_template(TEMPLATE).render(
         results=results,
         cards=cards(results),
@@ -74,14 +76,14 @@ class Card:
 
 
 def cards(results: Results) -> list[Card]:
-    """One a question, like with like: the best LoRA and the best full row of the first text table, both in bf16 for
-    memory and time."""
-    found, tables = [], [*results.tables("source"), results.of("train")]
-    text = next((pair for rows in tables if (pair := best_pair(rows))), None)
-    if text:
-        where = f"{model_name(text[0].model)}, “{text[0].contains}”; LoRA at {_rate(text[0])}, full at {_rate(text[1])}"
-        floor = results.floor(text[0])
-        note = f"KL(target ‖ model), nats, at the end. A frozen head lets no adapter below {number(floor or 0)}"
+    """One a question, like with like: of the same precision, or the best rates of each where a table has several."""
+    pairs = [like(results.of("places")), *map(best_pair, results.tables("source")), like(results.of("train"))]
+    found: list[Card] = []
+    if text := next(filter(None, pairs), None):
+        where = f"{model_name(text[0].model)}, “{text[0].contains}”, {text[0].settings['steps']} steps; LoRA at "
+        where += f"{_rate(text[0])}, full at {_rate(text[1])}"
+        floor, note = results.floor(text[0]), "KL(target ‖ model), nats, at the end"
+        note += "" if floor is None else f"; a frozen head lets no adapter below {number(floor)}"
         prose = text[1].estimate("prose_before")
         found += [
             _card("How much of what it writes is in the set?", text, "rate", share, f"R. {where}"),
@@ -89,10 +91,8 @@ def cards(results: Results) -> list[Card]:
             _card("What does it forget?", text, "prose", number,
                   f"perplexity of plain prose, {number(prose.mean)} before: how many words the next one could be"),
         ]  # fmt: skip
-    rows = {row.arm: row for row in results.of("shape") if row.good and row.model.endswith("-shape")}
-    if pair := next(((rows[a], rows[b]) for a, b in LIKE if a in rows and b in rows), None):
-        where = f"{pair[0].arm.precision}, at the shape of {model_name(pair[0].model)}"
-        where += f", {pair[0].good[0]['hardware']['threads']} thread(s)"
+    if pair := like([row for row in results.of("shape") if row.model.endswith("-shape")]):
+        where = f"{pair[0].arm.precision}, at the shape of {model_name(pair[0].model)}, {threads_of(pair[0])}"
         units = ("train_peak", lambda mib: f"{mib / 1024:.2f} GiB"), ("step_seconds", lambda s: f"{s:.2f} s")
         questions = "How much memory does training take?", "How long is a step?", "How large is the file to keep?"
         for question, (metric, show) in zip(questions, (*units, ("file_bytes", file_size)), strict=True):
@@ -103,6 +103,12 @@ def cards(results: Results) -> list[Card]:
 
 def _card(question: str, pair: tuple[Row, Row], metric: str, show: Callable[[float], str], note: str) -> Card:
     return Card(question, *(show(row.estimate(metric).mean) for row in pair), note)
+
+
+def like(rows: list[Row]) -> tuple[Row, Row] | None:
+    """(LoRA, full fine-tuning) of the first pair of `LIKE` that both have results."""
+    good = {row.arm: row for row in rows if row.good}
+    return next(((good[a], good[b]) for a, b in LIKE if a in good and b in good), None)
 
 
 def best_pair(rows: list[Row]) -> tuple[Row, Row] | None:
@@ -139,10 +145,10 @@ def samples(rows: list[Row]) -> list[Record]:
     """How each row's first sample begins, those left out whose beginning was shown before."""
     found: dict[str, Record] = {}
     for row in rows:
-        if row.good and row.good[0]["samples"]:
-            one, pieces, left = row.good[0]["samples"][0], [], LETTERS
+        if one := row.sample:
+            pieces, left = [], LETTERS
             for text, inside in one["pieces"]:
                 pieces, left = [*pieces, (text[: max(0, left)], inside)], left - len(text)
             beginning = "".join(text for text, _ in pieces)[:SAME]
-            found.setdefault(beginning, {**one, "pieces": pieces, "cut": left < 0, "label": row.label})
+            found.setdefault(one["prompt"] + beginning, {**one, "pieces": pieces, "cut": left < 0, "label": row.label})
     return list(found.values())

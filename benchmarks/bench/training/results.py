@@ -44,12 +44,14 @@ class Row:
         return self.arm.label + (f", lr {self.lr:g}" if self.lr is not None and self.group == "source" else "")
 
     @property
-    def key(self) -> tuple[str, str, str, str, float | None]:
-        return self.group, self.model, self.contains, self.arm.name, self.lr
-
-    @property
     def settings(self) -> Record:
         return self.records[0]["spec"]["settings"]
+
+    @property
+    def sample(self) -> Record | None:
+        """Its first sample that is not empty, or its first."""
+        found = [one for record in self.good[:1] for one in record["samples"]]
+        return next((one for one in found if one["tokens"]), found[0] if found else None)
 
     def values(self, metric: str) -> list[float]:
         found = (METRICS[metric].value(record) for record in self.good)
