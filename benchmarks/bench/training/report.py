@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..store import REPOSITORY, Record
+from ..store import Record
 from ..tables import file_size, model_name, number, share
 from . import arms, plots
 from .pages import all_tables, planned, sweep_table, table_page, threads_of, where_of
@@ -127,9 +126,8 @@ def _rate(row: Row) -> str:
 
 
 def _project(folder: Path) -> str | None:
-    """The way from the report to the project's README, if it lies inside the project."""
-    inside = folder.resolve().is_relative_to(REPOSITORY)
-    return Path(os.path.relpath(REPOSITORY / "README.md", folder.resolve())).as_posix() if inside else None
+    """The way from a report in benchmarks/results/PRESET to the project's README."""
+    return "../../../README.md" if folder.resolve().parts[-3:-1] == ("benchmarks", "results") else None
 
 
 def _figures(results: Results) -> list[Record]:
