@@ -75,8 +75,8 @@ class Card:
 
 
 def cards(results: Results) -> list[Card]:
-    """One a question, like with like: of the same precision, or the best rates of each where a table has several."""
-    pairs = [like(results.of("places")), *map(best_pair, results.tables("source")), like(results.of("train"))]
+    """One a question, like with like: the best rate of each, or arms of the same precision."""
+    pairs = [*map(best_pair, results.tables("source")), like(results.of("places")), like(results.of("train"))]
     found: list[Card] = []
     if text := next(filter(None, pairs), None):
         where = f"{model_name(text[0].model)}, “{text[0].contains}”, {text[0].settings['steps']} steps; LoRA at "
