@@ -213,7 +213,7 @@ def publish(results, page, *words):
 
 def test_tables_and_figures_are_made_and_whatever_is_stale_is_named(tmp_path):
     """A page, a table, a report, a figure that is another one, and one that is gone; then a changed record."""
-    folder, page = make(tmp_path / "results" / "paper"), tmp_path / "page.md"
+    folder, page = make(tmp_path / "benchmarks" / "results" / "paper"), tmp_path / "page.md"
     manifest = store.read(folder / "benchmark.json")
     files = [name for name in manifest["files"] if "-source-" in name]  # one figure
     store.write(folder / "benchmark.json", {**manifest, "files": files})

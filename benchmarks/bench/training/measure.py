@@ -198,14 +198,15 @@ def samples(base: Base, run: Run) -> list[Record]:
 
     After it one of a sentence that is not finished, for a chat model may end its text after a whole one.
     """
-    context = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS
+    context, tokens = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS, token_set(base, run)
     if run.group in ("source", "places"):
-        new = min(SOURCE_TOKENS, context) - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
-        prompts, options = (SOURCE_PROMPT, UNFINISHED), xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K)
+        lengths = {text: len(base.tokenizer(text)["input_ids"]) for text in (SOURCE_PROMPT, UNFINISHED)}
+        left = {text: min(SOURCE_TOKENS, context) - length for text, length in lengths.items()}
+        options = {text: xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K) for text, new in left.items()}
     else:
-        prompts = DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)]
-        options = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)
-    return [sample(base, token_set(base, run), prompt, options) for prompt in prompts]
+        same = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)
+        options = dict.fromkeys(DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)], same)
+    return [sample(base, tokens, prompt, how) for prompt, how in options.items()]
 
 
 def saved_bytes(result: TrainResult) -> int:
