@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
+    "serve": "Serve adapters on a GGUF file with llama.cpp.",
     "tokens": "Show a token set and the base model's own mass on it.",
     "env": "Print versions and hardware, for a bug report.",
 }
