@@ -97,6 +97,20 @@ def _writable(stream: Any) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """This package's own warnings as one line of text; of others, as Python has it."""
+    from ..errors import XFactorWarning
+    from ..tokens.printable import printable
+
+    if issubclass(category, XFactorWarning):
+        click.echo(printable(f"Note: {message}"), err=True)
+    else:
+        _python_shows(message, category, *where)
+
+
+_python_shows = warnings.showwarning
+
+
 class _UserError(click.ClickException):
     """One line, exit status 2; what it quotes may come from a stranger's file."""
 
@@ -122,3 +136,4 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate|bitsandbytes)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
