@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 from bench.memory import table as memory
 from bench.rate import table as rate
-from bench.store import RESULTS
+from bench.store import REPOSITORY, RESULTS, read_all
 from bench.training.pages import source_page, table_page
 from bench.training.results import load
 
@@ -36,3 +37,15 @@ def test_rates(tmp_path: Path):
     assert (tmp_path / "rate-kl.png").stat().st_size > 20_000
     for name in ("table.md", "logit-bias.md"):
         assert (tmp_path / name).read_text(encoding="utf-8") == page(f"rate/{name}")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("logits", "kl"), ("rates", "rates"), ("whole", "run")])
+def test_gguf_files_here_and_in_llama_cpp(name, kind):
+    """The tables beside the results, and the same in docs/gguf.md."""
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    module = importlib.import_module(f"bench.packed.{name}")
+    records = [record for record in read_all(RESULTS / "gguf") if kind in record]
+    assert records
+    table = module.table(records)
+    assert table + "\n" == page(f"gguf/{name}.md")
+    assert table in (REPOSITORY / "docs" / "gguf.md").read_text(encoding="utf-8")

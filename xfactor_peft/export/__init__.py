@@ -19,8 +19,8 @@ from .onnx_file import write_onnx
 FORMATS = {
     "merged": "a transformers folder, for AutoModelForCausalLM and everything that reads it",
     "gguf": "the merged model as one file for llama.cpp (extra gguf)",
-    "ollama": "a folder for `ollama create`: the adapter, and a Modelfile that names its GGUF base (extra gguf)",
     "gguf-lora": "the adapter alone for llama.cpp's `--lora` (extra gguf)",
+    "ollama": "a folder for `ollama create`: the adapter, and a Modelfile that names its GGUF base (extra gguf)",
     "onnx": "the merged model's ids -> logits as one ONNX file (extra onnx)",
     "logit-bias": "JSON with a bias for every token of the set, for servers without LoRA",
 }

@@ -92,5 +92,5 @@ def table(records: list[Record]) -> str:
     """One row a format."""
     columns = ("base file", "base float32", "adapter file", "adapter float32")
     rows = [[r["format"], f"{r['size'] / 1e6:.0f}", *(f"{r['kl'][c]['mean']:.1e}" for c in columns)] for r in records]
-    heads = [f"KL, {c.replace('float32', 'same weights in float32').replace('file', 'the file')}" for c in columns]
+    heads = ["base", "base, weights in float32", "adapter", "adapter, weights in float32"]
     return Table(["format", "MB", *heads], rows).markdown()
