@@ -175,7 +175,7 @@ def _load_gguf(choice: ModelChoice, path: Path, options: LoadOptions, vocabulary
     switch_off_dropout(model)
     use_short_attention(model)
     return Base(
-        model, tokenizer, choice, identify_gguf(file, choice.name, tokenizer), dtype, device,
+        model, tokenizer, choice, identify_gguf(file, choice.name, tokenizer, choice.revision), dtype, device,
         dict(Counter(layer.matrix.form.name for layer in model.modules() if isinstance(layer, GgufLinear))),
         backend="gguf", load_peak=peaks(device),
     )  # fmt: skip

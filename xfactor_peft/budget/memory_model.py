@@ -73,7 +73,10 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, k
 
 def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
-    loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
+    chunk = min(CHUNK_BYTES, 4 * positions * step.vocab_size)
+    if shape.quantization == "gguf":  # a piece of the vocabulary
+        chunk = 4 * positions * min(step.vocab_size, GGUF_PIECE // step.width)
+    loss = LOSS_CHUNKS[shape.teacher] * chunk + 4 * positions * step.width
     block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width

@@ -92,7 +92,7 @@ def make_plan(
         baseline = _process(folder)
     budget = options.budget or baseline + free_memory(device)
     count = subject.blocks(options, budget, baseline)
-    memory, phases = subject.predicted(count, baseline, options.budget)
+    memory, phases = subject.predicted(count, baseline, limit_of(options, shape.packed))
     plan = Plan(memory, budget, count, len(subject.step.blocks), None, (), phases)
     if not plan.fits:
         plan = replace(plan, advice=tuple(_advice(subject, grad_accum, budget, baseline)))
@@ -149,12 +149,23 @@ def _process(folder: Path) -> int:
     return size
 
 
+PACKED_RUN = 550 * 2**20
+"""What a run on a GGUF file takes beside 1.1 times the file, where nothing else is asked for: who has such a file is
+short of memory, so blocks are recomputed down to it."""
+
+
+def limit_of(options: MemoryOptions, packed: int) -> int | None:
+    """What the process is to stay below: the budget, else what a file of `packed` bytes promises; None without both."""
+    return options.budget or (int(1.1 * packed) + PACKED_RUN if packed else None)
+
+
 def chosen_blocks(step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int) -> int:
     """How many blocks `checkpointing` recomputes; with "auto" all of them when no number is enough."""
     if isinstance(options.checkpointing, int):
         return options.checkpointing
     if options.checkpointing != "auto":
         return len(step.blocks) if options.checkpointing == "on" else 0
+    budget = min(budget, limit_of(options, shape.packed) or budget)
     count = blocks_to_recompute(step, shape, budget, baseline=baseline)
     return len(step.blocks) if count is None else count
 

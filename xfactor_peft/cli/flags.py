@@ -65,6 +65,7 @@ FLAGS = {
     "steps": "--steps",
     "system": "--system",
     "temperature": "--temperature",
+    "tensors": "--tensors",
     "token_ids": "--token-ids",
     "top_k": "--top-k",
     "top_p": "--top-p",

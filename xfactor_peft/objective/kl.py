@@ -18,8 +18,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from ..lowmem.gguf_layers import PackedMatrix, linear, times
+from ..lowmem.gguf_layers import PackedMatrix
+from .packed_kl import PackedKL, Wanted
 
 CHUNK_BYTES = 16 * 2**20
 """Size of one chunk's float32 logits; about three such buffers are alive at once."""
@@ -63,7 +65,7 @@ class _ChunkedKL(torch.autograd.Function):
         for start in range(0, positions, chunk):
             part = slice(start, start + chunk)
             h = hidden[part]
-            z = linear(h, weight, bias).to(accumulate)
+            z = F.linear(h, weight, bias).to(accumulate)
             log_wanted = None if teacher is None else teacher.log_probabilities(part, weight, bias)
             with _no_autocast(hidden.device.type):
                 if set_logits is not None:
@@ -84,7 +86,7 @@ class _ChunkedKL(torch.autograd.Function):
                     grad_set[part] = difference @ members.T
                 difference = difference.to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = times(difference, weight)
+                    grad_hidden[part] = difference @ weight
                 if grad_weight is not None:
                     grad_weight += difference.T @ h.to(weight.dtype)
         ctx.save_for_backward(
@@ -114,11 +116,9 @@ class Teacher(NamedTuple):
     hidden: torch.Tensor
     tilt: torch.Tensor
 
-    def log_probabilities(
-        self, part: slice, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def log_probabilities(self, part: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """log q at the positions of `part`, (n, V), float32 or better."""
-        z = linear(self.hidden[part], weight, bias)
+        z = F.linear(self.hidden[part], weight, bias)
         return (z.to(torch.promote_types(z.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
 
 
@@ -156,6 +156,9 @@ def kl_loss(
     for name, vector in (("target", target), ("mask", mask), ("bias", bias)):
         if vector is not None and vector.shape != (vocab_size,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({vocab_size},)")
+    if isinstance(weight, PackedMatrix):
+        loss, mass = PackedKL.apply(flat, weight, bias, None, Wanted(target), mask[None])
+        return KLResult(loss, mass[0])
     chunk = chunk or chunk_positions(vocab_size)
     loss, mass = _ChunkedKL.apply(flat, weight, bias, None, target, None, mask[None], chunk)
     return KLResult(loss, mass[0])
@@ -201,5 +204,8 @@ def tilted_kl_loss(
         )
     if set_logits is not None:
         set_logits = set_logits.reshape(len(flat), len(members))
+    if isinstance(weight, PackedMatrix):
+        wanted = Wanted(None, teacher.hidden, teacher.tilt)
+        return KLResult(*PackedKL.apply(flat, weight, bias, set_logits, wanted, members))
     chunk = chunk or chunk_positions(len(weight))
     return KLResult(*_ChunkedKL.apply(flat, weight, bias, set_logits, None, teacher, members, chunk))

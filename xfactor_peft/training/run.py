@@ -18,7 +18,7 @@ from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
 from ..budget.phases import SAMPLING_BYTES
-from ..budget.plan import recompute_in
+from ..budget.plan import limit_of, recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
@@ -119,8 +119,8 @@ class TrainingRun:
         return adapter_off(self.wrapped)
 
     def cache_bytes(self) -> int:
-        """What a budget leaves the key-value cache of a batch of samples, so that sampling stays below it, too."""
-        budget = self.recipe.memory.budget
+        """What a budget, or a packed file's promise, leaves the key-value cache of a batch of samples."""
+        budget = limit_of(self.recipe.memory, self.shape.packed)
         if budget is None or self.base.device.type != "cpu":
             return CACHE_BYTES
         return budget - resident() - SAMPLING_BYTES
