@@ -301,10 +301,9 @@ def main(
         write_checkpoint(output, shape, layout=layout, seed=seed, dtype=dtype, tokenizer=tokenizer)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    size = (output / "model.safetensors").stat().st_size
-    click.echo(
-        f"{output}: {shape} shape, {layout} layout, {dtype or SHAPES[shape].dtype}, random weights, {size / 2**20:,.0f} MiB"
-    )
+    size = (output / "model.safetensors").stat().st_size / 2**20
+    kind = f"{shape} shape, {layout} layout, {dtype or SHAPES[shape].dtype}"
+    click.echo(f"{output}: {kind}, random weights, {size:,.0f} MiB")
 
 
 if __name__ == "__main__":
