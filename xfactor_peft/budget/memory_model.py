@@ -34,6 +34,9 @@ KERNELS = 16 * 2**20
 """Compiled kernels and code pages that stay: once with the first product on a CPU, and again with every kind of phase,
 whose products have shapes of their own (oneDNN keeps them)."""
 
+PAGES = 48 * 2**20
+"""What a run with mapped weights needs of the page cache at every moment: code, and the layers at hand."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -98,9 +101,15 @@ def scratch_bytes(step: StepMemory, shape: Shape) -> int:
     return 0
 
 
-def resident() -> int:
-    """Bytes that this process has in memory now."""
-    return psutil.Process().memory_info().rss
+def resident(*, mapped: bool = False) -> int:
+    """Bytes that this process has in memory now; with mapped weights, what cannot be taken back, and `PAGES`."""
+    now = psutil.Process().memory_info()
+    return now.rss - file_pages() + PAGES if mapped else now.rss
+
+
+def file_pages() -> int:
+    """Bytes of files in this process's memory, code among them; 0 where the system does not say."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -26,6 +26,7 @@ _COMMANDS = {
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
     "tokens": "Show a token set and the base model's own mass on it.",
+    "cache": "List the files that weights are mapped from, or remove them.",
     "env": "Print versions and hardware, for a bug report.",
 }
 _EXAMPLES = (
