@@ -31,6 +31,24 @@ def test_a_run_does_without_the_compiler_which_comes_when_it_is_asked_for(tmp_pa
     assert done.stdout.splitlines()[-1] == "[2.0, 2.0]"
 
 
+QUANTISED = """
+import sys
+from xfactor_peft.cli import main
+main(["train", "--model", "demo", "--load-in-4bit", "--quant-backend", "bitsandbytes", "--steps", "1", "--seq-len", "8",
+      "--no-eval", "--output", sys.argv[1]], standalone_mode=False)
+import torch._dynamo.utils, torch._dynamo.backends.registry, sympy.core
+assert torch._dynamo.utils.__spec__.name == "torch._dynamo.utils" and sympy.core.numbers.Integer(3) + 1 == 4
+assert sys.modules["torch._dynamo"].utils is torch._dynamo.utils
+"""
+
+
+def test_a_library_that_compiles_on_import_finds_the_compiler_whole(tmp_path):
+    """bitsandbytes decorates with `torch.compile`, which begins with a submodule and not with the package."""
+    words = [sys.executable, "-c", QUANTISED, str(tmp_path / "adapter")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 ANSWERS = """
 from xfactor_peft.lowmem import imports
 assert imports.put_off_compiler() and not imports.put_off_compiler()

@@ -70,9 +70,8 @@ def command(**flags: Any) -> None:
     from .summary import print_frontier, print_goals, print_scores
 
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
-    if flags["prompts"]:
-        given = flags["prompts"]
-        families = families_of(from_stdin(), given) if str(given) == "-" else read_families(given)
+    if path := flags["prompts"]:
+        families = families_of(from_stdin(), path) if str(path) == "-" else read_families(path)
         if any(family.chat for family in families):
             raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
         options = replace(options, prompts=tuple(prompt for family in families for prompt in family.prompts))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +48,19 @@ def put_off_compiler() -> bool:
     frame = ModuleType(f"{_COMPILER}.eval_frame")
     frame.OptimizedModule = type("OptimizedModule", (), {})  # type: ignore[attr-defined]  # accelerate looks for one
     marks: dict[str, Any] = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _unchanged)
-    _Later(_COMPILER, ("config",), **marks, graph_break=lambda *_, **__: None, eval_frame=frame)
+    _Later(
+        _COMPILER,
+        ("config", "_trace_wrapped_higher_order_op"),
+        **marks,
+        graph_break=lambda *_, **__: None,
+        eval_frame=frame,
+    )
     failure = type("GuardOnDataDependentSymNode", (RuntimeError,), {})
     known: dict[str, Any] = {name: _of_plain(_SHAPES, name, answer) for name, answer in _ANSWERS.items()}
     _Later(_SHAPES, **known, GuardOnDataDependentSymNode=failure)
     _Later(_FUNCTIONS, Max=_of_plain(_FUNCTIONS, "Max", max))
     _Later(_ALGEBRA, Basic=type("Basic", (), {}))
+    sys.meta_path.insert(0, _Submodules())
     return True
 
 
@@ -71,13 +80,13 @@ class _Later(ModuleType):
         self.__path__ = [str(root.joinpath(*inner))]
         if not inner:
             self.__spec__ = spec  # whoever asks whether the package is installed
-        self.__dict__.update(known, _alone=alone, _known=tuple(known))
+        self.__dict__.update(known, alone=alone, _known=tuple(known))
         sys.modules[name] = self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name in self._alone:
+        if name in self.alone:
             return importlib.import_module(f"{self.__name__}.{name}")
         return getattr(self.real(), name)
 
@@ -88,6 +97,33 @@ class _Later(ModuleType):
             for name in self._known:
                 self.__dict__.pop(name, None)
         return importlib.import_module(self.__name__)
+
+
+class _Submodules(MetaPathFinder):
+    """Whoever imports a module of a package that a `_Later` stands for gets the real one, its package loaded first."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        stand_in = sys.modules.get(package)
+        if not isinstance(stand_in, _Later) or name in stand_in.alone:
+            return None
+        stand_in.real()
+        return importlib.util.spec_from_loader(fullname, _Loaded(importlib.import_module(fullname)))
+
+
+class _Loaded(Loader):
+    """Gives a module that is there already."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
