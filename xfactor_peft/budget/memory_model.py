@@ -23,11 +23,11 @@ import torch
 
 from ..lowmem.gguf_layers import PIECE as GGUF_PIECE
 from ..lowmem.int8_matmul import PRODUCT_BYTES
-from ..objective.kl import CHUNK_BYTES
+from ..objective.kl import LOGITS_BYTES, PIECE_BYTES
 from .dry_run import Shape, StepMemory
 
 LOSS_CHUNKS = {False: 3.5, True: 5.5}
-"""Buffers of one chunk of logits that are alive at once: without and with a teacher's beside the student's."""
+"""Buffers of one piece of logits that are alive at once: without and with a teacher's beside the student's."""
 BLOCK_TENSORS = 6
 """Tensors of the MLP's width, in the computation's dtype, that one block's backward holds besides what was saved."""
 KERNELS = 16 * 2**20
@@ -76,7 +76,9 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, k
 
 def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
-    loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
+    every = positions * step.vocab_size
+    stored = min(LOGITS_BYTES, (4 if shape.dtype == "fp32" else 2) * every * (1 + shape.teacher))
+    loss = stored + LOSS_CHUNKS[shape.teacher] * min(PIECE_BYTES, 4 * every) + 4 * positions * step.width
     block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
