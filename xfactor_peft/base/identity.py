@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = config.get("n_layer", config.get("num_hidden_layers", "?"))
     width = config.get("n_embd", config.get("hidden_size", "?"))
-    weights, forward = _weights_fingerprints(folder)
+    weights, forward = weights_fingerprints(folder)
     return BaseIdentity(
         name=name,
         revision=revision,
@@ -160,29 +161,30 @@ def _function(values: Any) -> Any:
     return {str(key): _function(value) for key, value in kept if key not in _VOLATILE and value is not None}
 
 
-def _weights_fingerprints(folder: Path) -> tuple[str, str]:
+def weights_fingerprints(folder: Path) -> tuple[str, str]:
     """(without any output embedding, as it always was; of what the forward pass uses)."""
     stored = stored_tensors(folder)
     tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
     digest, forward = hashlib.sha256(), hashlib.sha256()
-    for name, key in sorted((_plain_name(key), key) for key in stored):
-        head = name.startswith("lm_head.")
-        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # of old checkpoints
-        line = json.dumps([name, *_sample(stored[key])]).encode()
-        if not (mask or head):
-            digest.update(line)
-        if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
-            forward.update(line)
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {one.file for one in stored.values()}}
+        for name, key in sorted((_plain_name(key), key) for key in stored):
+            head = name.startswith("lm_head.")
+            mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # of old checkpoints
+            line = json.dumps([name, *_sample(files[stored[key].file], stored[key].name)]).encode()
+            if not (mask or head):
+                digest.update(line)
+            if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
+                forward.update(line)
     return digest.hexdigest(), forward.hexdigest()
 
 
-def _sample(tensor: StoredTensor) -> tuple[list[int], list[float]]:
-    """Shape and leading values."""
-    with safe_open(tensor.file, framework="pt") as file:
-        part = file.get_slice(tensor.name)
-        shape = part.get_shape()
-        rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(tensor.name)
-        return shape, rows.flatten()[:SAMPLED_VALUES].float().tolist()
+def _sample(file: Any, name: str) -> tuple[list[int], list[float]]:
+    """Shape and leading values of a tensor in an open file."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(name)
+    return shape, rows.flatten()[:SAMPLED_VALUES].float().tolist()
 
 
 def _is_copy(key: str, stored: dict[str, StoredTensor]) -> bool:

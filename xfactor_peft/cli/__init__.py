@@ -27,6 +27,7 @@ _COMMANDS = {
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
     "serve": "Serve adapters on a GGUF file with llama.cpp.",
     "tokens": "Show a token set and the base model's own mass on it.",
+    "cache": "List the files that weights are mapped from, or remove them.",
     "env": "Print versions and hardware, for a bug report.",
 }
 _EXAMPLES = (

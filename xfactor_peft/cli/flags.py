@@ -71,6 +71,7 @@ FLAGS = {
     "top_p": "--top-p",
     "trackers": "--log-with",
     "weight_decay": "--weight-decay",
+    "weights": "--weights",
     "words": "--words",
 }
 RESUME = "xfactor_peft.resume"

@@ -123,7 +123,7 @@ class TrainingRun:
         budget = limit_of(self.recipe.memory, self.shape.packed)
         if budget is None or self.base.device.type != "cpu":
             return CACHE_BYTES
-        return budget - resident() - SAMPLING_BYTES
+        return budget - resident(mapped=self.shape.mapped) - SAMPLING_BYTES
 
     def wrap(self, sets: int = 0) -> PeftModel:
         """Add LoRA to the base; `sets` is the rank of a set head."""
@@ -181,4 +181,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
         packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
+        mapped=base.mapped and not base.choice.gguf,
     )  # fmt: skip
