@@ -21,7 +21,7 @@ test: $(READY)
 	$(TESTS)
 
 docs: $(READY)
-	XFACTOR_ALL_DOCS=1 $(BIN)/python -m pytest tests/docs/test_docs.py
+	XFACTOR_ALL_DOCS=1 $(BIN)/python -m pytest tests/docs/test_docs.py tests/docs/test_gguf_page.py
 
 lint: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 from bench import process, store
 from bench.memory.arms import ARMS, PARITY, REFERENCE, Arm
-from bench.memory.table import SUMMARY, TABLE, render, summarise
+from bench.memory.table import SUMMARY, summarise, write
 from bench.process import Job, Place
 from bench.session import Session
 from bench.store import REPOSITORY, RESULTS
@@ -72,8 +72,7 @@ def main(checkpoint, rounds, steps, parity_steps, arms, threads, output) -> None
         runs.setdefault(job.label, []).append(session.run(job))
     record["rows"] = summarise(runs)
     store.write(output / SUMMARY, record)
-    (output / TABLE).write_text(render(record), encoding="utf-8")
-    click.echo(render(record))
+    click.echo(write(output))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,11 @@ def table(records: list[Record]) -> str:
     return f"{Table(head, rows).markdown()}\n\n{summary}\n"
 
 
+def write(folder: Path) -> str:
+    """Write the table of the records in `folder` beside them; returns it."""
+    return store.write_text(folder / "table.md", table(store.read_all(folder)))
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--only", multiple=True, metavar="WORD", help="Configurations whose name begins with this.")
 @click.option("--limited", is_flag=True, help="Run each again in a control group of 1.05 x its plan.")
@@ -133,9 +138,7 @@ def main(only, limited, again, real, gpt2m, threads, output) -> None:  # fmt: sk
             store.write(file, found)
             click.echo(f"{name} within {found['limited']['limit']} MiB: {found['limited']['status']}")
         failed |= "error" not in found or found.get("limited", {}).get("status", "ok") not in ("ok", "skipped")
-    text = table(store.read_all(output))
-    (output / "table.md").write_text(text, encoding="utf-8")
-    click.echo(text)
+    click.echo(write(output))
     sys.exit(int(failed))
 
 

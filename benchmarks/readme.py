@@ -1,56 +1,62 @@
-"""Paste tables and figures of the benchmarks into README.md and docs/results.md, between markers.
+"""Make every table and figure of the benchmarks from their results, and paste them into README.md and docs.
 
-    python benchmarks/readme.py                     from benchmarks/results/quick
-    python benchmarks/readme.py RESULTS --check     fail if a page does not hold what the results say
+    python benchmarks/readme.py             make them
+    python benchmarks/readme.py --check     change nothing; fail if one is not what the results give
 
-The markers are lines of their own: <!-- benchmark:begin --> and <!-- benchmark:end -->. The tables of `whole.py`,
-`memory.py` and `rate.py`, and the source's of the preset paper, go between markers named whole, lowmem, rate and
-source, on every page that has them.
+What belongs between the markers <!-- NAME:begin --> and <!-- NAME:end --> of a page is in `PASTED`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from filecmp import cmp
 from pathlib import Path
 
 import click
-from bench.memory.table import stored as memory_table
-from bench.rate.table import stored as rate_table
+import four_bit
+import plan_accuracy
+import whole
+from bench import store
+from bench.memory import table as memory
+from bench.rate import same
+from bench.rate import table as rate
 from bench.store import REPOSITORY, RESULTS
-from bench.training.pages import all_tables, source_page
-from bench.training.plots import save_png
-from bench.training.report import PLOTS, REPORT
-from bench.training.results import Results, load
+from bench.training.report import PLOTS, REPORT, TABLE, write_report
 
 from xfactor_peft.errors import XFactorError
 
-MARKER = "benchmark"
-README = REPOSITORY / "README.md"
-PAGES = (README, REPOSITORY / "docs" / "results.md")
-FIGURES = ("rate-kl", "memory")
-OTHERS: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "whole": ("whole", lambda folder: (folder / "table.md").read_text("utf-8")),
-    "lowmem": ("lowmem", memory_table),
-    "rate": ("rate", rate_table),
-    "source": ("paper", lambda folder: source_page(load(folder)) or ""),
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md")
+MAKERS: dict[str, Callable[[Path], object]] = {
+    "four_bit": four_bit.write,
+    "lowmem": memory.write,
+    "paper": write_report,
+    "plan": plan_accuracy.write,
+    "rate": rate.report,
+    "same_rate": same.write,
+    "whole": whole.write,
 }
-"""What else is pasted: the markers' name, the folder of results, and what makes Markdown of it."""
+"""Folder of results: what writes its tables and figures into it."""
+PASTED = {"benchmark": "paper", "four-bit": "four_bit", "lowmem": "lowmem", "rate": "rate", "whole": "whole"}
+"""Markers: the folder whose table goes between them."""
+FIGURES = ("source-loss", "places-rate-kl")
 
 
-def section(results: Results, readme: Path) -> str:
-    """What belongs between the main markers; links are relative to the README."""
-    where = Path(os.path.relpath(results.folder, readme.resolve().parent)).as_posix()
-    names = [name for name in FIGURES if (results.folder / PLOTS / f"{name}.png").is_file()]
-    figures = " ".join(f'<img src="{where}/{PLOTS}/{name}.png" alt="{name}" width="49%">' for name in names)
-    tables = [table.section() for table in all_tables(results).values()]
-    origin = f"Made by `bash benchmarks/run.sh --preset {results.manifest['preset']}` and pasted by "
-    origin += "`python benchmarks/readme.py`; all of it, with samples, is in "
-    origin += f"[{REPORT}]({where}/{REPORT}). {results.origin()}."
-    return "\n\n".join(part for part in (figures, *tables, origin) if part)
+def between(name: str, results: Path, page: Path) -> str:
+    """What belongs between the markers of that name; links are relative to the page."""
+    folder = results / PASTED[name]
+    text = (folder / TABLE).read_text(encoding="utf-8").strip()
+    if name != "benchmark":
+        return text
+    where = Path(os.path.relpath(RESULTS / folder.name, page.resolve().parent)).as_posix()
+    names = [figure for figure in FIGURES if (folder / PLOTS / f"{figure}.png").is_file()]
+    figures = " ".join(f'<img src="{where}/{PLOTS}/{figure}.png" alt="{figure}" width="49%">' for figure in names)
+    return f"{figures}\n\n{text}. All of it, with samples: [{REPORT}]({where}/{REPORT})."
 
 
-def pasted(text: str, new: str, name: str = MARKER) -> str:
+def pasted(text: str, new: str, name: str) -> str:
     """`text` with `new` between the markers of that name.
 
     Raises:
@@ -58,41 +64,56 @@ def pasted(text: str, new: str, name: str = MARKER) -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise XFactorError(f"the README needs one line {begin} and below it one line {end}")
+        raise XFactorError(f"the page needs one line {begin} and below it one line {end}")
     head, _, rest = text.partition(begin)
     return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
 
 
-def with_other_tables(text: str) -> str:
-    """`text` with the tables of the other benchmarks, as far as it has their markers and they have results."""
-    for name, (folder, table) in OTHERS.items():
-        if f"<!-- {name}:begin -->" in text and (RESULTS / folder).is_dir():
-            text = pasted(text, table(RESULTS / folder).strip(), name)
-    return text
+def make(results: Path, pages: tuple[Path, ...]) -> dict[Path, str]:
+    """Write every table and figure into the folders of `results`; returns the pages with theirs pasted."""
+    for name, maker in MAKERS.items():
+        if (results / name).is_dir():
+            maker(results / name)
+    texts = {}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name in PASTED:
+            if f"<!-- {name}:" in text and (results / PASTED[name]).is_dir():
+                text = pasted(text, between(name, results, page), name)
+        texts[page] = text
+    return texts
 
 
-@click.command()
-@click.argument("results", type=click.Path(path_type=Path, file_okay=False), default=RESULTS / "quick")
+def stale(results: Path, pages: tuple[Path, ...]) -> list[str]:
+    """The files that are not what the results give, which are made again from a copy of the records."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "benchmarks" / "results"
+        shutil.copytree(results, copy, ignore=shutil.ignore_patterns("*.md", "*.png", "*.html"))
+        found = [page.name for page, text in make(copy, pages).items() if page.read_text(encoding="utf-8") != text]
+        made = (file.relative_to(copy) for file in copy.rglob("*") if file.is_file())
+        return found + [str(file) for file in made if not _same(results / file, copy / file)]
+
+
+def _same(old: Path, new: Path) -> bool:
+    return old.is_file() and cmp(old, new, shallow=False)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--results", type=click.Path(path_type=Path, file_okay=False, exists=True), default=RESULTS)
 @click.option(
     "--page", "pages", type=click.Path(path_type=Path, dir_okay=False, exists=True), multiple=True, default=PAGES
 )
-@click.option("--check", is_flag=True, help="Change nothing; fail if a page is not up to date.")
+@click.option("--check", is_flag=True, help="Change nothing; fail if something is not up to date.")
 def main(results: Path, pages: tuple[Path, ...], check: bool) -> None:
-    """Paste the tables and figures of RESULTS and of the other benchmarks into every page."""
     try:
-        loaded = load(results.resolve())
         if not check:
-            save_png(loaded, loaded.folder / PLOTS)
-        for page in pages:
-            old = page.read_text(encoding="utf-8")
-            new = with_other_tables(old if page == README else pasted(old, section(loaded, page)))
-            if check and new != old:
-                raise XFactorError(f"{page.name} differs from the results; run: python benchmarks/readme.py {results}")
-            if new != old:
-                page.write_text(new, encoding="utf-8")
-            click.echo(f"{page.name} is up to date")
+            for page, text in make(results, pages).items():
+                store.write_text(page, text)
+        elif found := stale(results, pages):
+            raise XFactorError(f"not what the results give: {', '.join(found)}; run: python benchmarks/readme.py")
     except XFactorError as error:
         raise click.ClickException(str(error)) from error
+    click.echo("every table and figure is what the results give")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ One JSON a run in benchmarks/results/same_rate/.
 from __future__ import annotations
 
 import click
-from bench import store
 from bench.process import Job, Place
-from bench.rate.same import report
+from bench.rate.same import write
 from bench.session import Session
 from bench.store import RESULTS
 from rate import numbers
@@ -35,9 +34,7 @@ from rate import numbers
 def main(what: str, seeds: list[float], rates: list[float], threads: int, force: bool, **options) -> None:
     folder = RESULTS / "same_rate"
     if what == "report":
-        text = report([record for record in store.read_all(folder) if record["status"] == "ok"])
-        (folder / "same.md").write_text(text, encoding="utf-8")
-        click.echo(text)
+        click.echo(write(folder))
         return
     jobs = []
     for seed in map(int, seeds):

@@ -21,7 +21,7 @@ import click
 from bench import store
 from bench.command import NoGroup, memory_group, train
 from bench.store import REPOSITORY, RESULTS, Record
-from bench.tables import Table
+from bench.tables import NONE, Table
 
 GPT2M = REPOSITORY / "build" / "gpt2-medium-random"
 SMALL = ["--lora-r", "8", "--steps", "10"]
@@ -35,19 +35,24 @@ COMMANDS = {
 }
 
 
-def rows(records: list[Record]) -> list[list[str]]:
-    found = []
+COLUMNS = {"peak": "peak, MiB", "anonymous": "RssAnon, MiB", "seconds": "wall, s"}
+
+
+def table(records: list[Record]) -> Table:
+    """Medians of the runs that ended well; columns that no record has are left out."""
+    columns, lines = [key for key in COLUMNS if any(key in one for r in records for one in r["runs"])], []
     for record in records:
         good = [one for one in record["runs"] if one["status"] == "ok"]
-        middle = (
-            [f"{statistics.median(one.get(key, 0) for one in good):,.1f}" for key in ("peak", "anonymous", "seconds")]
-            if good
-            else []
-        )
-        where = f"`xfactor train {' '.join(record['command'])}`"
-        limit = f"{record['limit']:,}" if record["limit"] else "–"
-        found.append([where, *(middle or ["–"] * 3), limit, record["runs"][-1]["status"]])
-    return found
+        found = [[one[key] for one in good if key in one] for key in columns]
+        figures = [f"{statistics.median(values):,.1f}" if values else NONE for values in found]
+        limit = f"{record['limit']:,}" if record["limit"] else NONE
+        lines.append([f"`xfactor train {' '.join(record['command'])}`", *figures, limit, record["runs"][-1]["status"]])
+    return Table(["command", *(COLUMNS[key] for key in columns), "limit, MiB", "ended"], lines)
+
+
+def write(folder: Path) -> str:
+    """Write the table of the records in `folder` beside them; returns it."""
+    return store.write_text(folder / "table.md", table(store.read_all(folder)).markdown() + "\n")
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -78,10 +83,7 @@ def main(only, rounds, limit, real, threads, output) -> None:  # fmt: skip
         words = [word.replace(f"{REPOSITORY}/", "") for word in COMMANDS[name]]
         record = {"name": name, "command": words, "limit": limit, "threads": threads, "runs": made}
         store.write(output / f"{name}{f'-{limit}MiB' if limit else ''}.json", {**record, **store.provenance()})
-    head = ["command", "peak, MiB", "RssAnon, MiB", "wall, s", "limit, MiB", "ended"]
-    table = Table(head, rows(store.read_all(output))).markdown()
-    (output / "table.md").write_text(table + "\n", encoding="utf-8")
-    click.echo(table)
+    click.echo(write(output))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.tiny import KINDS, tiny_model_folder
+from xfactor_peft.base import weight_cache
 from xfactor_peft.base.loading import Base, load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.cli import main
@@ -38,6 +39,14 @@ def pytest_collection_finish():
     """What is imported stays: a collection, of which a run has several, takes 0.2 s less without it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Mapped weights are written to a folder of the tests', not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(weight_cache.PLACE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

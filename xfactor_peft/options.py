@@ -24,6 +24,7 @@ LORA_VARIANTS = ("lora", "dora", "rslora", "pissa", "lora+")
 DTYPES = ("fp32", "bf16")
 QUANTIZATIONS = ("int8", "nf4")
 BACKENDS = ("auto", "native", "bitsandbytes")
+WEIGHTS = ("auto", "memory", "mapped")
 CHECKPOINTING = ("auto", "on", "off")
 CHAT = ("auto", "on", "off")
 SAME_RATE = ("everywhere", "on-average")
@@ -85,7 +86,9 @@ class LoadOptions(_Recorded):
     `dtype` is "auto", "fp32" or "bf16"; `device` "auto", "cpu" or "cuda[:n]"; `quantization` None, "int8" or "nf4".
     `backend` chooses who quantises: "bitsandbytes", "native" (this package's CPU layers) or "auto"
     (native on a CPU, bitsandbytes on CUDA). `master_weights` keeps float32 weights under a bf16 computation,
-    which full fine-tuning needs: its updates are smaller than bf16 can add.
+    which full fine-tuning needs: its updates are smaller than bf16 can add. `weights` are read into "memory", or
+    "mapped" from a file that is written the first time: page cache, which the system may take back (see
+    `base.weight_cache`). "auto" is memory, and mapped for a GGUF file.
     """
 
     dtype: str = "auto"
@@ -93,8 +96,10 @@ class LoadOptions(_Recorded):
     quantization: str | None = None
     backend: str = "auto"
     master_weights: bool = False
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("weights", self.weights, WEIGHTS)
         _one_of("dtype", self.dtype, ("auto", *DTYPES))
         if self.quantization is not None:
             _one_of("quantization", self.quantization, QUANTIZATIONS)

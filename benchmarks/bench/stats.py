@@ -17,10 +17,6 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def half(self) -> float:
-        return (self.high - self.low) / 2
-
 
 @cache
 def t_quantile(probability: float, degrees: int) -> float:

@@ -28,6 +28,12 @@ def write(path: Path, record: Record) -> None:
     os.replace(partial, path)
 
 
+def write_text(path: Path, text: str) -> str:
+    """Write a table or a page; returns the text."""
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
 def read(path: Path) -> Record | None:
     """The record, or None when there is no file or it holds no JSON object."""
     try:

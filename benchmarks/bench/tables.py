@@ -37,8 +37,9 @@ def number(value: float) -> str:
     size = abs(value)
     if size < 5e-4:
         return "0.000"  # not "-0.000"
-    if size >= 1e6:
-        return f"{value:.2g}"
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if size >= unit:
+            return f"{value / unit:,.2g} {name}" if size < 100 * unit else f"{value / unit:,.0f} {name}"
     if size >= 100:
         return f"{value:,.0f}"
     if size >= 10:
@@ -51,17 +52,24 @@ def whole(value: float) -> str:
 
 
 def file_size(count: float) -> str:
-    """Bytes as kB or MB."""
+    """Bytes as kB, MB or GB."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
-def with_interval(estimate: Estimate | None, low: float = float("-inf"), high: float = float("inf")) -> str:
-    """ "0.931 (0.902–0.955)", clipped to what is possible; without a spread only the mean."""
+def share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def with_interval(estimate: Estimate | None, high: float = float("inf")) -> str:
+    """ "0.931 (0.902–0.955)", between 0 and `high`, a share's with its three digits; without a spread only the mean."""
+    show = share if high == 1 else number
     if estimate is None:
         return NONE
     if estimate.low == estimate.high:
-        return number(estimate.mean)
-    centre, span = number(estimate.mean), f"{number(max(low, estimate.low))}–{number(min(high, estimate.high))}"
+        return show(estimate.mean)
+    centre, span = show(estimate.mean), f"{show(max(0.0, estimate.low))}–{show(min(high, estimate.high))}"
     return centre if span == f"{centre}–{centre}" else f"{centre} ({span})"
 
 
@@ -72,6 +80,7 @@ def missed(value: float, most: float | None, show: Callable[[float], str]) -> st
 
 def model_name(model: str) -> str:
     """A model's name for people; one with random weights is called by its shape."""
-    names = {"demo": "the bundled demo model", "gpt2-medium": "GPT-2 Medium", "tiny-random": "a tiny random model"}
+    names = {"demo": "the bundled demo model", "gpt2-medium": "GPT-2 Medium", "tiny-random": "a tiny random model",
+             "smollm2": "SmolLM2-135M-Instruct"}  # fmt: skip
     plain = Path(model).name.removesuffix("-shape")
     return names.get(plain, plain)

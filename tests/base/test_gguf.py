@@ -1,6 +1,7 @@
 """GGUF files as bases: every number format, every family's layout, what is refused, training, and llama.cpp's view."""
 
 import struct
+import warnings
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.base.split_model import split
-from xfactor_peft.errors import XFactorError
+from xfactor_peft.errors import XFactorError, XFactorWarning
 from xfactor_peft.export import export
 from xfactor_peft.lowmem.gguf_file import read_gguf
 from xfactor_peft.lowmem.gguf_formats import BY_NAME
 from xfactor_peft.lowmem.gguf_layers import GgufLinear, PackedMatrix
-from xfactor_peft.options import LoadOptions
+from xfactor_peft.objective.targets import UniformTarget
+from xfactor_peft.options import EvalOptions, LoadOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
+from xfactor_peft.runs.run import train_to_folder
+from xfactor_peft.tokens.token_set import TokenSet
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 TEXT = "The fox and Xavier mixed 12 boxes, isn't it?\n XX"
@@ -209,3 +213,38 @@ def test_damaged_files_end_in_one_line(source, tmp_path):
         refused += line is not None
         assert line is None or "\n" not in line
     assert refused > 20
+
+
+def adapter_of(path, root):
+    """A small trained adapter, root/a, whose record names the base at `path`."""
+    base = load(path)
+    target = UniformTarget(TokenSet.contains(base.tokenizer, "X"))
+    brief = EvalOptions(("The fox",), 1, SamplingOptions(max_new_tokens=4))
+    train_to_folder(base, target, root / "a", Recipe(TrainOptions(steps=1, seq_len=8), LoraOptions(r=1), brief))
+
+
+def test_another_quantisation_is_the_same_base_and_says_so(source, tmp_path, run):
+    """The file under another name without a word, another quantisation with a line, another model not at all."""
+    _, file = source
+    first, second = (
+        rewritten(file, tmp_path / f"{kind}.gguf", lambda name, kind=kind: None if "position" in name else kind)
+        for kind in ("Q8_0", "Q4_0")
+    )
+    (tmp_path / "renamed.gguf").write_bytes(first.read_bytes())
+    adapter_of(first, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank_of(load(tmp_path / "renamed.gguf"), tmp_path, "a")
+    with pytest.warns(XFactorWarning, match="another quantisation of this model"):
+        bank_of(load(second), tmp_path, "a")
+    words = ["generate", "--adapter", "a", "--adapters-dir", tmp_path, "--max-new-tokens", 2, "The fox"]
+    shown = run(*words, "--model", second)
+    assert "Note: adapter a was made for another quantisation" in shown.output
+    assert "XFactorWarning" not in shown.output
+    data = bytearray(file.read_bytes())  # other weights, the same vectors, fields and tokenizer
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if "ffn_up" in t.name)
+    start = int(tensor.data_offset)
+    data[start : start + tensor.n_bytes] = bytes(torch.randn(int(tensor.n_elements)).numpy().tobytes())
+    (tmp_path / "other.gguf").write_bytes(data)
+    with pytest.raises(XFactorError, match="different: weights"):
+        bank_of(load(tmp_path / "other.gguf"), tmp_path, "a")

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import EOS, tiny_tokenizer
 from tools import make_checkpoint
-from tools.make_checkpoint import CHUNK, SHAPES, tensors, values, write_checkpoint
+from tools.make_checkpoint import CHUNK, SHAPES, Shape, tensors, values, write_checkpoint
 
 BLOCK = {
     "attn.bias": (1, 1, 128, 128),
@@ -68,6 +68,27 @@ def test_full_shapes_have_the_published_sizes(shape: str, parameters: int, data_
     entries = tensors(SHAPES[shape], "hub")
     assert sum(entry.count for entry in entries if entry.kind != "mask") == parameters
     assert sum(entry.count for entry in entries) * 4 == data_bytes
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [("llama-3.2-1b", 1_235_814_400), ("qwen2.5-0.5b", 494_032_768)])
+def test_other_families_have_the_published_sizes_and_every_tensor(shape: str, parameters: int) -> None:
+    entries = {entry.key: entry.size for entry in tensors(SHAPES[shape], "hub")}
+    assert sum(map(math.prod, entries.values())) == parameters
+    settings = make_checkpoint.config(SHAPES[shape], 0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    assert {name: tuple(value.shape) for name, value in model.named_parameters()} == entries
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_families_load_whole_and_in_their_own_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setitem(SHAPES, "small", Shape(64, 2, 4, 128, 300, family, groups=2, inner=96, dtype="bfloat16"))
+    model = load(write_checkpoint(tmp_path, "small"))
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 def test_tensors_are_made_in_small_pieces() -> None:

@@ -1,4 +1,4 @@
-"""From results to tables, report.html, the README and the comparison; the figures are made up."""
+"""From results to tables, report.html, and the pages; the figures are made up."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import re
 from html.parser import HTMLParser
 from statistics import mean
 
-import compare
 import pytest
 import readme
 from bench import store
 from bench.stats import over_seeds, t_quantile
 from bench.tables import number, with_interval
-from bench.training import arms, changes
+from bench.training import arms
 from bench.training.metrics import peak, steps_to_rate
 from bench.training.pages import all_tables
 from bench.training.plan import RUNS, Run, plan
@@ -99,21 +98,32 @@ def test_intervals_over_seeds():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.93151, "0.932"), (1.5, "1.50"), (31.25, "31.2"), (8092.4, "8,092"), (-1e-9, "0.000"), (2.5e7, "2.5e+07")],
+    [
+        (0.93151, "0.932"),
+        (1.5, "1.50"),
+        (31.25, "31.2"),
+        (8092.4, "8,092"),
+        (-1e-9, "0.000"),
+        (2.5e7, "25 million"),
+        (8.24e6, "8.2 million"),
+        (2.8e8, "280 million"),
+        (7e9, "7 billion"),
+    ],
 )
 def test_numbers(value, text):
     assert number(value) == text
 
 
 def test_intervals_stay_within_what_is_possible():
-    assert with_interval(over_seeds([0.99, 1.0, 0.95]), 0, 1).endswith("–1.00)")
+    assert with_interval(over_seeds([0.99, 1.0, 0.95]), 1).endswith("–1.000)")
+    assert with_interval(over_seeds([0.99, 1.0, 0.95])).endswith("–1.05)")
     assert with_interval(over_seeds([0.5, 0.5])) == "0.500"
     assert with_interval(None) == "–"
 
 
 def test_tables_hold_means_over_seeds(folder):
     results = load(folder)
-    text, cost = (all_tables(results)[name] for name in ("text", "cost"))
+    text, cost = (all_tables(results)[name] for name in ("text", "shape-gpt2-medium-shape"))
     assert [row[0] for row in text.rows] == ["base, not trained", "full, fp32", "LoRA r=8, attention + MLP, 8-bit"]
     rates = [
         store.read(folder / "runs" / f"demo-train-full-fp32-seed{seed}.json")["scores"]["rate"] for seed in (0, 1, 2)
@@ -137,7 +147,7 @@ def test_only_peaks_of_fresh_processes_count():
 
 def test_a_failed_arm_keeps_its_row(tmp_path):
     results = load(make(tmp_path / "out", fail_shape_full))
-    table = all_tables(results)["shape"]
+    table = all_tables(results)["shape-gpt2-medium-shape"]
     assert table.rows[0][:2] == ["full, fp32", "out of memory: the process was killed"]
     assert table.failed == {0}
     assert "out of memory: the process was killed" in table.markdown()
@@ -157,14 +167,14 @@ def test_the_report_is_one_file_that_fetches_nothing(folder):
     write_report(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.fetched
-    assert all(value.startswith("data:") for value in page.fetched)
+    assert [value for value in page.fetched if value.startswith("#")] == ["#source", "#text", "#cost", "#how"]
+    assert all(value.startswith(("data:", "#")) for value in page.fetched)
     assert not re.search(r"url\(|@import", text)
     assert "link" not in page.tags
     assert "script" not in page.tags  # a sample holds one, as text
     assert page.tags.count("img") >= 4
     assert {file.name for file in (folder / "plots").iterdir()} == {
-        "loss.png", "rate-kl.png", "memory.png", "time.png", "source-loss.png",
+        "loss.png", "rate-kl.png", "forgetting.png", "memory-time-gpt2-medium.png", "source-loss.png",
     }  # fmt: skip
 
 
@@ -194,96 +204,46 @@ def test_runs_that_the_preset_no_longer_has_are_left_out(folder):
     manifest = store.read(folder / "benchmark.json")
     files = [name for name in manifest["files"] if "-shape-" not in name]
     store.write(folder / "benchmark.json", {**manifest, "files": files})
-    assert "shape" not in all_tables(load(folder))
+    assert not [name for name in all_tables(load(folder)) if name.startswith("shape")]
 
 
-def paste(folder, file, *words):
-    return CliRunner().invoke(readme.main, [str(folder), "--page", str(file), *words])
+def publish(results, page, *words):
+    return CliRunner().invoke(readme.main, ["--results", str(results), "--page", str(page), *words])
 
 
-def test_the_readme_holds_the_tables_between_its_markers(folder, tmp_path):
-    file = tmp_path / "README.md"
-    file.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
-    assert paste(folder, file, "--check").exit_code == 1
-    assert paste(folder, file).exit_code == 0
-    text = file.read_text(encoding="utf-8")
+def test_tables_and_figures_are_made_and_whatever_is_stale_is_named(tmp_path):
+    """A page, a table, a report, a figure that is another one, and one that is gone; then a changed record."""
+    folder, page = make(tmp_path / "benchmarks" / "results" / "paper"), tmp_path / "page.md"
+    manifest = store.read(folder / "benchmark.json")
+    files = [name for name in manifest["files"] if "-source-" in name]  # one figure
+    store.write(folder / "benchmark.json", {**manifest, "files": files})
+    page.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
+    assert "page.md, paper/" in publish(folder.parent, page, "--check").output
+    assert publish(folder.parent, page).exit_code == 0
+    assert publish(folder.parent, page, "--check").exit_code == 0
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("# before\n\n" + BEGIN)
     assert text.endswith(END + "\n\nafter\n")
-    assert "old" not in text
-    assert "| full, fp32 | " in text
-    assert 'src="out/plots/rate-kl.png"' in text
-    assert (folder / "plots" / "memory.png").is_file()
-    assert paste(folder, file, "--check").exit_code == 0
-    file.write_text(text.replace("| full, fp32 | ", "| full, fp32 | 9"), encoding="utf-8")
-    assert "differs from the results" in paste(folder, file, "--check").output
+    assert "\nold\n" not in text
+    assert "| full, fp32, lr 0.0001 | " in text
+    assert 'benchmarks/results/paper/plots/source-loss.png"' in text
+
+    page.write_text(text.replace("full, fp32", "full, fp64", 1), encoding="utf-8")
+    for file in (folder / "report.html", folder / "plots" / "source-loss.png"):
+        file.write_bytes(file.read_bytes() + b"0")
+    (folder / "table.md").unlink()
+    output = publish(folder.parent, page, "--check").output
+    assert all(name in output for name in ("page.md", "report.html", "source-loss.png", "table.md"))
+    assert publish(folder.parent, page).exit_code == 0
+    assert page.read_text(encoding="utf-8") == text
+
+    file = folder / "runs" / "demo-source-full-fp32-adamw-lr0.0001-seed0.json"
+    record = store.read(file)
+    store.write(file, {**record, "scores": {**record["scores"], "distinct_2": 0.123}})
+    assert "page.md, paper/" in publish(folder.parent, page, "--check").output
 
 
 @pytest.mark.parametrize("text", ["", "<!-- benchmark:begin -->", "<!-- benchmark:end --> <!-- benchmark:begin -->"])
 def test_a_readme_without_markers_is_left_alone(text):
     with pytest.raises(XFactorError, match="benchmark:begin"):
-        readme.pasted(text, "new")
-
-
-def scaled(factor: float, group: str, *path: str):
-    """Multiply one figure of the LoRA arm's records in a group."""
-
-    def change(run: Run, record: dict) -> dict:
-        if run.group == group and run.arm == arms.LORA_INT8:
-            place = record
-            for name in path[:-1]:
-                place = place[name]
-            old = place[path[-1]]
-            place[path[-1]] = [x * factor for x in old] if isinstance(old, list) else old * factor
-        return record
-
-    return change
-
-
-def moved(old, new) -> set[tuple[str, str]]:
-    found = {(change.metric, change.verdict) for change in changes.compare(load(old), load(new))}
-    return {(metric, verdict) for metric, verdict in found if verdict not in ("noise", "one seed")}
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (scaled(1.0, "train", "scores", "rate"), set()),
-        (scaled(1.001, "train", "scores", "perplexity"), {("perplexity", "worse")}),  # no spread over seeds at all
-        (scaled(1.002, "train", "scores", "kl_from_base"), set()),
-        (scaled(2.0, "train", "scores", "kl_from_base"), {("kl", "worse")}),
-        (scaled(0.5, "train", "scores", "rate"), {("rate", "moved")}),
-        (scaled(1.01, "shape", "train_peak", "rss_mib"), set()),
-        (scaled(1.5, "shape", "train_peak", "rss_mib"), {("train_peak", "worse")}),
-        (scaled(1.04, "shape", "seconds"), set()),
-        (scaled(0.5, "shape", "seconds"), {("step_seconds", "better")}),
-        (scaled(2, "train", "trainable_parameters"), {("trainable", "moved")}),
-    ],
-)
-def test_only_what_moved_beyond_noise_is_said_to_have_moved(folder, tmp_path, change, expected):
-    assert moved(folder, make(tmp_path / "new", change)) == expected
-
-
-def test_times_of_another_machine_are_not_compared(folder, tmp_path):
-    new = make(tmp_path / "new", scaled(3.0, "shape", "seconds"))
-    record = store.read(new / CHECKS)
-    store.write(new / CHECKS, {**record, "hardware": {**record["hardware"], "cpu": "another"}})
-    assert moved(folder, new) == set()
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "not the same hardware" in output
-
-
-def test_compare_says_what_moved_and_by_how_much(folder, tmp_path):
-    new = make(tmp_path / "new", scaled(1.5, "shape", "train_peak", "rss_mib"))
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "shape: LoRA r=8, attention + MLP, 8-bit" in output
-    assert re.search(r"worse +train peak, MiB: 400 → 600 \(\+200, \+50\.0%; noise ± 8\.00\)", output)
-    assert "1 of " in output
-    everything = CliRunner().invoke(compare.main, [str(folder), str(new), "--all"]).output
-    assert len(everything.splitlines()) > len(output.splitlines())
-
-
-def test_arms_that_only_one_side_has_are_named(folder, tmp_path):
-    new = make(tmp_path / "new", fail_shape_full)
-    assert changes.caveats(load(folder), load(new)) == ["only in the old benchmark: shape: full, fp32"]
-    output = CliRunner().invoke(compare.main, [str(folder), str(new)]).output
-    assert "only in the old benchmark: shape: full, fp32" in output
+        readme.pasted(text, "new", "benchmark")

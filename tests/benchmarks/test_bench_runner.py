@@ -171,17 +171,22 @@ def test_no_two_runs_of_a_preset_share_a_file(name):
 
 def test_presets_hold_what_the_benchmark_promises():
     full, paper, quick = (PRESETS[name] for name in ("full", "paper", "quick"))
-    lora = [arm for arm in full.arms if arm.method == "lora"]
-    assert {arm.target for arm in lora} == {"attention", "mlp", "all"}
-    assert {arm.r for arm in lora} == {1, 4, 8, 16}
+    lora = [arm for arm in full.pretrained.place_arms if arm.method == "lora"]
+    assert {arm.target for arm in lora} == {"attention", "mlp", "all", "all,head"}
+    assert {arm.r for arm in lora} == {1, 4, 8, 16, 64}
     for preset in (full, paper, quick):
         assert {"int8", "nf4", "fp32", "bf16"} <= {arm.precision for arm in preset.arms}
         assert {arm.optimizer for arm in preset.arms if arm.method == "full"} >= {"adam", "adam8bit"}
         assert len(preset.seeds) >= 3
         assert preset.shape == "gpt2-medium"
-    rates = {run.lr for run in plan(paper, "demo") if run.group == "source" and run.lr}
-    assert rates == {1e-6, 1e-5, 1e-4, 1e-3}
-    assert paper.source.steps == 300
+    runs = plan(paper, "demo", pretrained="smollm2")
+    source = [run for run in runs if run.group == "source" and run.lr]
+    for model, letters in {"demo": {"x"}, "smollm2": {"x", "X"}}.items():
+        assert {run.settings.contains for run in source if run.model == model} == letters
+        assert {run.lr for run in source if run.model == model} == {1e-6, 1e-5, 1e-4, 1e-3}
+    assert {run.settings.steps for run in source if run.settings.contains == "x"} == {300}
+    assert len({run.file.lower() for run in runs}) == len(runs)
+    assert not [run for run in plan(paper, "demo") if run.model == "smollm2"]
 
 
 def test_time_left(tmp_path):

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from bench.training.pages import beginning, source_page
-from bench.training.report import SOURCE, write_report
+from bench.training.pages import beginning, table_page
+from bench.training.plan import RUNS
+from bench.training.report import REPORT, TABLE, write_report
 from bench.training.results import load
 
 from tests.benchmarks.test_bench_report import make
@@ -17,8 +18,8 @@ def folder(tmp_path):
 
 def test_the_page_has_every_rate_and_how_its_text_begins(folder):
     write_report(folder)
-    page = (folder / SOURCE).read_text(encoding="utf-8")
-    assert page == source_page(load(folder))
+    page = (folder / TABLE).read_text(encoding="utf-8")
+    assert page == table_page(load(folder))
     for rate in ("1e-06", "0.0001"):
         assert f"| full, fp32, lr {rate} | 8.0" in page
     for rate in ("1e-06", "1e-05", "0.0001", "0.001"):
@@ -32,7 +33,14 @@ def test_only_the_beginning_is_shown(folder):
     assert beginning(row, 6) == "**XX** & …"
 
 
-def test_without_the_source_there_is_no_page(folder):
+def test_without_the_source_there_is_no_table_of_it(folder):
     results = load(folder)
     rows = tuple(row for row in results.rows if row.group != "source")
-    assert source_page(replace(results, rows=rows)) is None
+    assert "source" not in table_page(replace(results, rows=rows))
+
+
+def test_what_is_planned_and_not_run_is_said(folder):
+    (folder / RUNS / "demo-train-full-fp32-seed0.json").unlink()
+    write_report(folder)
+    assert "Not run yet: demo-train-full-fp32." in (folder / TABLE).read_text(encoding="utf-8")
+    assert "Planned and not run yet" in (folder / REPORT).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from xfactor_peft import LoraOptions, MemoryOptions, TokenSet, TrainOptions, Uni
 from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.budget.dry_run import Shape, measure_step
 from xfactor_peft.budget.memory_model import blocks_to_recompute, predict
-from xfactor_peft.budget.plan import make_plan, require_fit
+from xfactor_peft.budget.plan import chosen_blocks, make_plan, require_fit
 from xfactor_peft.cli.run_options import parse_size
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.lowmem.activations import checkpointed_blocks, prepare_for_training
@@ -121,6 +121,18 @@ def test_auto_recomputes_only_under_a_tight_budget(load_tiny):
         counts.append(result.recomputed_blocks)
     assert counts == [0, 2, 0, 2]
     assert all(other == pytest.approx(losses[0], rel=1e-6) for other in losses[1:])
+
+
+def test_a_packed_base_recomputes_down_to_what_its_file_promises(load_tiny):
+    """1.1 times the file and 550 MiB, whatever is free; but a budget of the user's own counts first."""
+    config, mib, plenty = load_tiny().model.config, 2**20, 2**40
+    shape = replace(SHAPE, quantization="gguf", packed=10 * mib)
+    step = measure_step(config, shape)
+    small, large = 300 * mib, 562 * mib
+    assert chosen_blocks(step, shape, MemoryOptions(), plenty, baseline=small) == 0
+    assert chosen_blocks(step, shape, MemoryOptions(), plenty, baseline=large) == 2
+    assert chosen_blocks(step, shape, MemoryOptions(budget=plenty), plenty, baseline=large) == 0
+    assert chosen_blocks(step, replace(shape, packed=0), MemoryOptions(), plenty, baseline=large) == 0
 
 
 def test_micro_batches_are_the_same_step(load_tiny):

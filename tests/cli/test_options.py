@@ -209,6 +209,7 @@ def test_results_as_json(run, adapters_root, tiny_folders):
         "plan": [*model, "--seq-len", 8],
         "train": [*model, *FAST],
         "env": [],
+        "cache": [],
         "adapters list": root,
         "adapters show": ["x", *root],
         "adapters verify": ["x", "--files-only", *root],

@@ -102,15 +102,6 @@ def test_links_between_pages(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize(
-    ("name", "file"), [("lowmem", "lowmem/table.md"), ("rate", "rate/table.md"), ("source", "paper/source.md")]
-)
-def test_a_table_is_the_one_of_the_results(name, file):
-    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    pasted = page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
-    assert pasted == (ROOT / "benchmarks/results" / file).read_text(encoding="utf-8").strip()
-
-
 def test_the_tables_are_those_of_the_results():
     words = [sys.executable, ROOT / "benchmarks/readme.py", "--check"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -134,7 +134,7 @@ def test_gguf_lora_holds_the_update(tiny, adapters_root, tmp_path):
 
 def test_gguf_refuses_what_it_does_not_know(load_tiny, tmp_path):
     pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    with pytest.raises(XFactorError, match="GGUF is written for gpt2, llama, not opt"):
+    with pytest.raises(XFactorError, match=r"GGUF is written for .*, not opt"):
         export(AdapterBank(load_tiny("opt"), tmp_path), Mix(), "gguf", tmp_path / "a.gguf")
     base = load_tiny("llama")
     export(AdapterBank(base, tmp_path), Mix(), "gguf", tmp_path / "l.gguf")

@@ -59,6 +59,22 @@ def close(actual, expected, dtype):
     assert (actual.double() - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16, 33])
+def test_the_weight_as_the_left_factor_gives_the_same_integers(rows, monkeypatch):
+    codes, scales = quantize_rows(draw(48, 1024))
+    x, calls, product = draw(rows, 1024, seed=1), [], torch._int_mm
+
+    def counted(left, right, out):
+        calls.append(left.shape)
+        return product(left, right, out=out)
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    plain = int8_matmul.product(x, codes, scales, None)
+    monkeypatch.setattr(int8_matmul, "WEIGHT_FIRST", 1024)
+    assert torch.equal(int8_matmul.product(x, codes, scales, None), plain)
+    assert calls == [(rows, 1024), (48, 1024)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taken", [(), (5, 17)])
 @pytest.mark.parametrize("shape", [WIDE, TALL])

@@ -7,7 +7,7 @@ import torch
 
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective import reference
-from xfactor_peft.objective.kl import chunk_positions, kl_loss
+from xfactor_peft.objective.kl import chunk_positions, kl_loss, loss_positions
 from xfactor_peft.objective.targets import UniformTarget
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -116,6 +116,9 @@ def test_no_tensor_of_positions_by_vocabulary():
 
 def test_chunk_follows_the_byte_budget():
     assert chunk_positions(50257) * 50257 * 4 <= 16 * 2**20
+    assert loss_positions(50257, torch.bfloat16) == 333
+    assert loss_positions(50257, torch.float32) == 166
+    assert loss_positions(10**9, torch.float32) == 1
     assert chunk_positions(10**9) == 1
     assert chunk_positions(1000, 11_999) == 2
     assert chunk_positions(1000, 12_000) == 3

@@ -95,7 +95,11 @@ def test_counts_are_those_of_a_long_text(chain):
             found[k] += 1
     for s, count in visits.items():  # how often each state is met belongs to the text, not to the fixture
         seen = chain.statistics.visits[s]
-        seen.masses, seen.no_word, seen.count = seen.masses / seen.count * count, seen.no_word / seen.count * count, count
+        seen.masses, seen.no_word, seen.count = (
+            seen.masses / seen.count * count,
+            seen.no_word / seen.count * count,
+            count,
+        )
     starts = sum(n for s, n in visits.items() if not chain.automaton.automaton.inside(s))
     expected = values.counts(np.eye(3)) * starts
     assert found[0] > 100
@@ -105,7 +109,9 @@ def test_counts_are_those_of_a_long_text(chain):
 def test_strengths_give_the_wanted_rates():
     chain = Chain(["ab", "a ca"], seed=3)
     parts = chain.automaton.patterns
-    target = PhraseTarget(tuple(PhraseGoal(p.text, (p,), w) for p, w in zip(parts, (Wanted(0.5), Wanted(0)), strict=True)))
+    target = PhraseTarget(
+        tuple(PhraseGoal(p.text, (p,), w) for p, w in zip(parts, (Wanted(0.5), Wanted(0)), strict=True))
+    )
     solved = solve(chain.statistics, target, 0.75)
     assert solved.given[0] == pytest.approx(0.5 * solved.base[0], rel=0.01)
     assert solved.given[1] < 1e-6 < solved.base[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base.loading import Base
-from ..errors import XFactorError
+from ..errors import XFactorError, XFactorWarning
 from .adapter import AdapterInfo
 from .files import CONFIG, RECORD, WEIGHTS, file_hash
 
@@ -67,6 +68,9 @@ def _check_base(info: AdapterInfo, base: Base) -> None:
                 f"adapter {info.name} was made for {info.identity}, but the model here is {base.identity}; "
                 f"different: {', '.join(differences)}; give the base that it was made for as `model`"
             )
+        if info.identity.requantised(base.identity):
+            line = f"adapter {info.name} was made for another quantisation of this model, {info.identity}"
+            warnings.warn(f"{line}; its rates may differ a little", XFactorWarning, stacklevel=4)
         return
     named = info.config.get("base_model_name_or_path")
     if named and Path(named).name != Path(base.choice.name).name:

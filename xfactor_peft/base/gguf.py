@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,8 +20,10 @@ from ..lowmem.gguf_file import GgufFile, PackedTensor
 from ..lowmem.gguf_layers import GgufEmbedding, GgufLinear, PackedMatrix
 from .gguf_config import config_of
 from .gguf_tokenizer import ends_of
-from .identity import SAMPLED_VALUES, BaseIdentity, digest_of
+from .identity import SAMPLED_VALUES, BaseIdentity, digest_of, sketch_of
 
+SKETCHED, SKETCHED_VALUES = 32, 32
+"""Matrices, and values of each, by which another quantisation of a model is known again."""
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -139,7 +142,9 @@ def _scale_frequencies(model: PreTrainedModel, factors: PackedTensor) -> None:
         rotary.original_inv_freq = rotary.inv_freq.clone()
 
 
-def identify_gguf(file: GgufFile, name: str, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
+def identify_gguf(
+    file: GgufFile, name: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None
+) -> BaseIdentity:
     """Fingerprints of the fields and tensors that the forward pass uses; names and descriptions are not among them."""
     config = config_of(file)
     fields = {k: v for k, v in sorted(file.fields.items()) if k.startswith(f"{file.architecture}.")}
@@ -150,11 +155,24 @@ def identify_gguf(file: GgufFile, name: str, tokenizer: PreTrainedTokenizerBase)
         digest.update(json.dumps([key, tensor.form.name, tensor.shape]).encode() + leading.numpy().tobytes())
     return BaseIdentity(
         name=name,
-        revision=None,
+        revision=revision,
         architecture=(config.architectures or [config.model_type])[0],
         shape=f"{config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}",
         config=digest_of(fields),
         weights=digest.hexdigest(),
         tokenizer=digest_of(sorted(tokenizer.get_vocab().items())),
         forward=digest.hexdigest(),
+        sketch=_sketch(file),
     )
+
+
+def _sketch(file: GgufFile) -> str:
+    """All vectors, and the leading values of `SKETCHED` matrices from all over the model."""
+    names = sorted(file.tensors)
+    vectors = [file.tensors[name].data for name in names if len(file.tensors[name].shape) == 1]
+    matrices = [file.tensors[name] for name in names if len(file.tensors[name].shape) > 1 and "position" not in name]
+    chosen = matrices[:: max(1, len(matrices) // SKETCHED)][:SKETCHED]
+    width = min(SKETCHED_VALUES, *(tensor.shape[-1] for tensor in chosen))
+    first = [replace(tensor, shape=(1, tensor.shape[-1]), data=tensor.data[:1]) for tensor in chosen]
+    values = torch.cat([tensor.unpacked(torch.float32)[:, :width] for tensor in first])
+    return sketch_of(b"".join(vector.numpy().tobytes() for vector in vectors), values)

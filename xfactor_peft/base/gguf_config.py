@@ -30,6 +30,7 @@ _GPT2_SIZES = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 _NEEDED = {"block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"}
+_POSITIVE = {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base"}
 _ALSO = {"vocab_size", "rope.dimension_count", "rope.freq_base", "attention.value_length", "rope.scaling.type"}
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, str]]] = {
     "gpt2": (GPT2Config, _GPT2_SIZES),
@@ -95,6 +96,10 @@ def _check(file: GgufFile, fields: dict[str, Any], names: dict[str, str]) -> Non
             refuse(key, f"is {str(value)[:60]}, which is not supported")
         if not isinstance(value, int | float | str):
             refuse(key, "is not a number or a text")
+        if key in _POSITIVE and not (isinstance(value, float) and 0 < value < float("inf")):
+            refuse(key, f"is {str(value)[:60]}, not a number above 0")
+        if key in names and key not in _POSITIVE and not (isinstance(value, int) and 0 < value < 2**24):
+            refuse(key, f"is {str(value)[:60]}, not a size")
     if fields["embedding_length"] % fields["attention.head_count"] and "attention.key_length" not in fields:
         refuse("attention.head_count", "does not divide embedding_length")
 

@@ -64,6 +64,8 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
     }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     template = file.fields.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise XFactorError(f"{file.path} holds a damaged tokenizer: its chat template is no text")
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer

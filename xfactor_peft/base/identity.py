@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from ..lowmem.checkpoint_files import StoredTensor, follows_from_config, same_va
 
 SAMPLED_VALUES = 256
 """Leading values of every tensor that enter the weights' fingerprint."""
+
+QUANTISED_COSINE = 0.95
+"""Least cosine of two quantisations of the same weights; four bits of normal ones have 0.993, three about 0.97."""
 
 # Keys of config.json that change without the function of the model changing.
 _VOLATILE = {
@@ -46,6 +51,7 @@ class BaseIdentity:
             layout of the file. None in records from before it was kept.
         forward: as `weights`, of the tensors that the forward pass uses and no others: an output embedding of its own
             counts, stored masks and frequencies do not. None in records from before it was kept.
+        sketch: of a GGUF file, what every quantisation of a model has alike (see `sketch_of`); None otherwise.
     """
 
     name: str
@@ -57,6 +63,7 @@ class BaseIdentity:
     tokenizer: str
     parsed: str | None = None
     forward: str | None = None
+    sketch: str | None = None
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,13 +72,21 @@ class BaseIdentity:
         """Which of config, weights and tokenizer differ; empty when an adapter fits.
 
         Configurations are the same by their text or by their meaning (which a newer transformers may see otherwise).
-        Weights are compared by what the forward pass uses, and by the older fingerprint where one side has no other.
+        Weights are compared by what the forward pass uses, and by the older fingerprint where one side has no other;
+        another quantisation of the same weights is no difference (see `requantised`).
         """
         config = self.config == other.config or (self.parsed is not None and self.parsed == other.parsed)
         both = self.forward is not None and other.forward is not None
         weights = self.forward == other.forward if both else self.weights == other.weights
+        weights = weights or self.requantised(other)
         same = {"config": config, "weights": weights, "tokenizer": self.tokenizer == other.tokenizer}
         return [key for key, equal in same.items() if not equal]
+
+    def requantised(self, other: BaseIdentity) -> bool:
+        """Whether two GGUF files hold the same weights, quantised in different ways."""
+        if not (self.sketch and other.sketch) or self.forward == other.forward:
+            return False
+        return alike(self.sketch, other.sketch)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.architecture}, {self.shape}, weights {self.weights[:8]})"
@@ -82,7 +97,7 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     layers = config.get("n_layer", config.get("num_hidden_layers", "?"))
     width = config.get("n_embd", config.get("hidden_size", "?"))
-    weights, forward = _weights_fingerprints(folder)
+    weights, forward = weights_fingerprints(folder)
     return BaseIdentity(
         name=name,
         revision=revision,
@@ -94,6 +109,28 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
         parsed=digest_of(_parsed(folder)),
         forward=forward,
     )
+
+
+def sketch_of(exact: bytes, values: torch.Tensor) -> str:
+    """A digest of the vectors, which no quantisation touches, and sampled `values` (n, m) of n matrices, as float16."""
+    codes = base64.b64encode(values.half().numpy().tobytes()).decode()
+    return f"{hashlib.sha256(exact).hexdigest()}:{values.shape[1]}:{codes}"
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two sketches are of the same weights: vectors are equal, and every matrix's values have a cosine of
+    `QUANTISED_COSINE`. Another model's are near 0; a fine-tune's vectors are others, unless only LoRA was merged."""
+    try:
+        digests, sizes, codes = zip(*(sketch.split(":") for sketch in (one, other)), strict=True)
+        first, second = (
+            torch.frombuffer(bytearray(base64.b64decode(code)), dtype=torch.float16).float().view(-1, int(sizes[0]))
+            for code in codes
+        )
+    except (ValueError, RuntimeError):
+        return False
+    if digests[0] != digests[1] or sizes[0] != sizes[1] or first.shape != second.shape:
+        return False
+    return bool((torch.cosine_similarity(first, second) > QUANTISED_COSINE).all())
 
 
 def digest_of(value: Any) -> str:
@@ -124,29 +161,30 @@ def _function(values: Any) -> Any:
     return {str(key): _function(value) for key, value in kept if key not in _VOLATILE and value is not None}
 
 
-def _weights_fingerprints(folder: Path) -> tuple[str, str]:
+def weights_fingerprints(folder: Path) -> tuple[str, str]:
     """(without any output embedding, as it always was; of what the forward pass uses)."""
     stored = stored_tensors(folder)
     tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
     digest, forward = hashlib.sha256(), hashlib.sha256()
-    for name, key in sorted((_plain_name(key), key) for key in stored):
-        head = name.startswith("lm_head.")
-        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # of old checkpoints
-        line = json.dumps([name, *_sample(stored[key])]).encode()
-        if not (mask or head):
-            digest.update(line)
-        if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
-            forward.update(line)
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {one.file for one in stored.values()}}
+        for name, key in sorted((_plain_name(key), key) for key in stored):
+            head = name.startswith("lm_head.")
+            mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # of old checkpoints
+            line = json.dumps([name, *_sample(files[stored[key].file], stored[key].name)]).encode()
+            if not (mask or head):
+                digest.update(line)
+            if not (follows_from_config(key, stored[key]) or (head and tied and _is_copy(key, stored))):
+                forward.update(line)
     return digest.hexdigest(), forward.hexdigest()
 
 
-def _sample(tensor: StoredTensor) -> tuple[list[int], list[float]]:
-    """Shape and leading values."""
-    with safe_open(tensor.file, framework="pt") as file:
-        part = file.get_slice(tensor.name)
-        shape = part.get_shape()
-        rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(tensor.name)
-        return shape, rows.flatten()[:SAMPLED_VALUES].float().tolist()
+def _sample(file: Any, name: str) -> tuple[list[int], list[float]]:
+    """Shape and leading values of a tensor in an open file."""
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    rows = part[: max(1, SAMPLED_VALUES // max(1, shape[-1]))] if shape else file.get_tensor(name)
+    return shape, rows.flatten()[:SAMPLED_VALUES].float().tolist()
 
 
 def _is_copy(key: str, stored: dict[str, StoredTensor]) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
 from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
-from ..lowmem.streaming import UnsupportedCheckpoint, load_streaming, quantize_linears
+from ..lowmem.streaming import UnsupportedCheckpoint, load_mapped, load_streaming, quantize_linears, write_mapped
 from ..options import LoadOptions
 from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
@@ -28,6 +28,7 @@ from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
 from .vocabulary import Vocabulary, read_vocabulary, reason
+from .weight_cache import mapped_weights
 
 quiet_bitsandbytes()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,6 +52,7 @@ class Base:
     unquantized: dict[str, int] = field(default_factory=dict)
     backend: str | None = None
     load_peak: dict[str, float] = field(default_factory=dict)
+    mapped: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +73,8 @@ class Base:
             line += f", {'packed in the file' if self.backend == 'gguf' else f'quantised by {self.backend}'}: {layers}"
             if self.backend == "native" and self.quantization == "int8":
                 line += f" (rounding varies with the batch by about {BATCH_NATS:g} nats)"
+        if self.mapped and self.backend != "gguf":
+            line += ", mapped from disk"
         if self.unquantized:
             share = unquantized_share(self.model)
             line += f"; not quantised: {listed(self.unquantized)}, {share:.0%} of the blocks' weights"
@@ -122,7 +126,8 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabul
 
     Raises:
         XFactorError: the files are not a causal language model that transformers can load, or the
-            device or the quantisation is not available; or the checkpoint is quantised already.
+            device or the quantisation is not available; or the checkpoint is quantised already; or its weights cannot
+            be mapped.
     """
     if choice.gguf is not None:
         return _load_gguf(choice, choice.gguf, options, vocabulary)
@@ -130,8 +135,12 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabul
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     backend = quantized_by(options, device)
-    stored = torch.float32 if options.master_weights else DTYPES[dtype]
-    model = _load_model(choice, stored, device, options.quantization, backend)
+    if options.weights == "mapped":
+        check_mapped(options, device, choice.name)
+        model = _map_model(choice, dtype, options.quantization)
+    else:
+        stored = torch.float32 if options.master_weights else DTYPES[dtype]
+        model = _load_model(choice, stored, device, options.quantization, backend)
     check_vocabulary(tokenizer, model, choice.name)
     model.requires_grad_(False).eval()
     switch_off_dropout(model)
@@ -157,7 +166,18 @@ def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabul
         unquantized=unquantized_weights(model) if backend else {},
         backend=backend,
         load_peak=load_peak,
+        mapped=options.weights == "mapped",
     )
+
+
+def check_mapped(options: LoadOptions, device: torch.device, name: str) -> None:
+    """Raises XFactorError for options under which the weights of a model cannot be mapped."""
+    if options.master_weights:
+        raise XFactorError(f"`method=full` trains the weights of {name}, which `weights=mapped` keeps frozen on disk")
+    if device.type != "cpu":
+        raise XFactorError("`weights=mapped` is for a CPU; give `device=cpu`")
+    if quantized_by(options, device) == "bitsandbytes":
+        raise XFactorError("`backend=bitsandbytes` makes weights of its own, which cannot be mapped; drop it")
 
 
 def _load_gguf(choice: ModelChoice, path: Path, options: LoadOptions, vocabulary: Vocabulary | None) -> Base:
@@ -175,9 +195,9 @@ def _load_gguf(choice: ModelChoice, path: Path, options: LoadOptions, vocabulary
     switch_off_dropout(model)
     use_short_attention(model)
     return Base(
-        model, tokenizer, choice, identify_gguf(file, choice.name, tokenizer), dtype, device,
+        model, tokenizer, choice, identify_gguf(file, choice.name, tokenizer, choice.revision), dtype, device,
         dict(Counter(layer.matrix.form.name for layer in model.modules() if isinstance(layer, GgufLinear))),
-        backend="gguf", load_peak=peaks(device),
+        backend="gguf", load_peak=peaks(device), mapped=True,
     )  # fmt: skip
 
 
@@ -187,6 +207,8 @@ def check_gguf_options(options: LoadOptions, name: str) -> None:
         raise XFactorError(
             f"{name} is quantised already, and stays as it is; drop `quantization={options.quantization}`"
         )
+    if options.weights == "memory":
+        raise XFactorError(f"the weights of {name} stay mapped; drop `weights=memory`")
     if options.master_weights:
         raise XFactorError(f"`method=full` cannot train {name}, whose weights stay packed; use `method=lora`")
 
@@ -238,6 +260,27 @@ def _load_model(
             return model.to(device)  # type: ignore[arg-type]  # mypy does not bind self in functools.wraps
         return trainable_4bit(from_pretrained(choice.folder, dtype, device, bitsandbytes_config(quantization, dtype)))
     except MemoryError:
+        raise
+    except Exception as error:  # whatever a library makes of files that are not ours
+        raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason(error)}") from error
+
+
+def _map_model(choice: ModelChoice, dtype: str, quantization: str | None) -> PreTrainedModel:
+    """The model with weights that lie in a file of their own (see `weight_cache`), which is written the first time."""
+    how: dict[str, Any] = {"dtype": DTYPES[dtype], "quantization": quantization}
+
+    def write(file: BinaryIO, about: dict[str, str]) -> None:
+        write_mapped(file, choice.folder, about, **how)
+
+    try:
+        kind = {"dtype": dtype, "quantization": quantization or "none"}
+        return load_mapped(choice.folder, mapped_weights(choice.folder, choice.name, kind, write), **how)
+    except UnsupportedCheckpoint as error:
+        raise XFactorError(
+            f"{choice.name} needs transformers' own loader, so its weights cannot be mapped ({first_line(error)}); "
+            "give `weights=memory`"
+        ) from error
+    except (MemoryError, XFactorError):
         raise
     except Exception as error:  # whatever a library makes of files that are not ours
         raise XFactorError(f"{choice.name} cannot be loaded as a causal language model: {reason(error)}") from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import XFactorError, first_line
 
@@ -22,8 +23,10 @@ _REFUSALS: dict[type[Exception], str] = {
     hub.GatedRepoError: " is gated: accept its terms on its page, then log in with `hf auth login`",
     hub.RepositoryNotFoundError: ": no such repository on the Hub, or it is private (log in with `hf auth login`)",
     hub.RevisionNotFoundError: " has no revision {revision!r}",
+    hub.RemoteEntryNotFoundError: ": the repository has no such file",
 }
 """Why the Hub refuses, the most special first."""
+_HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[^:\\]+\.gguf)")
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -45,7 +48,8 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
     """Find a model's files, downloading them when that is allowed and needed.
 
     Args:
-        model: "auto" (GPT-2 Medium when it can be had, else the demo model), "demo", a folder, or a Hub id.
+        model: "auto" (GPT-2 Medium when it can be had, else the demo model), "demo", a folder, a file FILE.gguf or a
+            folder with one, a Hub id, or a file of the Hub's, OWNER/NAME:FILE.gguf.
         offline: never touch the network; only the local cache and folders count.
         revision: branch, tag or commit on the Hub.
 
@@ -67,6 +71,8 @@ def resolve_model(model: str = "auto", *, offline: bool = False, revision: str |
         return ModelChoice(model, file.parent, None, "a local file", file)
     if path.is_dir():
         return ModelChoice(model, _checked(Path(model), model), None, "a local folder")
+    if match := _HUB_FILE.fullmatch(model):
+        return _gguf_from_hub(model, match["repo"], match["file"], revision, offline)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
         raise XFactorError(
             f"`model={model}`: no such folder; give a folder with config.json and *.safetensors, or a file FILE.gguf"
@@ -100,6 +106,23 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
     return ModelChoice(name, folder, folder.name, "downloaded from the Hub")
 
 
+def _gguf_from_hub(model: str, repo: str, file: str, revision: str | None, offline: bool) -> ModelChoice:
+    """One GGUF file of a repository, from the cache or downloaded; `revision` becomes its commit."""
+    reason = "in the local cache"
+    try:
+        path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+    except (OSError, hub.HFValidationError, hub.LocalEntryNotFoundError) as error:
+        if offline:
+            raise XFactorError(
+                f"`model={model}` is not in the local cache and `offline` forbids the network; run once without it"
+            ) from error
+        reason = "downloaded from the Hub"
+        path = _refusing(model, revision, lambda: Path(hf_hub_download(repo, file, revision=revision, etag_timeout=5)))
+        _check_hash(path, model)
+    commit = path.parents[len(Path(file).parts) - 1].name
+    return ModelChoice(model, path.parent, commit, reason, path)
+
+
 def _snapshot(name: str, revision: str | None, **more: Any) -> Path:
     """The model's folder in the Hub's cache."""
     return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", **more))
@@ -114,8 +137,13 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _download(name: str, revision: str | None) -> Path:
+    return _refusing(name, revision, lambda: _snapshot(name, revision, etag_timeout=5))
+
+
+def _refusing(name: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """What `fetch` downloads; raises XFactorError for what the Hub or the network has against it."""
     try:
-        return _snapshot(name, revision, etag_timeout=5)
+        return fetch()
     except tuple(_REFUSALS) as error:
         reason = next(reason for kind, reason in _REFUSALS.items() if isinstance(error, kind))
         raise XFactorError(f"`model={name}`{reason.format(revision=revision)}") from error
@@ -173,17 +201,19 @@ def _check_hashes(folder: Path, name: str) -> None:
         XFactorError: a file is another; it is removed, so that the next try downloads it again.
     """
     for path in folder.glob("*.safetensors"):
-        blob = path.resolve()
-        if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
-            continue
-        with blob.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != blob.name:
-            path.unlink()
-            blob.unlink()
-            raise XFactorError(
-                f"`model={name}`: {path.name} arrived damaged (wrong SHA-256) and was removed; try again"
-            )
+        _check_hash(path, name)
+
+
+def _check_hash(path: Path, name: str) -> None:
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
+        return
+    with blob.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise XFactorError(f"`model={name}`: {path.name} arrived damaged (wrong SHA-256) and was removed; try again")
 
 
 def _checked(folder: Path, name: str) -> Path:

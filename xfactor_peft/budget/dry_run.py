@@ -46,6 +46,7 @@ class Shape:
         sets: rank of the set head, 0 without one.
         teacher: a step holds the base's states beside the model's (a rate, or `kl_to_base`).
         packed: bytes of a GGUF file's weights, which stay as they are; 0 for other models.
+        mapped: weights are page cache, which is not counted: the system may take it back.
     """
 
     dtype: str
@@ -57,6 +58,7 @@ class Shape:
     sets: int = 0
     teacher: bool = False
     packed: int = 0
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class StepMemory:
     """Bytes of a model and of one training step on it.
 
     Attributes:
-        weights: parameters and buffers of the base, tied ones once.
+        weights: parameters and buffers of the base, tied ones once; mapped ones are not among them.
         trainable: numbers that train.
         blocks: bytes that each block saves for backward, in order, when it is not recomputed.
         rest: bytes saved outside the blocks.
@@ -72,6 +74,7 @@ class StepMemory:
         vocab_size: V.
         width: D.
         largest: bytes that reading the largest layer takes, and quantising it.
+        mapped: bytes of weights that are mapped.
     """
 
     weights: int
@@ -82,6 +85,7 @@ class StepMemory:
     vocab_size: int
     width: int
     largest: int = PIECE_BYTES
+    mapped: int = 0
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -140,8 +144,10 @@ def measure_step(config: PretrainedConfig, shape: Shape) -> StepMemory:
     blocks = len(checkpointed_blocks(base))
     tensors = {t.untyped_storage()._cdata: t for n, t in _base_tensors(base)}
     head = base.get_output_embeddings()
+    weights = shape.packed or sum(t.numel() * t.element_size() for t in tensors.values())
     return StepMemory(
-        weights=shape.packed or sum(t.numel() * t.element_size() for t in tensors.values()),
+        weights=0 if shape.mapped else weights,
+        mapped=weights if shape.mapped else 0,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         blocks=tuple(saved[i] for i in range(blocks)),
         rest=saved[None],

@@ -23,16 +23,19 @@ import torch
 
 from ..lowmem.gguf_layers import PIECE as GGUF_PIECE
 from ..lowmem.int8_matmul import PRODUCT_BYTES
-from ..objective.kl import CHUNK_BYTES
+from ..objective.kl import LOGITS_BYTES, PIECE_BYTES
 from .dry_run import Shape, StepMemory
 
 LOSS_CHUNKS = {False: 3.5, True: 5.5}
-"""Buffers of one chunk of logits that are alive at once: without and with a teacher's beside the student's."""
+"""Buffers of one piece of logits that are alive at once: without and with a teacher's beside the student's."""
 BLOCK_TENSORS = 6
 """Tensors of the MLP's width, in the computation's dtype, that one block's backward holds besides what was saved."""
 KERNELS = 16 * 2**20
 """Compiled kernels and code pages that stay: once with the first product on a CPU, and again with every kind of phase,
 whose products have shapes of their own (oneDNN keeps them)."""
+
+PAGES = 48 * 2**20
+"""What a run with mapped weights needs of the page cache at every moment: code, and the layers at hand."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,13 @@ def predict(step: StepMemory, shape: Shape, recomputed: int, *, baseline: int, k
 
 def _workspace(step: StepMemory, shape: Shape) -> int:
     positions = shape.batch * shape.length
-    loss = LOSS_CHUNKS[shape.teacher] * min(CHUNK_BYTES, 4 * positions * step.vocab_size) + 4 * positions * step.width
+    every = positions * step.vocab_size
+    if shape.quantization == "gguf":  # a piece of the vocabulary, float32
+        stored, piece = 0, 4 * positions * min(step.vocab_size, GGUF_PIECE // step.width)
+    else:
+        stored = min(LOGITS_BYTES, (4 if shape.dtype == "fp32" else 2) * every * (1 + shape.teacher))
+        piece = min(PIECE_BYTES, 4 * every)
+    loss = stored + LOSS_CHUNKS[shape.teacher] * piece + 4 * positions * step.width
     block = block_workspace(step, shape)
     if shape.method == "full":  # the output embedding's gradient: summed up, in its own dtype, and a share of it
         loss += 3 * 4 * step.vocab_size * step.width
@@ -98,9 +107,15 @@ def scratch_bytes(step: StepMemory, shape: Shape) -> int:
     return 0
 
 
-def resident() -> int:
-    """Bytes that this process has in memory now."""
-    return psutil.Process().memory_info().rss
+def resident(*, mapped: bool = False) -> int:
+    """Bytes that this process has in memory now; with mapped weights, what cannot be taken back, and `PAGES`."""
+    now = psutil.Process().memory_info()
+    return now.rss - file_pages() + PAGES if mapped else now.rss
+
+
+def file_pages() -> int:
+    """Bytes of files in this process's memory, code among them; 0 where the system does not say."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
 
 
 def free_memory(device: torch.device) -> int:

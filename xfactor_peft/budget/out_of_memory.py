@@ -34,7 +34,9 @@ def explain(base: Base, shape: Shape, grad_accum: int, *, error: BaseException, 
     """
     start = f"out of memory at {error or 'training'}, {mib(free_memory(base.device))} free now"
     source = base.choice.gguf or base.choice.folder
-    planned = partial(make_plan, source, shape, grad_accum=grad_accum, time=False, baseline=resident())
+    planned = partial(
+        make_plan, source, shape, grad_accum=grad_accum, time=False, baseline=resident(mapped=shape.mapped)
+    )
     try:
         plan = planned()
         advice = planned(MemoryOptions("on", int(min(0.9 * plan.memory.total, plan.budget)))).advice

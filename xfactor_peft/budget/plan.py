@@ -18,7 +18,7 @@ from ..lowmem.memory import mib
 from ..options import MemoryOptions
 from ..sampling.contexts import check_length
 from .dry_run import Shape, StepMemory, measure_step, read_config
-from .memory_model import Prediction, blocks_to_recompute, free_memory, predict, resident
+from .memory_model import PAGES, Prediction, blocks_to_recompute, file_pages, free_memory, predict, resident
 from .phases import Course, Phase, predict_phases
 from .time_probe import probe
 
@@ -34,6 +34,8 @@ class Plan:
         seconds: a step; None when it was not measured.
         advice: settings that would make it fit, with their predicted peak in bytes; empty when it fits.
         phases: the predicted peak of every phase, in order; on CUDA none but training.
+        reclaimable: bytes of mapped weights and code that come on top where memory is free, and that the system may
+            take back.
     """
 
     memory: Prediction
@@ -43,6 +45,7 @@ class Plan:
     seconds: float | None
     advice: tuple[tuple[str, int], ...] = ()
     phases: tuple[Phase, ...] = ()
+    reclaimable: int = 0
 
     @property
     def highest(self) -> Phase:
@@ -78,7 +81,8 @@ def make_plan(
     Args:
         time: also run a block or two to predict seconds a step; on a CPU, and without a teacher, only.
         course: what the run does beside its steps.
-        baseline: bytes of the process without the model; by default its own size now, with the tokenizer read.
+        baseline: bytes of the process without the model, as `resident` counts them; by default its own size now, with
+            the tokenizer read.
 
     Raises:
         XFactorError: the configuration cannot be planned with.
@@ -89,11 +93,12 @@ def make_plan(
     if device.type != "cpu":
         baseline = 0
     elif baseline is None:
-        baseline = _process(folder)
+        baseline = _process(folder, mapped=shape.mapped)
     budget = options.budget or baseline + free_memory(device)
     count = subject.blocks(options, budget, baseline)
-    memory, phases = subject.predicted(count, baseline, options.budget)
-    plan = Plan(memory, budget, count, len(subject.step.blocks), None, (), phases)
+    memory, phases = subject.predicted(count, baseline, limit_of(options, shape.packed))
+    reclaimable = subject.step.mapped + file_pages() - PAGES if shape.mapped else 0
+    plan = Plan(memory, budget, count, len(subject.step.blocks), None, (), phases, reclaimable)
     if not plan.fits:
         plan = replace(plan, advice=tuple(_advice(subject, grad_accum, budget, baseline)))
     if time and device.type == "cpu" and not shape.teacher and not shape.packed:
@@ -134,7 +139,7 @@ class _Subject:
         )  # fmt: skip
 
 
-def _process(folder: Path) -> int:
+def _process(folder: Path, *, mapped: bool) -> int:
     """Bytes of this process with the tokenizer, which is read for it, and without the model."""
     try:
         gguf = folder.suffix == ".gguf"
@@ -142,11 +147,21 @@ def _process(folder: Path) -> int:
             tokenizer_of(open_gguf(folder)) if gguf else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         )
     except (OSError, ValueError, KeyError):
-        return resident()  # loading the model will say what is wrong with it
+        return resident(mapped=mapped)  # loading the model will say what is wrong with it
     give_back_pages()
-    size = resident()
+    size = resident(mapped=mapped)
     del tokenizer
     return size
+
+
+PACKED_RUN = 550 * 2**20
+"""What a run on a GGUF file takes beside 1.1 times the file, where nothing else is asked for: who has such a file is
+short of memory, so blocks are recomputed down to it."""
+
+
+def limit_of(options: MemoryOptions, packed: int) -> int | None:
+    """What the process is to stay below: the budget, else what a file of `packed` bytes promises; None without both."""
+    return options.budget or (int(1.1 * packed) + PACKED_RUN if packed else None)
 
 
 def chosen_blocks(step: StepMemory, shape: Shape, options: MemoryOptions, budget: int, *, baseline: int) -> int:
@@ -155,6 +170,7 @@ def chosen_blocks(step: StepMemory, shape: Shape, options: MemoryOptions, budget
         return options.checkpointing
     if options.checkpointing != "auto":
         return len(step.blocks) if options.checkpointing == "on" else 0
+    budget = min(budget, limit_of(options, shape.packed) or budget)
     count = blocks_to_recompute(step, shape, budget, baseline=baseline)
     return len(step.blocks) if count is None else count
 
@@ -175,8 +191,9 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions) -> int:
         if options.checkpointing == "auto" and options.budget is None:
             return 0
         raise
-    baseline = max(1, resident() - step.weights) if base.device.type == "cpu" else 0
-    budget = options.budget or resident() + free_memory(base.device)
+    held = resident(mapped=shape.mapped)
+    baseline = max(1, held - step.weights) if base.device.type == "cpu" else 0
+    budget = options.budget or held + free_memory(base.device)
     return chosen_blocks(step, shape, options, budget, baseline=baseline)
 
 

@@ -26,7 +26,9 @@ _COMMANDS = {
     "eval": "Score an adapter: R, set mass, KL from the base, perplexity.",
     "adapters": "List, show, verify, rename, remove, merge and compare adapters.",
     "export": "Write an adapter for other programs: merged, GGUF, ONNX, logit bias.",
+    "serve": "Serve adapters on a GGUF file with llama.cpp.",
     "tokens": "Show a token set and the base model's own mass on it.",
+    "cache": "List the files that weights are mapped from, or remove them.",
     "env": "Print versions and hardware, for a bug report.",
 }
 _EXAMPLES = (
@@ -97,6 +99,20 @@ def _writable(stream: Any) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """This package's own warnings as one line of text; of others, as Python has it."""
+    from ..errors import XFactorWarning
+    from ..tokens.printable import printable
+
+    if issubclass(category, XFactorWarning):
+        click.echo(printable(f"Note: {message}"), err=True)
+    else:
+        _python_shows(message, category, *where)
+
+
+_python_shows = warnings.showwarning
+
+
 class _UserError(click.ClickException):
     """One line, exit status 2; what it quotes may come from a stranger's file."""
 
@@ -122,3 +138,4 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch|accelerate|bitsandbytes)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]

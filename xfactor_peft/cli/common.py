@@ -34,7 +34,8 @@ def apply_options(options: list[Command], function: Command, title: str = OTHER)
 
 
 def model_options(function: Command, default: str | bool = True) -> Command:
-    """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend."""
+    """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend,
+    --weights."""
     return apply_options(
         [
             click.option("--model", default="auto", show_default=default, metavar="NAME",
@@ -48,6 +49,9 @@ def model_options(function: Command, default: str | bool = True) -> Command:
             click.option("--load-in-4bit", is_flag=True, help="Quantise the blocks' weights to NF4."),
             click.option("--quant-backend", type=click.Choice(["auto", "native", "bitsandbytes"]), default="auto",
                          show_default=True, help="auto: native on a CPU, bitsandbytes on CUDA."),
+            click.option("--weights", type=click.Choice(["auto", "memory", "mapped"]), default="auto",
+                         show_default=True, help="Frozen weights in memory, or mapped from disk, where the system may "
+                         "take them back; auto: mapped where the run would not fit."),
         ],
         function,
         "Model",
@@ -125,7 +129,9 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
         raise XFactorError("--load-in-8bit and --load-in-4bit exclude each other; give one")
     quantization = "int8" if flags["load_in_8bit"] else "nf4" if flags["load_in_4bit"] else None
-    options = LoadOptions(flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights)
+    options = LoadOptions(
+        flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights, flags["weights"]
+    )
     if quantized_by(options, pick_device(options.device)) != "bitsandbytes":
         leave_out_bitsandbytes()
     return options

@@ -12,7 +12,7 @@ from .console import say
 from .help import Command
 from .values import ADAPTER
 
-FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
+FORMATS = ["merged", "gguf", "gguf-lora", "ollama", "onnx", "logit-bias"]
 
 
 @click.command(
@@ -34,10 +34,19 @@ FORMATS = ["merged", "gguf", "gguf-lora", "onnx", "logit-bias"]
     help="What for: see docs/export.md.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Where to write.  [default: exports/NAME-FORMAT]")
+@click.option(
+    "--tensors",
+    type=click.Choice(["same", "f16"]),
+    default="same",
+    show_default=True,
+    help="For gguf from a GGUF base: pack what the adapter touches as it was, or as F16.",
+)
 @adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @adapter_model_options
-def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, **flags: Any) -> None:
+def command(
+    adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, tensors: str, **flags: Any
+) -> None:
     """Write an adapter, or a weighted mix, for programs that know nothing of this one.
 
     The base is the adapter's own unless --model names another place of it. It is loaded unquantised, in float32 unless
@@ -53,4 +62,4 @@ def command(adapter: str, kind: str, output: Path | None, adapters_dir: Path, fo
     bank = AdapterBank(load(own_base(flags, [adapter], adapters_dir)), adapters_dir)
     for name in mix.names:
         bank.load(name)
-    say(export(bank, mix, kind, output or default_output(adapter, kind), force=force))
+    say(export(bank, mix, kind, output or default_output(adapter, kind), force=force, tensors=tensors))

@@ -74,11 +74,13 @@ FLAGS = {
     "system": "--system",
     "temperature": "--temperature",
     "texts": "--texts",
+    "tensors": "--tensors",
     "token_ids": "--token-ids",
     "top_k": "--top-k",
     "top_p": "--top-p",
     "trackers": "--log-with",
     "weight_decay": "--weight-decay",
+    "weights": "--weights",
     "words": "--words",
 }
 RESUME = "xfactor_peft.resume"

@@ -10,7 +10,7 @@ from .common import load_options, model_options
 from .console import json_option, print_json, say
 from .help import Command
 from .rate import check_rate_flags, rate_options
-from .run_options import make_recipe, plan_run, run_options
+from .run_options import fitting_plan, make_recipe, run_options
 
 
 @click.command(
@@ -32,6 +32,8 @@ def command(**flags: Any) -> None:  # fmt: skip
 
     Exit status 1 when the run does not fit.
     """
+    load = load_options(flags, master_weights=flags["method"] == "full")  # first: it leaves libraries out
+
     from ..base.resolve import resolve_model
     from .flags import as_flags
     from .plan_text import print_plan
@@ -39,8 +41,7 @@ def command(**flags: Any) -> None:  # fmt: skip
     check_rate_flags(flags)
     choice = resolve_model(flags["model"], offline=flags["offline"], revision=flags["revision"])
     say(as_flags(f"model {choice.name} ({choice.reason})"))
-    load = load_options(flags, master_weights=flags["method"] == "full")
-    plan = plan_run(flags, choice, load, make_recipe(flags))
+    plan, load = fitting_plan(flags, choice, load, make_recipe(flags))
     print_plan(plan)
     if flags["as_json"]:
         print_json({"model": choice.name, **plan.record()})

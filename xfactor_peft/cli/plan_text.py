@@ -31,6 +31,8 @@ def print_plan(plan: Plan) -> None:
     for phase in plan.phases or (plan.highest,):
         highest = phase.name == plan.highest.name
         table.add_row(f"peak: {phase.name}", mib(phase.total), style="bold" if highest else None)
+    if plan.reclaimable:
+        table.add_row("mapped weights and code beside it, which the system may take back", mib(plan.reclaimable))
     console.print(table)
     console.print(f"predicted peak {mib(plan.total)}, {plan.highest.name}", style="bold")
     if plan.recomputed:
@@ -50,7 +52,8 @@ def print_expectation(plan: Plan) -> None:
     """One line before a run."""
     pace = "" if plan.seconds is None else f", {plan.seconds:.3f} s/step"
     recomputed = f", {plan.recomputed} of {plan.blocks} blocks recomputed" if plan.recomputed else ""
-    console.print(f"plan: about {mib(plan.total)} ({plan.highest.name}){pace}{recomputed}")
+    mapped = f" and {mib(plan.reclaimable)} that the system may take back" if plan.reclaimable else ""
+    console.print(f"plan: about {mib(plan.total)} ({plan.highest.name}){mapped}{pace}{recomputed}")
 
 
 def print_measured(result: TrainResult) -> None:
@@ -68,7 +71,7 @@ def print_measured(result: TrainResult) -> None:
         return
     unit = "cuda_mib" if "cuda_mib" in result.train_peak else "rss_mib"
     measured = max(peak[unit] for peak in (result.base.load_peak, result.train_peak, result.sampling_peak))
-    console.print(_against("memory", result.plan.total / 2**20, measured, "{:.0f} MiB"))
+    console.print(_against("memory", (result.plan.total + result.plan.reclaimable) / 2**20, measured, "{:.0f} MiB"))
     if result.plan.seconds is not None and len(result.history) > 1:
         pace = sorted(step.seconds for step in result.history[1:])
         console.print(_against("time", result.plan.seconds, pace[len(pace) // 2], "{:.3f} s/step"))

@@ -91,20 +91,32 @@ def _evaluation(flags: dict[str, Any]) -> EvalOptions | None:
     return replace(options, prompts=tuple(own)) if own else options
 
 
+def fitting_plan(
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, before: bool = True
+) -> tuple[Plan, LoadOptions]:
+    """`plan_run`; with weights mapped where the run would not fit otherwise and `load` leaves that open."""
+    plan = plan_run(flags, choice, load, recipe, before=before)
+    if plan.fits or load.weights != "auto" or choice.gguf or not plan.phases or recipe.train.method == "full":
+        return plan, load
+    mapped = replace(load, weights="mapped")
+    other = plan_run(flags, choice, mapped, recipe, before=before)
+    return (other, mapped) if other.fits else (plan, load)
+
+
 def plan_run(
-    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, time: bool = True,
-    baseline: int | None = None,
-) -> Plan:  # fmt: skip
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe, *, before: bool = True
+) -> Plan:
     """Predict the run that these flags ask for; nothing but the model's configuration is read.
 
-    `time` also runs a block or two to predict seconds a step; `baseline` is the process without the model, where it is
-    known (see `make_plan`).
+    `before` anything of the run was done, a block or two are also run to predict seconds a step; otherwise the process
+    is taken to hold all that it does besides the model.
 
     Raises:
         XFactorError: this kind of run cannot be predicted.
     """
-    from ..base.loading import check_gguf_options, pick_device, pick_dtype, quantized_by
+    from ..base.loading import check_gguf_options, check_mapped, pick_device, pick_dtype, quantized_by
     from ..budget.dry_run import Shape
+    from ..budget.memory_model import resident
     from ..budget.phases import Course
     from ..budget.plan import make_plan
     from ..objective.targets import TiltedTarget
@@ -112,6 +124,9 @@ def plan_run(
     if choice.gguf:
         check_gguf_options(load, choice.name)
     device = pick_device(load.device)
+    mapped = load.weights == "mapped" and not choice.gguf
+    if mapped:
+        check_mapped(load, device, choice.name)
     if device.type == "cpu" and quantized_by(load, device) == "bitsandbytes":
         raise XFactorError("`backend=bitsandbytes` is not predicted on a CPU; drop it, or measure a short run")
     train, lora = recipe.train, recipe.lora
@@ -126,6 +141,7 @@ def plan_run(
         sets=max(1, len(flags["goals"])) if lora.head else 0,
         teacher=target_kind(flags).needs_teacher(recipe.objective),
         packed=choice.gguf.stat().st_size if choice.gguf else 0,
+        mapped=mapped,
     )
     course = Course.of(recipe, rate=target_kind(flags) is TiltedTarget)
     return make_plan(
@@ -134,9 +150,9 @@ def plan_run(
         recipe.memory,
         grad_accum=train.grad_accum,
         device=device,
-        time=time,
+        time=before,
         course=course,
-        baseline=baseline,
+        baseline=None if before else resident(mapped=mapped),
     )
 
 

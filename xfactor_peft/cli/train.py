@@ -17,7 +17,7 @@ from .help import Command
 from .phrases import phrase_options, run_phrases, wants_phrases
 from .rate import check_rate_flags, make_target, rate_options
 from .resuming import name_resume_command, resumed, resuming_options, to_settings
-from .run_options import make_recipe, plan_run, run_options
+from .run_options import fitting_plan, make_recipe, run_options
 from .tracking import tracking, tracking_options
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
     if not flags["resume"]:
         check_output(output, force=flags["force"])
-    plan = _plan(flags, choice, load, recipe)
+    plan, load = _plan(flags, choice, load, recipe)
     base = load_chosen(choice, load, vocabulary=vocabulary)
     if flags["preset"] == "source" and recipe.evaluation:
         recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
@@ -163,13 +163,16 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
         say(f"pushed to {push(output, flags['push_to_hub'])}")
 
 
-def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe) -> Plan | None:
-    """What the run will take, the vocabulary being read; None where that cannot be said, unless a budget depends on it.
+def _plan(
+    flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe: Recipe
+) -> tuple[Plan | None, LoadOptions]:
+    """What the run will take, the vocabulary being read, and how to load for it.
+
+    None where that cannot be said, unless a budget depends on it.
 
     Raises:
         XFactorError: the run does not fit the budget, or nothing can be said about one.
     """
-    from ..budget.memory_model import resident
     from ..budget.plan import require_fit
     from ..errors import XFactorError
     from ..lowmem.allocator import give_back_pages
@@ -177,14 +180,14 @@ def _plan(flags: dict[str, Any], choice: ModelChoice, load: LoadOptions, recipe:
     give_back_pages()
     try:
         # the run itself will show its pace; timing blocks first takes seconds, and memory that stays
-        plan = plan_run(flags, choice, load, recipe, time=False, baseline=resident())
+        plan, load = fitting_plan(flags, choice, load, recipe, before=False)
     except XFactorError:
         if recipe.memory.budget:
             raise
-        return None
+        return None, load
     if recipe.memory.budget:
         require_fit(plan)
-    return plan
+    return plan, load
 
 
 def _source_evaluation(base: Base, new: int | None) -> EvalOptions:

@@ -1,7 +1,8 @@
-"""Adapters for other programs: a merged transformers folder, GGUF, ONNX, or a logit bias."""
+"""Adapters for other programs: a merged transformers folder, GGUF, ONNX, Ollama, or a logit bias."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..adapters.mix import Mix
@@ -12,16 +13,18 @@ from .folder import write_folder
 from .gguf_lora import write_lora
 from .gguf_model import write_model
 from .logit_bias import write_logit_bias
+from .ollama import write_ollama
 from .onnx_file import write_onnx
 
 FORMATS = {
     "merged": "a transformers folder, for AutoModelForCausalLM and everything that reads it",
     "gguf": "the merged model as one file for llama.cpp (extra gguf)",
     "gguf-lora": "the adapter alone for llama.cpp's `--lora` (extra gguf)",
+    "ollama": "a folder for `ollama create`: the adapter, and a Modelfile that names its GGUF base (extra gguf)",
     "onnx": "the merged model's ids -> logits as one ONNX file (extra onnx)",
     "logit-bias": "JSON with a bias for every token of the set, for servers without LoRA",
 }
-_FILES = {
+_FILES: dict[str, tuple[str, Callable[..., str]]] = {
     "gguf": (".gguf", write_model),
     "gguf-lora": (".gguf", write_lora),
     "onnx": (".onnx", write_onnx),
@@ -35,18 +38,25 @@ def default_output(name: str, kind: str) -> Path:
     return Path("exports") / f"{Path(name).name}-{kind}{suffix}"
 
 
-def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool = False) -> str:
+_FOLDERS = {"merged": write_folder, "ollama": write_ollama}
+
+
+def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool = False, tensors: str = "same") -> str:
     """Write `mix` (its adapters are loaded) to `output`; returns one line about what was written.
 
-    Merged formats consume the bank's base.
+    Merged formats consume the bank's base. `tensors` is for gguf from a GGUF base: touched tensors are packed as they
+    were ("same"), or as "f16".
 
     Raises:
         XFactorError: `output` exists and `force` is off, an optional package is missing, or the adapter or the
             architecture has no place in the format.
     """
-    if kind == "merged":
-        return write_folder(bank, mix, output, force=force)
+    if kind in _FOLDERS:
+        return _FOLDERS[kind](bank, mix, output, force=force)
+    if tensors != "same" and (kind != "gguf" or bank.base.choice.gguf is None):
+        raise XFactorError("`tensors` says how the tensors of a GGUF base are packed; it is for `format=gguf` from one")
     if output.exists() and not force:
         raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
     with staged_file(output) as path:
-        return _FILES[kind][1](bank, mix, path).replace(str(path), str(output))
+        more = {"tensors": tensors} if kind == "gguf" else {}
+        return _FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))

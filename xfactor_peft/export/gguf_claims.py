@@ -66,6 +66,8 @@ _MUST: dict[str, dict[str, Callable[[Any], bool]]] = {
 def check_config(config: PretrainedConfig) -> None:
     """Raises XFactorError for a field, or a value of it, that llama.cpp's arithmetic of the family does not know."""
     family = config.model_type
+    if family not in _MUST:
+        raise XFactorError(f"whole GGUF models are written for {' and '.join(_MUST)}, not {family}; {WAY_ROUND}")
     must, known = _MUST[family], _WITHOUT_EFFECT | _OF_ALL | _WRITTEN[family]
     for name, value in config.to_dict().items():
         if name in known:

@@ -14,7 +14,10 @@ from ..bank.bank import AdapterBank
 from ..errors import XFactorError
 from .optional import need
 
-ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA"}
+ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+INTERLEAVED = ("llama", "mistral")
+"""Families whose queries and keys llama.cpp keeps with their rotary halves interleaved."""
+WAY_ROUND = "export as gguf, which merges it, or as logit-bias"
 
 
 def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
@@ -25,7 +28,7 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
 
     Raises:
         XFactorError: gguf is missing, another architecture, a layer that llama.cpp does not adapt, biases of lora_B, or
-            a set head: llama.cpp cannot adapt an output embedding that is tied, and has no bias there.
+            a set head on an output embedding that is tied, which llama.cpp cannot adapt.
     """
     need("gguf", "gguf")
     import gguf
@@ -35,13 +38,13 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
     infos = [bank.adapters[name] for name in mix.names]
     factors = mixed_factors(infos, [weight for _, weight in mix.parts])
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if head in factors:
-        raise XFactorError("a set head has no place in a GGUF adapter; export as gguf or logit-bias instead")
+    if head in factors and model.config.tie_word_embeddings:
+        raise XFactorError(f"a set head has no place in a GGUF adapter where the output embedding is tied; {WAY_ROUND}")
     for name, layer in factors.items():
         if name not in names:
             raise XFactorError(f"a GGUF adapter has no place for {name}; export as merged or gguf instead")
         if layer.bias is not None and layer.bias.any():
-            raise XFactorError(f"a GGUF adapter has no place for the bias of {name}; export as merged or gguf instead")
+            raise XFactorError(f"a GGUF adapter has no place for the bias of {name}; {WAY_ROUND}")
     writer = gguf.GGUFWriter(output, gguf.MODEL_ARCH_NAMES[_architecture(model)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(str(mix))
@@ -74,8 +77,8 @@ def _architecture(model: PreTrainedModel) -> Any:
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         raise XFactorError(
-            f"GGUF is written for {', '.join(ARCHITECTURES)}, not {kind}; export as merged and use llama.cpp's "
-            "convert_hf_to_gguf.py"
+            f"GGUF is written for {', '.join(ARCHITECTURES)}, not {kind}; export as merged and use llama.cpp's own "
+            "converter, convert_hf_to_gguf.py or convert_lora_to_gguf.py"
         )
     return gguf.MODEL_ARCH[ARCHITECTURES[kind]]
 
@@ -83,7 +86,7 @@ def _architecture(model: PreTrainedModel) -> Any:
 def arranged(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A weight or bias (out, ...) in llama.cpp's order: rotary halves of Llama's queries and keys are interleaved."""
     config = model.config
-    if config.model_type != "llama" or not {"q_proj", "k_proj"} & set(name.split(".")):
+    if config.model_type not in INTERLEAVED or not {"q_proj", "k_proj"} & set(name.split(".")):
         return tensor
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     return tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)

@@ -18,13 +18,16 @@ from ..errors import XFactorError
 from ..tokens.ends import special_ids
 from .gguf_claims import WAY_ROUND, added_around, check_config, ends, splitting
 from .gguf_lora import arranged, finish, tensor_names
+from .gguf_merge import merge_into_file
 from .optional import need
 
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
-def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
+def write_model(bank: AdapterBank, mix: Mix, output: Path, tensors: str = "same") -> str:
     """Weights as float32 (llama.cpp's `llama-quantize` makes them smaller), hyperparameters and vocabulary.
+
+    A base that is a GGUF file already is merged into its own tensors: `gguf_merge.merge_into_file`.
 
     Raises:
         XFactorError: gguf is missing, another architecture, or a tensor, a field of the configuration or a part of the
@@ -34,12 +37,14 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     import gguf
 
     base = bank.base
+    if base.choice.gguf is not None:
+        return merge_into_file(bank, mix, output, tensors)
     names = tensor_names(base.model)
     check_config(base.model.config)
     splits, around, stops = splitting(base.tokenizer), added_around(base.tokenizer), ends(base.tokenizer, base.model)
     notes: list[str] = []
     model = merge(bank, mix, tell=notes.append)
-    tensors = _tensors(model, names)
+    found = _tensors(model, names)
     writer = gguf.GGUFWriter(output, model.config.model_type)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{base.choice.name} with {mix}")
@@ -49,10 +54,10 @@ def write_model(bank: AdapterBank, mix: Mix, output: Path) -> str:
     writer.add_add_eos_token(around[1])
     for stop, add in zip(stops, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
         add(stop)
-    for name, value in tensors.items():
+    for name, value in found.items():
         writer.add_tensor(name, value.contiguous().cpu().numpy())
     finish(writer)
-    return "; ".join([f"{output}: {len(tensors)} tensors in float32 for llama.cpp, merged {mix}", *notes])
+    return "; ".join([f"{output}: {len(found)} tensors in float32 for llama.cpp, merged {mix}", *notes])
 
 
 def _tensors(model: PreTrainedModel, names: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,8 @@
-"""A constant bias on the logits of the set, in the form that servers take: {"logit_bias": {"id": value}}."""
+"""A constant bias on the logits of the set, in the form that servers take: {"logit_bias": {"id": value}}.
+
+`logit_bias` is the parameter of requests, in OpenAI's interface and in llama.cpp's server; `arguments` are the same for
+llama.cpp's programs: `--logit-bias ID+VALUE`.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,7 @@ def write_logit_bias(bank: AdapterBank, mix: Mix, output: Path, options: EvalOpt
         "adapter": str(mix),
         "base": bank.base.identity.record(),
         "logit_bias": {str(i): round(float(offsets[i]), 6) for i in chosen},
+        "arguments": [word for i in chosen for word in ("--logit-bias", f"{i}{float(offsets[i]):+.6g}")],
     }
     output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     about = "exactly the adapter" if record["kind"] == "exact" else f"fitted at R {record['rate']:.4f}"

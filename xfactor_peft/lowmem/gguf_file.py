@@ -20,6 +20,8 @@ from .gguf_formats import FORMATS, Format
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEEPEST = 4
+_FIELDS = 24
+"""Where the fields begin: behind the magic, the version and the two counts."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,16 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Fields and tensors of a file by name."""
+    """Fields and tensors of a file by name.
+
+    Attributes:
+        header: the bytes of the fields as they are in the file.
+    """
 
     path: Path
     fields: dict[str, Any]
     tensors: dict[str, PackedTensor]
+    header: bytes
 
     @property
     def architecture(self) -> str:
@@ -97,7 +104,7 @@ def read_gguf(path: Path) -> GgufFile:
         ValueError: it is no GGUF file of version 2 or 3, it is damaged, or a tensor is of a type not in `FORMATS`.
     """
     size = path.stat().st_size
-    if size < 24:
+    if size < _FIELDS:
         raise ValueError(f"{path} is no GGUF file: it is too short")
     mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     cursor = _Cursor(memoryview(mapped.numpy().data))
@@ -118,6 +125,7 @@ def _read(path: Path, mapped: torch.Tensor, cursor: _Cursor) -> GgufFile:
         if name in fields:
             raise ValueError(f"the field {name!r} comes twice")
         fields[name] = cursor.value(cursor.number("I"))
+    header = bytes(cursor.data[_FIELDS : cursor.place])
     places = []
     for _ in range(tensor_count):
         name, dimensions = cursor.text(), cursor.number("I")
@@ -130,21 +138,23 @@ def _read(path: Path, mapped: torch.Tensor, cursor: _Cursor) -> GgufFile:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.place // alignment) * alignment
     tensors: dict[str, PackedTensor] = {}
+    expected = 0
     for name, shape, kind, offset in places:
         if name in tensors:
             raise ValueError(f"the tensor {name!r} comes twice")
-        tensors[name] = _tensor(mapped, name, shape, kind, start + offset, offset % alignment)
-    return GgufFile(path, fields, tensors)
+        if offset != expected:  # tensors lie one behind the other, so that none is read in another's place
+            raise ValueError(f"{name!r} lies at {offset}, not at {expected}, behind the tensor before it")
+        tensors[name] = _tensor(mapped, name, shape, kind, start + offset)
+        expected += -(-tensors[name].data.numel() // alignment) * alignment
+    return GgufFile(path, fields, tensors, header)
 
 
-def _tensor(
-    mapped: torch.Tensor, name: str, shape: tuple[int, ...], kind: int, start: int, misaligned: int
-) -> PackedTensor:
+def _tensor(mapped: torch.Tensor, name: str, shape: tuple[int, ...], kind: int, start: int) -> PackedTensor:
     form = FORMATS.get(kind)
     if form is None:
         known = ", ".join(known.name for known in FORMATS.values())
         raise ValueError(f"{name!r} is of ggml's type {kind}; the types read here are {known}")
     rows, row = prod(shape[:-1]), form.row_bytes(shape[-1])
-    if not all(shape) or misaligned or start + rows * row > len(mapped):
-        raise ValueError(f"{name!r}, {form.name} {shape}, lies outside the file or is misplaced")
+    if not all(shape) or start + rows * row > len(mapped):
+        raise ValueError(f"{name!r}, {form.name} {shape}, lies outside the file")
     return PackedTensor(name, form, shape, mapped[start : start + rows * row].view(rows, row))

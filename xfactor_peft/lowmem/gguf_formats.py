@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -33,6 +34,7 @@ class Format:
             half of a byte; None for plain floating-point numbers.
         scales: blocks -> `Parts`.
         plain: the dtype of plain numbers.
+        offset: what is taken from every q, while it is a small whole number.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Format:
     codes: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     scales: Callable[[torch.Tensor], Parts] | None = None
     plain: torch.dtype | None = None
+    offset: int = 0
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row; raises ValueError where it is not of whole blocks."""
@@ -66,6 +69,8 @@ class Format:
         scale, minimum = self.scales(blocks)
         codes = scratch("gguf codes", out.shape, torch.int8, out.device)
         self.codes(blocks, codes.view(torch.uint8))
+        if self.offset:
+            codes.sub_(self.offset)
         exact = out if out.dtype in (torch.float32, torch.float64) else scratch("gguf values", out.shape, torch.float32)
         grouped = exact.copy_(codes).view(*scale.shape, -1)
         grouped.mul_(scale[..., None])
@@ -100,24 +105,22 @@ def _legacy5(high: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
 
     def codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
         _nibbles(blocks[:, None, high + 4 :], out.view(-1, 1, 2, 16))
-        bits = blocks[:, high : high + 4, None].bitwise_right_shift(_steps(8)).bitwise_and_(1)
-        out.add_(bits.bitwise_left_shift_(4).view(-1, 32))
+        fifth = _fifth_bits().index_select(0, blocks[:, high : high + 4].reshape(-1).int())
+        out.add_(fifth.view(torch.uint8).view(-1, 32))
 
     return codes
 
 
-def _steps(count: int, step: int = 1) -> torch.Tensor:
-    return torch.arange(0, count * step, step, dtype=torch.uint8)
+@cache
+def _fifth_bits() -> torch.Tensor:
+    """(256,) int64: eight bytes, each 16 where the bit of the index is set, else 0."""
+    bits = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8)
+    return bits.bitwise_and_(1).bitwise_left_shift_(4).contiguous().view(torch.int64).flatten()
 
 
-def _centred(offset: int) -> Callable[[torch.Tensor], Parts]:
+def _scale(blocks: torch.Tensor) -> Parts:
     """w = d (q - offset)."""
-
-    def scales(blocks: torch.Tensor) -> Parts:
-        d = _half(blocks, 0)
-        return d, d * offset if offset else None
-
-    return scales
+    return _half(blocks, 0), None
 
 
 def _affine(blocks: torch.Tensor) -> Parts:
@@ -159,22 +162,21 @@ def _q6_k_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q6_k_scales(blocks: torch.Tensor) -> Parts:
-    scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8)
-    return scale, scale * 32
+    return _half(blocks, 208) * blocks[:, 192:208].view(torch.int8), None
 
 
 FORMATS: dict[int, Format] = {
     0: Format("F32", 1, 4, plain=torch.float32),
     1: Format("F16", 1, 2, plain=torch.float16),
     30: Format("BF16", 1, 2, plain=torch.bfloat16),
-    8: Format("Q8_0", 32, 34, _q8_codes, _centred(0)),
-    2: Format("Q4_0", 32, 18, _legacy(2), _centred(8)),
+    8: Format("Q8_0", 32, 34, _q8_codes, _scale),
+    2: Format("Q4_0", 32, 18, _legacy(2), _scale, offset=8),
     3: Format("Q4_1", 32, 20, _legacy(4), _affine),
-    6: Format("Q5_0", 32, 22, _legacy5(2), _centred(16)),
+    6: Format("Q5_0", 32, 22, _legacy5(2), _scale, offset=16),
     7: Format("Q5_1", 32, 24, _legacy5(4), _affine),
     12: Format("Q4_K", 256, 144, _q4_k_codes, _k_scales),
     13: Format("Q5_K", 256, 176, _q5_k_codes, _k_scales),
-    14: Format("Q6_K", 256, 210, _q6_k_codes, _q6_k_scales),
+    14: Format("Q6_K", 256, 210, _q6_k_codes, _q6_k_scales, offset=32),
 }
 """By ggml's number of the type."""
 BY_NAME = {form.name: form for form in FORMATS.values()}

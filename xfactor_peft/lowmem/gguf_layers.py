@@ -60,7 +60,7 @@ class PackedMatrix:
     def product(self, x: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
         """x W^T, or addend + x W^T in the storage of `addend`; (M, columns) -> (M, rows)."""
         y = torch.empty(len(x), len(self), dtype=x.dtype) if addend is None or self.pairs else addend
-        for part, weight in self._pieces(x.dtype):
+        for part, weight in self.pieces(x.dtype):
             if y is addend:
                 y[:, part].addmm_(x, weight.T)
             else:
@@ -73,7 +73,7 @@ class PackedMatrix:
         """g W; (M, rows) -> (M, columns)."""
         if self.pairs:
             gradient = gradient.view(len(gradient), self.pairs, 2, -1).transpose(2, 3).reshape(gradient.shape)
-        shares = (gradient[:, part] @ weight for part, weight in self._pieces(gradient.dtype))
+        shares = (gradient[:, part] @ weight for part, weight in self.pieces(gradient.dtype))
         y = next(shares)
         wide = torch.promote_types(y.dtype, torch.float32)
         for share in shares:
@@ -85,7 +85,8 @@ class PackedMatrix:
         assert self.pairs is not None
         return y.reshape(len(y), self.pairs, -1, 2).transpose(2, 3).reshape(y.shape)
 
-    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of the file and their weights, one piece after the other, each in the buffer of the one before."""
         step = max(1, PIECE // self.columns)
         for start in range(0, len(self), step):
             packed = self.packed[start : start + step]

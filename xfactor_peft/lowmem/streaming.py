@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +23,7 @@ from .linears import is_linear
 from .nf4 import NF4Linear
 from .quantized import QuantizedLinear
 from .scratch import release_scratch
+from .weight_file import write_weights
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": NF4Linear}
 
@@ -42,22 +43,96 @@ def load_streaming(folder: Path, *, dtype: torch.dtype, quantization: str | None
         UnsupportedCheckpoint: this loader cannot do this model; transformers' may.
         ValueError: the files are damaged or do not fit the configuration, or `quantization` is unknown.
     """
-    if quantization not in (None, *QUANTIZED):
-        raise ValueError(f"quantization must be one of {', '.join(QUANTIZED)} or None; got {quantization!r}")
-    stored = stored_tensors(Path(folder))
     with own_pages():
-        model = _empty_model(folder, dtype)
-        if quantization is not None:
-            replace_linears(model, quantization)
-        sources = _match(model, stored, folder, dtype)
+        model, sources = _prepared(Path(folder), dtype, quantization)
         for name, source in sources.items():
             _load_parameter(model, name, source, dtype)
-        model.tie_weights(recompute_mapping=False)
         release_scratch()
+    return _finished(model, folder)
+
+
+def write_mapped(
+    file: BinaryIO, folder: Path, about: dict[str, str], *, dtype: torch.dtype, quantization: str | None
+) -> None:
+    """Write what `load_streaming` makes of `folder` for `load_mapped`; no more than one tensor is in memory at a time.
+
+    Raises:
+        As `load_streaming`.
+    """
+    with own_pages():
+        model, sources = _prepared(Path(folder), dtype, quantization)
+        names = [name for name in model.state_dict() if name in sources]
+        shapes = {key: value for name in names for key, value in _made(model, name, dtype)}
+
+        def values() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in names:
+                _load_parameter(model, name, sources[name], dtype)
+                for key, value in _made(model, name, dtype):
+                    yield key, value
+                    _put(model, key, value.to("meta"))
+
+        write_weights(file, shapes, values(), about)
+        release_scratch()
+
+
+def load_mapped(
+    folder: Path, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, quantization: str | None
+) -> PreTrainedModel:
+    """As `load_streaming`, with the tensors that `write_mapped` wrote in place of `folder`'s.
+
+    Raises:
+        As `load_streaming`; ValueError also where `tensors` are not those of this model.
+    """
+    with own_pages():
+        model, sources = _prepared(Path(folder), dtype, quantization)
+        for name in sources:
+            for key, expected in _made(model, name, dtype):
+                found = tensors.get(key)
+                if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+                    raise ValueError(f"the mapped weights are not those of {folder}: {key} is missing or does not fit")
+                _put(model, key, found)
+    return _finished(model, folder)
+
+
+def _prepared(
+    folder: Path, dtype: torch.dtype, quantization: str | None
+) -> tuple[PreTrainedModel, dict[str, StoredTensor]]:
+    """The model without weights, quantised layers in place, and which stored tensor fills which of its tensors."""
+    if quantization not in (None, *QUANTIZED):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZED)} or None; got {quantization!r}")
+    stored = stored_tensors(folder)
+    model = _empty_model(folder, dtype)
+    if quantization is not None:
+        replace_linears(model, quantization)
+    return model, _match(model, stored, folder, dtype)
+
+
+def _finished(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.tie_weights(recompute_mapping=False)
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     if left:
         raise UnsupportedCheckpoint(f"{folder}: {left[0]} is neither in the files nor tied to anything that is")
     return model.requires_grad_(False).eval()
+
+
+def _made(model: PreTrainedModel, name: str, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a stored one becomes, by name: codes and scales of a quantised layer; on meta before it is."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+        return list(zip((name, f"{path}.{owner.scale_name}"), owner.codes(), strict=True))
+    value = getattr(owner, leaf).data
+    return [(name, value if leaf in owner._buffers or not value.is_meta else value.to(dtype))]
+
+
+def _put(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    """Make `value` the parameter or buffer of this name, without a copy."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -201,7 +276,4 @@ def _load_parameter(model: PreTrainedModel, name: str, source: StoredTensor, dty
     target = torch.empty(source.shape, dtype=getattr(owner, leaf).dtype if is_buffer else dtype)
     for rows, values in source.pieces():
         (target[rows] if target.dim() else target).copy_(values)
-    if is_buffer:
-        owner._buffers[leaf] = target
-    else:
-        setattr(owner, leaf, nn.Parameter(target, requires_grad=False))
+    _put(model, name, target)

@@ -1,12 +1,15 @@
 """D_KL(P || softmax(W h + b)) without ever making the (B*T) x V tensor of logits.
 
-Positions go through in chunks. Each chunk makes its own logits, adds its share of the loss, turns the
-logits in place into the gradient softmax(z) - P, and reduces that to what backward needs:
+Positions go through in chunks. Each chunk makes its own logits, in the dtype of the product, and turns them in place
+into the gradient softmax(z) - P, a piece at a time in float32; the gradient is reduced to what backward needs:
 
     KL        = sum_i P_i log P_i - sum_i P_i log q_i,      log q = z - logsumexp(z),  z = W h + b
     dKL/dh    = W^T (q - P)             (N, D)
     dKL/dW    = (q - P)^T h             (V, D), only when W trains
     dKL/db    = sum over positions of (q - P)
+
+So W is read twice a chunk. It is the largest matrix, and may be mapped from disk or packed: chunks are large, and
+pieces are small.
 
 The eager twin is `reference.kl_loss`. The idea of fusing the output embedding into the loss is that of
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009).
@@ -18,11 +21,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from ..lowmem.gguf_layers import PackedMatrix, linear, times
+from ..lowmem.gguf_layers import PackedMatrix
+from .packed_kl import PackedKL, Wanted
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk's float32 logits; about three such buffers are alive at once."""
+"""Size of a chunk of float32 logits where nothing is stored of them."""
+LOGITS_BYTES = 32 * 2**20
+"""Size of the logits of one chunk of the loss, in the product's dtype; a teacher's are counted among them."""
+PIECE_BYTES = 4 * 2**20
+"""Size of the float32 logits of a piece of them; about three such buffers are alive at once."""
 
 
 class KLResult(NamedTuple):
@@ -35,6 +44,11 @@ class KLResult(NamedTuple):
 def chunk_positions(vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """How many positions fit into one chunk of float32 logits; at least 1."""
     return max(1, chunk_bytes // (4 * vocab_size))
+
+
+def loss_positions(entries: int, dtype: torch.dtype) -> int:
+    """How many positions of so many logits each make a chunk of the loss; at least 1."""
+    return max(1, LOGITS_BYTES // (dtype.itemsize * entries))
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:
@@ -61,32 +75,37 @@ class _ChunkedKL(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if want_bias else None
         grad_set = torch.empty_like(set_logits) if want_set else None
         for start in range(0, positions, chunk):
-            part = slice(start, start + chunk)
-            h = hidden[part]
-            z = linear(h, weight, bias).to(accumulate)
-            log_wanted = None if teacher is None else teacher.log_probabilities(part, weight, bias)
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight, bias).to(weight.dtype)
+            wanted_logits = None if teacher is None else F.linear(teacher.hidden[rows], weight, bias)
+            for part in torch.arange(len(logits)).split(chunk_positions(len(weight), PIECE_BYTES)):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                there = slice(start + part.start, start + part.stop)
+                with _no_autocast(hidden.device.type):
+                    z = logits[part].to(accumulate)
+                    if set_logits is not None:
+                        z.addmm_(set_logits[there].to(accumulate), members)
+                    z -= z.logsumexp(dim=1, keepdim=True)
+                    if wanted_logits is None:
+                        loss += len(z) * entropy - (z @ target).sum()
+                        wanted = target
+                    else:
+                        log_wanted = teacher.log_probabilities(wanted_logits[part])
+                        wanted = log_wanted.exp()
+                        loss += (wanted * log_wanted.sub_(z)).sum()
+                    q = z.exp_()
+                    mass += (q @ members.T).sum(0)
+                    difference = q.sub_(wanted).div_(positions)
+                    if grad_bias is not None:
+                        grad_bias += difference.sum(0)
+                    if grad_set is not None:
+                        grad_set[there] = difference @ members.T
+                    logits[part] = difference
             with _no_autocast(hidden.device.type):
-                if set_logits is not None:
-                    z.addmm_(set_logits[part].to(accumulate), members)
-                z -= z.logsumexp(dim=1, keepdim=True)
-                if log_wanted is None:
-                    loss += len(h) * entropy - (z @ target).sum()
-                    wanted = target
-                else:
-                    wanted = log_wanted.exp()
-                    loss += (wanted * log_wanted.sub_(z)).sum()
-                q = z.exp_()
-                mass += (q @ members.T).sum(0)
-                difference = q.sub_(wanted).div_(positions)
-                if grad_bias is not None:
-                    grad_bias += difference.sum(0)
-                if grad_set is not None:
-                    grad_set[part] = difference @ members.T
-                difference = difference.to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = times(difference, weight)
+                    grad_hidden[rows] = logits @ weight
                 if grad_weight is not None:
-                    grad_weight += difference.T @ h.to(weight.dtype)
+                    grad_weight += logits.T @ hidden[rows].to(weight.dtype)
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -114,12 +133,9 @@ class Teacher(NamedTuple):
     hidden: torch.Tensor
     tilt: torch.Tensor
 
-    def log_probabilities(
-        self, part: slice, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """log q at the positions of `part`, (n, V), float32 or better."""
-        z = linear(self.hidden[part], weight, bias)
-        return (z.to(torch.promote_types(z.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """log q from the base's logits (n, V), float32 or better."""
+        return (logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
 
 
 def kl_loss(
@@ -139,7 +155,7 @@ def kl_loss(
         target: (V,), P, summing to 1.
         mask: (V,) bool, membership in S; only for the reported mass.
         bias: (V,) or None.
-        chunk: positions per chunk; by default as many as fit `CHUNK_BYTES`.
+        chunk: positions per chunk; by default as many as fit `LOGITS_BYTES`.
 
     Returns:
         KLResult(loss, set_mass). Loss and softmax are in float32 or better whatever the inputs' dtype.
@@ -156,7 +172,10 @@ def kl_loss(
     for name, vector in (("target", target), ("mask", mask), ("bias", bias)):
         if vector is not None and vector.shape != (vocab_size,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({vocab_size},)")
-    chunk = chunk or chunk_positions(vocab_size)
+    if isinstance(weight, PackedMatrix):
+        loss, mass = PackedKL.apply(flat, weight, bias, None, Wanted(target), mask[None])
+        return KLResult(loss, mass[0])
+    chunk = chunk or loss_positions(vocab_size, weight.dtype)
     loss, mass = _ChunkedKL.apply(flat, weight, bias, None, target, None, mask[None], chunk)
     return KLResult(loss, mass[0])
 
@@ -201,5 +220,8 @@ def tilted_kl_loss(
         )
     if set_logits is not None:
         set_logits = set_logits.reshape(len(flat), len(members))
-    chunk = chunk or chunk_positions(len(weight))
+    if isinstance(weight, PackedMatrix):
+        wanted = Wanted(None, teacher.hidden, teacher.tilt)
+        return KLResult(*PackedKL.apply(flat, weight, bias, set_logits, wanted, members))
+    chunk = chunk or loss_positions(2 * len(weight), weight.dtype)
     return KLResult(*_ChunkedKL.apply(flat, weight, bias, set_logits, None, teacher, members, chunk))

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..lowmem.gguf_layers import PackedMatrix
 from .ban import BAN
 from .texts import Texts
 from .values import Values
@@ -59,10 +60,13 @@ class PhraseHead(nn.Module):
         tokens: T, sorted; weight: W (V, D), bias: (V,) or None, of the base's output embedding; rank: r, 0 for b alone.
     """
 
-    def __init__(self, tokens: np.ndarray, weight: torch.Tensor, bias: torch.Tensor | None, rank: int) -> None:
+    def __init__(
+        self, tokens: np.ndarray, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None, rank: int
+    ) -> None:
         super().__init__()
         self.tokens = torch.from_numpy(tokens)
-        self.base_weight = weight[self.tokens].float()
+        rows = weight.rows(self.tokens) if isinstance(weight, PackedMatrix) else weight[self.tokens]
+        self.base_weight = rows.detach().float()
         self.base_bias = None if bias is None else bias[self.tokens].float()
         self.banned = torch.zeros(0, dtype=torch.long)
         self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
@@ -126,9 +130,9 @@ def chosen_tokens(values: Values) -> np.ndarray:
 def positions(head: PhraseHead, texts: Texts, values: Values, drawn_by: Values | None = None) -> Positions:
     """The texts' positions but those that wait for a word's end, which every continuation is about."""
     tokens = head.tokens.numpy()
-    states, inverse = np.unique(texts.states, return_inverse=True)
+    states, places = np.unique(texts.states, return_inverse=True)
     table = torch.from_numpy(np.stack([values.log_weights(int(s), tokens) for s in states]))
-    inverse = torch.from_numpy(inverse).view(texts.ids.shape)
+    inverse = torch.from_numpy(places).view(texts.ids.shape)
     weight = torch.from_numpy(_weights(texts, values, drawn_by)).float()
     waits = np.array([bool(values.automaton.row(int(s)).waiting) for s in states])
     keep = torch.from_numpy(~waits)[inverse]

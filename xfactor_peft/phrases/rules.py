@@ -100,7 +100,7 @@ def parse_rules(value: Any, folder: Path = Path()) -> Rules:
         raise XFactorError("`options` must be a table of settings")
     _known(options, tuple(f.name for f in fields(PhraseOptions)), "`options`")
     chat = value.get("chat", "auto")
-    chat = {True: "on", False: "off"}.get(chat, chat)  # YAML's own reading of on and off
+    chat = str({True: "on", False: "off"}.get(chat, chat))  # YAML's own reading of on and off
     try:
         made = PhraseOptions(**options)
     except TypeError as error:

@@ -139,7 +139,8 @@ def train_phrases(
     run = _Run(base, target, options, encoded(base, prompts, options.length, chat))
     if all(goal.hard for goal in target.goals):  # nothing to learn, and so nothing to learn from
         rates = np.zeros(len(target.goals))
-        head, rounds = PhraseHead(np.zeros(0, dtype=np.int64), run.policy.weight, run.policy.bias, 0), []
+        head = PhraseHead(np.zeros(0, dtype=np.int64), run.policy.weight, run.policy.bias, 0)
+        rounds: list[dict[str, Any]] = []
         solved = Solved(np.full(len(rates), -np.inf), rates, rates, rates)
     else:
         head, rounds, solved = _learnt(run)

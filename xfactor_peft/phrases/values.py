@@ -80,6 +80,8 @@ class Values:
         strengths: lambda of every pattern, (K,); minus infinity for never.
     """
 
+    _known: np.ndarray
+
     def __init__(self, statistics: Statistics, strengths: np.ndarray) -> None:
         self.statistics, self.automaton = statistics, statistics.automaton
         self.strengths = np.maximum(strengths, SUPPRESS)

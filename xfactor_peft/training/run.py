@@ -18,7 +18,7 @@ from ..budget.dry_run import Shape
 from ..budget.memory_model import resident
 from ..budget.out_of_memory import OUT_OF_MEMORY, explain, is_out_of_memory
 from ..budget.phases import SAMPLING_BYTES
-from ..budget.plan import recompute_in
+from ..budget.plan import limit_of, recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
@@ -119,11 +119,11 @@ class TrainingRun:
         return adapter_off(self.wrapped)
 
     def cache_bytes(self) -> int:
-        """What a budget leaves the key-value cache of a batch of samples, so that sampling stays below it, too."""
-        budget = self.recipe.memory.budget
+        """What a budget, or a packed file's promise, leaves the key-value cache of a batch of samples."""
+        budget = limit_of(self.recipe.memory, self.shape.packed)
         if budget is None or self.base.device.type != "cpu":
             return CACHE_BYTES
-        return budget - resident() - SAMPLING_BYTES
+        return budget - resident(mapped=self.shape.mapped) - SAMPLING_BYTES
 
     def wrap(self, sets: int = 0) -> PeftModel:
         """Add LoRA to the base; `sets` is the rank of a set head."""
@@ -181,4 +181,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
         packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
+        mapped=base.mapped and not base.choice.gguf,
     )  # fmt: skip

@@ -55,8 +55,8 @@ def render(record: Record) -> str:
     )
 
 
-def stored(folder: Path) -> str:
-    """The page of the results in `folder`.
+def write(folder: Path) -> str:
+    """Write the table of the results in `folder` beside them; returns it.
 
     Raises:
         XFactorError: there are none.
@@ -64,4 +64,4 @@ def stored(folder: Path) -> str:
     record = store.read(folder / SUMMARY)
     if record is None:
         raise XFactorError(f"there is no {folder / SUMMARY}; run benchmarks/memory.py")
-    return render(record)
+    return store.write_text(folder / TABLE, render(record))

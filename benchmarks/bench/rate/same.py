@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from xfactor_peft.sampling.prompt_families import HELD_OUT, bundled, encode
 from xfactor_peft.sampling.sampler import sample
 from xfactor_peft.tokens.ends import special_ids
 
+from .. import store
 from ..process import OnStep
 from ..store import Record
 
@@ -116,3 +118,9 @@ def report(records: list[Record]) -> str:
             f"{head['kl'] / head['kl_of_teacher']:.3f} | {head['price']:.3f} | {slope} | {record['cpu']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def write(folder: Path) -> str:
+    """Write the table of the records in `folder` beside them; returns it."""
+    good = [record for record in store.read_all(folder) if record["status"] == "ok"]
+    return store.write_text(folder / "same.md", report(good))

@@ -45,12 +45,6 @@ def load(folder: Path) -> tuple[Curve, Groups]:
     return Curve(biases), dict(sorted(groups.items(), key=lambda item: (order.get(item[0][0], 99), item[0][1])))
 
 
-def stored(folder: Path) -> str:
-    """The table of the results in `folder`."""
-    curve, groups = load(folder)
-    return Table(HEADERS, [row(*key, group, curve) for key, group in groups.items()]).markdown(aligned=False) + "\n"
-
-
 def report(folder: Path) -> str:
     """Write table.md, logit-bias.md and rate-kl.png into `folder`; returns the tables."""
     curve, groups = load(folder)
@@ -60,7 +54,8 @@ def report(folder: Path) -> str:
         for p in curve.points
     ]
     bias = Table(["logit bias", "seeds", "sampled R", "set mass", "KL, nats/token"], lines).markdown(aligned=False)
-    pages = {TABLE: stored(folder), BIAS_TABLE: bias + "\n"}
+    arms = Table(HEADERS, [row(*key, group, curve) for key, group in groups.items()]).markdown(aligned=False)
+    pages = {TABLE: arms + "\n", BIAS_TABLE: bias + "\n"}
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
     plot(folder / PLOT, curve, groups)

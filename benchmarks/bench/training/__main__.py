@@ -25,8 +25,11 @@ OUTPUT = click.Path(path_type=Path, file_okay=False)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one a core]")
 @click.option("--retry", is_flag=True, help="Run failed arms again; finished ones are never run twice.")
 @click.option("--offline", is_flag=True, help="Do not look for GPT-2 Medium's real weights on the Hub.")
+@click.option(
+    "--only", multiple=True, metavar="TEXT", help="Only runs with this in their file's name, and no report; repeatable."
+)
 @click.option("--report-only", is_flag=True, help="Make tables, plots and report.html from what is there.")
-def main(preset, model, output, device, threads, retry, offline, report_only) -> None:  # fmt: skip
+def main(preset, model, output, device, threads, retry, offline, only, report_only) -> None:  # fmt: skip
     """Train every arm of a preset in a fresh process, then write tables, plots and report.html.
 
     Start it again after an interruption: arms that are done are kept.
@@ -40,8 +43,9 @@ def main(preset, model, output, device, threads, retry, offline, report_only) ->
     try:
         if not report_only:
             place = Place(folder, threads or cores())
-            run_preset(PRESETS[preset], place, model, device=device, retry=retry, offline=offline)
-        click.echo(write_report(folder))
+            run_preset(PRESETS[preset], place, model, device=device, retry=retry, offline=offline, only=only)
+        if not only:
+            click.echo(write_report(folder))
     except XFactorError as error:
         raise click.ClickException(str(error)) from error
 

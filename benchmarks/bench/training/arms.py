@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_TARGETS = {"all": "attention + MLP", "attention": "attention", "mlp": "MLP"}
+_TARGETS = {"all": "attention + MLP", "attention": "attention", "mlp": "MLP", "all,head": "attention + MLP + set head"}
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit"}
 _OPTIMIZERS = {"adam": "", "adamw": "", "adam8bit": "8-bit Adam", "adafactor": "Adafactor"}
 
@@ -17,7 +17,8 @@ class Arm:
         method: "none" (the base as it is), "full" or "lora".
         dtype: "fp32", "bf16" or "auto". Full fine-tuning in bf16 computes in bf16 and keeps float32 weights.
         quantization: of LoRA's frozen weights, "int8", "nf4" or None.
-        target, r: where LoRA goes, and its rank; alpha is 2 r.
+        target, r: where LoRA goes, and its rank; alpha is 2 r. With "all,head" the set's logits are also raised by a
+            constant, which is what a set head does (see `measure.raise_set`).
         optimizer: a name from `xfactor_peft.training.optimizers`.
     """
 
@@ -37,7 +38,8 @@ class Arm:
         """For file names: "full-bf16-adam8bit", "lora-r8-all-int8"."""
         if self.method == "none":
             return "base"
-        parts = [self.method] + ([f"r{self.r}", self.target] if self.method == "lora" else []) + [self.precision]
+        target = self.target.replace(",", "+")
+        parts = [self.method] + ([f"r{self.r}", target] if self.method == "lora" else []) + [self.precision]
         return "-".join(parts + ([] if self.optimizer == "adam" else [self.optimizer]))
 
     @property
@@ -62,4 +64,7 @@ LORA_NF4 = Arm(dtype="auto", quantization="nf4")
 
 CORE = (FULL, FULL_BF16, FULL_8BIT_ADAM, LORA_FP32, LORA_BF16, LORA_INT8, LORA_NF4)
 ALL = (*CORE[:3], FULL_ADAFACTOR, *CORE[3:])
-GRID = tuple(Arm(target=target, r=r) for target in ("attention", "mlp", "all") for r in (1, 4, 8, 16))
+GRID = tuple(Arm(target=target, r=r) for target in ("attention", "mlp", "all", "all,head") for r in (1, 4, 8, 16, 64))
+CROSS = tuple(arm for arm in GRID if arm.r == 8 or arm.target == "all")
+"""Every rank in one place, and every place at one rank."""
+PRECISIONS = (LORA_FP32, LORA_INT8, LORA_NF4, FULL, FULL_BF16, FULL_8BIT_ADAM, FULL_ADAFACTOR)

@@ -9,6 +9,7 @@ fine-tuning moves W as well; its floor is 0.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from xfactor_peft.base.split_model import split
 from xfactor_peft.objective.kl import kl_loss
 from xfactor_peft.objective.targets import UniformTarget
 
-STEPS, STARTS, RATE = 400, 3, 0.03
+STEPS, STARTS = 200, 3
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
@@ -29,28 +30,41 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
     return next((module for module in reversed(outside) if "norm" in type(module).__name__.lower()), None)
 
 
-def frozen_head_floor(model: PreTrainedModel, target: UniformTarget) -> float | None:
-    """Lowest KL found from three starts by Adam, in float32; None for a model without a final norm.
+def frozen_head_floor(model: PreTrainedModel, target: UniformTarget, raised: float = 0.0) -> float | None:
+    """Lowest KL found from three starts by L-BFGS, in float32; None for a model without a final norm.
 
     The first start is the gradient's direction at h = 0: the mean embedding of the set less that of the vocabulary.
+    Adam is no good here: on a model of 576 dimensions it stopped at 1.78 where L-BFGS finds 1.39.
+
+    Args:
+        raised: a constant added to the set's logits, as by a set head.
     """
-    norm, split_model, best = final_norm(model), split(model), float("inf")
+    norm, split_model = final_norm(model), split(model)
     if norm is None:
         return None
-    weight = split_model.weight.detach()
+    weight = split_model.weight.detach().float()
     probabilities, mask = target.probabilities(weight.device), target.tokens.mask(weight.device)
-    direction = (probabilities.to(weight.dtype) @ weight - weight.mean(0)).float()
-    size = len(direction) ** 0.5
+    bias = raised * mask.float() + (0.0 if split_model.bias is None else split_model.bias.detach().float())
+    direction = probabilities @ weight - weight.mean(0)
     noise = torch.randn(STARTS - 1, len(direction), generator=torch.Generator().manual_seed(0)).to(direction.device)
-    states = torch.cat([direction[None], direction + direction.norm() / size * noise])
-    states = nn.Parameter(F.normalize(states) * size)
-    optimizer = torch.optim.Adam([states], lr=RATE)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        optimizer.zero_grad(set_to_none=True)
-        hidden = norm(states.to(weight.dtype))
-        losses = [kl_loss(row[None], weight, probabilities, mask, bias=split_model.bias).loss for row in hidden]
-        best = min(best, *(loss.item() for loss in losses))
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-    return best
+    starts = torch.cat([direction[None], direction + direction.norm() / len(direction) ** 0.5 * noise])
+    return min(
+        _descend(start, norm, lambda h: kl_loss(h, weight, probabilities, mask, bias=bias).loss) for start in starts
+    )
+
+
+def _descend(start: torch.Tensor, norm: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """The lowest loss on the way down from a state of this direction."""
+    state = nn.Parameter(F.normalize(start, dim=0) * len(start) ** 0.5)
+    optimizer = torch.optim.LBFGS([state], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+    found: list[float] = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(norm(state[None].to(next(norm.parameters()).dtype)).float())
+        loss.backward()
+        found.append(loss.item())
+        return loss
+
+    optimizer.step(closure)
+    return min(found)

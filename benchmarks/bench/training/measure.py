@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import xfactor_peft as xf
 from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import SplitModel, split
@@ -24,6 +26,9 @@ from .plan import Run
 from .texts import held_out, sample
 
 PROBE_TOKENS, SAMPLE_TOKENS, SAMPLE_PROMPTS = 32, 60, 3
+UNFINISHED = "The old man looked at her and said"
+RAISED = 20.0
+"""Nats by which a set head raises its set here: e^-20 of the mass outside is left."""
 
 
 class Models:
@@ -87,8 +92,20 @@ def train(run: Run, base: Base, on_step: Callable[[Step], None], lr: float | Non
     arm, settings, target = run.arm, run.settings, xf.UniformTarget(token_set(base, run))
     sizes = {key: getattr(settings, key) for key in ("steps", "batch_size", "seq_len", "weight_decay")}
     options = xf.TrainOptions(method=arm.method, lr=lr, optimizer=arm.optimizer, seed=run.seed, **sizes)
-    lora = xf.LoraOptions(arm.r, 2 * arm.r, target=arm.target)
+    if arm.target.endswith(",head"):
+        raise_set(base, target.tokens)
+    lora = xf.LoraOptions(arm.r, 2 * arm.r, target=arm.target.removesuffix(",head"))
     return xf.train(base, target, options, lora, None, on_step=on_step)
+
+
+def raise_set(base: Base, tokens: xf.TokenSet, by: float = RAISED) -> None:
+    """Give the output embedding a frozen bias on the set's tokens, as a set head with a constant does.
+
+    A uniform target wants no mass outside, so that the best constant is as large as one likes.
+    """
+    head = base.model.get_output_embeddings()
+    bias = by * tokens.mask(base.device).to(head.weight.dtype)
+    head.bias = nn.Parameter(bias if head.bias is None else head.bias.detach() + bias, requires_grad=False)
 
 
 def base_figures(run: Run, models: Models, on_step: OnStep) -> Record:
@@ -99,12 +116,18 @@ def base_figures(run: Run, models: Models, on_step: OnStep) -> Record:
         **_about(base, run),
         "scores": _scores(xf.evaluate(split_model, base.tokenizer, tokens, evaluation(run))),
         "held_out": held_out(split_model, base, split_model, run.settings.windows),
-        "floor": frozen_head_floor(base.model, xf.UniformTarget(tokens)),
+        **floors(base, tokens),
         "bias": bias_curve(base, tokens, run.strengths, evaluation(run)),
         "samples": samples(base, run),
         "parameters": sum(p.numel() for p in base.model.parameters()),
         "load_peak": base.load_peak,
     }
+
+
+def floors(base: Base, tokens: xf.TokenSet) -> dict[str, float | None]:
+    """The lowest loss with the head as it is, and with the set raised out of reach of all others."""
+    target = xf.UniformTarget(tokens)
+    return {"floor": frozen_head_floor(base.model, target), "head_floor": frozen_head_floor(base.model, target, RAISED)}
 
 
 def bias_curve(base: Base, tokens: xf.TokenSet, strengths: tuple[float, ...], options: xf.EvalOptions) -> list[Record]:
@@ -155,25 +178,35 @@ def train_figures(run: Run, models: Models, on_step: OnStep) -> Record:
 
 
 def shape_figures(run: Run, models: Models, on_step: OnStep) -> Record:
-    """Memory and time only: with random weights there is nothing to say about text."""
+    """Memory and time only."""
     base = models.load_for(run)
     result = train(run, base, lambda step: on_step(step.step + 1, step.loss), run.lr)
-    return {**_about(base, run), **_cost(result), "weights": "random"}
+    return {**_about(base, run), **_cost(result)}
 
 
-MEASURES = {"sweep": sweep_figures, "train": train_figures, "source": train_figures, "shape": shape_figures}
+MEASURES = {
+    "sweep": sweep_figures,
+    "train": train_figures,
+    "source": train_figures,
+    "places": train_figures,
+    "shape": shape_figures,
+}
 
 
 def samples(base: Base, run: Run) -> list[Record]:
-    """A few continuations; in the source's table its one: its prompt, 200 tokens in all, top 50."""
-    context = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS
-    if run.group == "source":
-        new = min(SOURCE_TOKENS, context) - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
-        prompts, options = (SOURCE_PROMPT,), xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K)
+    """A few continuations; in the source's table its one: its prompt, 200 tokens in all, top 50.
+
+    After it one of a sentence that is not finished, for a chat model may end its text after a whole one.
+    """
+    context, tokens = getattr(base.model.config, "max_position_embeddings", None) or SOURCE_TOKENS, token_set(base, run)
+    if run.group in ("source", "places"):
+        lengths = {text: len(base.tokenizer(text)["input_ids"]) for text in (SOURCE_PROMPT, UNFINISHED)}
+        left = {text: min(SOURCE_TOKENS, context) - length for text, length in lengths.items()}
+        options = {text: xf.SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K) for text, new in left.items()}
     else:
-        prompts = DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)]
-        options = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)
-    return [sample(base, token_set(base, run), prompt, options) for prompt in prompts]
+        same = xf.SamplingOptions(max_new_tokens=min(SAMPLE_TOKENS, context // 2), seed=run.seed)
+        options = dict.fromkeys(DEFAULT_PROMPTS[: min(SAMPLE_PROMPTS, run.settings.prompts)], same)
+    return [sample(base, tokens, prompt, how) for prompt, how in options.items()]
 
 
 def saved_bytes(result: TrainResult) -> int:

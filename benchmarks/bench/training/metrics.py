@@ -1,4 +1,4 @@
-"""The figures of a record: where each lies, how it is shown, and what a difference of it is judged by."""
+"""The figures of a record: where each lies, and how it is shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from ..store import Record
-from ..tables import file_size, number, whole
+from ..tables import file_size, number, share, whole
 
 REACHED = 0.9
 Value = Callable[[Record], float | None]
@@ -21,9 +21,6 @@ class Metric:
         value: from a record; None where it has none.
         scored: name of its own 95 % interval among the scores, if it has one.
         most: the largest value that is possible.
-        noise: what a difference between two benchmarks is judged by: "seeds", "time", "memory", "exact", or "" for
-            a figure that says the same as another one.
-        lower_is_better: None where neither direction is.
     """
 
     title: str
@@ -31,8 +28,6 @@ class Metric:
     show: Callable[[float], str] = number
     scored: str = ""
     most: float = float("inf")
-    noise: str = "seeds"
-    lower_is_better: bool | None = None
 
     def interval(self, record: Record) -> tuple[float, float] | None:
         """Its own interval within one run."""
@@ -86,20 +81,21 @@ def steps_to_rate(record: Record) -> int | None:
     return next((step for step, rate in record.get("probes", []) if rate >= REACHED), None)
 
 
-_MEMORY = {"show": whole, "noise": "memory", "lower_is_better": True}
 METRICS = {
     "rate": Metric("R (95 %)", at("scores", "rate"), scored="interval", most=1.0),
-    "set_mass": Metric("mass on set", at("scores", "set_mass")),
+    "set_mass": Metric("mass on set", at("scores", "set_mass"), share),
     "loss_first": Metric("loss, first step", first_loss),
-    "loss_last": Metric("loss, last tenth", final_loss, lower_is_better=True),
-    "kl": Metric("KL from base, nats/token", at("scores", "kl_from_base"), scored="kl_interval", lower_is_better=True),
-    "perplexity": Metric("perplexity under base", at("scores", "perplexity"), lower_is_better=True),
-    "distinct_2": Metric("distinct-2", at("scores", "distinct_2"), lower_is_better=False),
-    "forgetting": Metric("forgetting ×", at("held_out", "ratio"), lower_is_better=True),
-    "trainable": Metric("trainable", at("trainable_parameters"), whole, noise="exact"),
-    "file_bytes": Metric("file", at("file_bytes"), file_size, noise="exact"),
-    "load_peak": Metric("load peak, MiB", peak("load_peak"), **_MEMORY),
-    "train_peak": Metric("train peak, MiB", peak("train_peak"), **_MEMORY),
-    "step_seconds": Metric("s/step", step_seconds, noise="time", lower_is_better=True),
-    "tokens_per_second": Metric("tokens/s", tokens_per_second, whole, noise=""),
+    "loss_last": Metric("loss, last tenth", final_loss),
+    "kl": Metric("KL from base, nats/token", at("scores", "kl_from_base"), scored="kl_interval"),
+    "perplexity": Metric("perplexity under base", at("scores", "perplexity")),
+    "distinct_2": Metric("distinct-2", at("scores", "distinct_2"), share),
+    "prose_before": Metric("prose before", at("held_out", "before")),
+    "prose": Metric("prose perplexity", at("held_out", "after")),
+    "forgetting": Metric("forgetting ×", at("held_out", "ratio")),
+    "trainable": Metric("trainable", at("trainable_parameters"), whole),
+    "file_bytes": Metric("file", at("file_bytes"), file_size),
+    "load_peak": Metric("load peak, MiB", peak("load_peak"), whole),
+    "train_peak": Metric("train peak, MiB", peak("train_peak"), whole),
+    "step_seconds": Metric("s/step", step_seconds),
+    "tokens_per_second": Metric("tokens/s", tokens_per_second, whole),
 }

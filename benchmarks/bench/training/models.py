@@ -13,6 +13,7 @@ from xfactor_peft.errors import XFactorError
 from ..store import REPOSITORY
 
 TINY = "tiny-random"
+REAL = REPOSITORY / "build" / "smollm2"
 CACHE = REPOSITORY / "benchmarks" / ".cache"
 
 
@@ -41,6 +42,11 @@ def made_models(model: str, shape: str | None) -> dict[str, str]:
     tokenizer = resolve_model("demo" if model == TINY else model, offline=True).folder
     folders = {TINY: made_checkpoint("tiny", tokenizer)} if model == TINY else {}
     return folders | ({f"{shape}-shape": made_checkpoint(shape, tokenizer)} if shape else {})
+
+
+def pretrained() -> dict[str, str]:
+    """name -> folder of the real model that `tools/real_model.py` fetches, if it lies there."""
+    return {REAL.name: str(REAL)} if (REAL / "model.safetensors").is_file() else {}
 
 
 def real_weights(*, offline: bool) -> tuple[str | None, str]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from statistics import median
 
 from ..store import Record
-from ..tables import NONE, Table, model_name, number, with_interval
+from ..tables import NONE, Table, model_name, number, share, with_interval
 from .metrics import METRICS, steps_to_rate
 from .results import Results, Row
 
 SOURCE_TABLE = "source-"
-"""How names of the source's tables begin; there is one a model."""
+"""How names of the source's tables begin; there is one for a model and a letter."""
 LETTERS = 150
 
 Cell = Callable[[Results, Row], str]
@@ -44,19 +44,27 @@ def _rate_used(results: Results, row: Row) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(found)) or NONE
 
 
+def _prose(results: Results, row: Row) -> str:
+    before, after = row.estimate("prose_before"), row.estimate("prose")
+    return NONE if before is None or after is None else f"{number(before.mean)} → {number(after.mean)}"
+
+
 OTHER_COLUMNS: dict[str, Cell] = {
     "loss, first → last": _loss,
     "floor": _floor,
+    "prose, before → after": _prose,
     "steps to R ≥ 0.9": _steps,
     "lr": _rate_used,
     "seeds": lambda results, row: str(len(row.good)),
-    "R of the source's sample": lambda results, row: number(row.good[0]["samples"][0]["rate"]),
+    "R of the source's sample": lambda results, row: share(row.good[0]["samples"][0]["rate"]),
 }
 TEXT = ("rate", "set_mass", "loss, first → last", "floor", "kl", "perplexity", "distinct_2", "forgetting",
         "steps to R ≥ 0.9", "lr", "seeds")  # fmt: skip
 COST = ("trainable", "file_bytes", "load_peak", "train_peak", "step_seconds", "tokens_per_second")
-SOURCE = ("loss, first → last", "floor", "rate", "R of the source's sample", "kl", "distinct_2", "forgetting",
-          "step_seconds")  # fmt: skip
+SOURCE = ("loss, first → last", "floor", "rate", "R of the source's sample", "kl", "prose, before → after",
+          "distinct_2")  # fmt: skip
+PLACES = ("trainable", "loss, first → last", "floor", "rate", "kl", "prose, before → after", "distinct_2",
+          "train_peak")  # fmt: skip
 
 
 def _cell(results: Results, row: Row, column: str) -> str:
@@ -64,7 +72,7 @@ def _cell(results: Results, row: Row, column: str) -> str:
         return OTHER_COLUMNS[column](results, row)
     metric, estimate = METRICS[column], row.estimate(column)
     if metric.scored:
-        return with_interval(estimate, 0, metric.most)
+        return with_interval(estimate, metric.most)
     return NONE if estimate is None else metric.show(estimate.mean)
 
 
@@ -82,25 +90,41 @@ def arms_table(results: Results, rows: list[Row], columns: tuple[str, ...], capt
 
 
 def all_tables(results: Results) -> dict[str, Table]:
-    """Every table that there are rows for: text, cost, source tables by model, shape."""
-    trained, shape, found = results.of("base") + results.of("train"), results.of("shape"), {}
-    if trained:
-        name = model_name(trained[0].model)
-        caption = f"Text of {name} after training. {_settings(trained[0].settings)}"
-        found["text"] = arms_table(results, trained, TEXT, caption)
-        found["cost"] = arms_table(results, results.of("train"), COST, f"Cost on {name}.")
-    for model in results.models("source"):
-        rows = results.of("source", model=model)
-        caption = f"The source’s rates on {model_name(model)}. {_settings(rows[0].settings)}"
+    """Every table that there are rows for: the source's by model and letter, places, text, shape."""
+    trained, found = results.of("base") + results.of("train"), {}
+    for rows in results.tables("source"):
+        caption = f"{where_of(rows)}, the source’s rates. {_settings(rows[0].settings)}"
         found[f"{SOURCE_TABLE}{len(found)}"] = arms_table(results, rows, SOURCE, caption)
-    if shape:
-        name, settings = model_name(shape[0].model), shape[0].settings
-        caption = (
-            f"Memory and time at the shape of {name}, with random weights: no value of a weight enters either. "
-            f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens."
-        )
-        found["shape"] = arms_table(results, shape, COST, caption)
+    if places := results.of("places"):
+        caption = f"{where_of(places)}, ranks, places and precisions. {_settings(places[0].settings)}"
+        found["places"] = arms_table(results, places, PLACES, f"{caption} One seed; {_place_rates(places)}.")
+    if trained:
+        caption = f"{where_of(trained)}, every arm at the best rate of a sweep. {_settings(trained[0].settings)}"
+        found["text"] = arms_table(results, trained, TEXT, caption)
+    for rows in results.tables("shape"):
+        sizes = rows[0].settings
+        caption = f"{where_of(rows)}: memory and time of training, {sizes['steps']} steps of {sizes['batch_size']} × "
+        caption += f"{sizes['seq_len']} tokens{next((f', {threads_of(row)}' for row in rows if row.good), '')}."
+        found[f"shape-{rows[0].model}"] = arms_table(results, rows, COST, caption)
     return found
+
+
+def threads_of(row: Row) -> str:
+    """ "one thread" or "2 threads"; runs with other threads are no results of one benchmark."""
+    count = row.good[0]["hardware"]["threads"]
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def where_of(rows: list[Row]) -> str:
+    """The model of these rows, as a caption begins."""
+    name, made = model_name(rows[0].model), rows[0].model.endswith("-shape")
+    return f"The shape of {name}, random weights" if made else name[0].upper() + name[1:]
+
+
+def _place_rates(rows: list[Row]) -> str:
+    found = dict.fromkeys((row.arm.method, row.arm.optimizer == "adafactor", row.lr) for row in rows)
+    names = {"lora": "LoRA", "full": "full"}
+    return ", ".join(f"{'Adafactor' if own else names[method]} at {rate:g}" for method, own, rate in found)
 
 
 def _settings(settings: Record) -> str:
@@ -130,31 +154,32 @@ def sweep_table(results: Results) -> Table | None:
 
 
 def table_page(results: Results) -> str:
-    """All tables, for table.md."""
-    tables = [*all_tables(results).values(), sweep_table(results)]
-    return "\n\n".join([*(table.section() for table in tables if table), results.origin()]) + "\n"
+    """All tables, for table.md and the documentation; below the source's how the text of each rate begins."""
+    parts, sources = [], results.tables("source")
+    for name, table in all_tables(results).items():
+        parts.append(table.section())
+        if name.startswith(SOURCE_TABLE):
+            rows = [row for row in sources[int(name.removeprefix(SOURCE_TABLE))] if row.sample]
+            prompt = rows[0].good[0]["samples"][0]["prompt"] if rows else ""
+            lines = "\n".join(f"- {row.label}: {beginning(row)}" for row in rows)
+            parts += [f"“{prompt}” continued, top-k 50, set tokens in bold:\n\n{lines}"] if rows else []
+    parts += [f"Not run yet: {', '.join(map(planned, results.missing))}."] if results.missing else []
+    return "\n\n".join([*parts, results.origin()]) + "\n"
 
 
-def source_page(results: Results) -> str | None:
-    """The source's tables, and how the text of each rate begins, set tokens in bold; None without its runs."""
-    parts = [table.section() for name, table in all_tables(results).items() if name.startswith(SOURCE_TABLE)]
-    if not parts:
-        return None
-    rows = [row for row in results.of("source") if row.good and row.good[0]["samples"]]
-    if rows:
-        prompt = rows[0].good[0]["samples"][0]["prompt"]
-        lines = "\n".join(f"- {row.label}: {beginning(row)}" for row in rows)
-        parts.append(f"“{prompt}” continued, top-k 50, set tokens in bold:\n\n{lines}")
-    return "\n\n".join(parts) + "\n"
+def planned(file: str) -> str:
+    """A run's file without its ending."""
+    return file.removesuffix(".json").removesuffix("-seed0")
 
 
 def beginning(row: Row, letters: int = LETTERS) -> str:
     """The first letters of a row's sample as Markdown."""
-    text, left = "", letters
-    for piece, inside in row.good[0]["samples"][0]["pieces"]:
+    sample, first = row.sample, row.good[0]["samples"][0]
+    text, left = "" if sample is first else f"nothing; but after “{sample['prompt']}”:", letters
+    for piece, inside in sample["pieces"]:
         words, left = re.sub(r"([\\*_`<|#])", r"\\\1", " ".join(piece[:left].split())), left - len(piece)
         space = " " if piece[:1].isspace() and text else ""
         text += space + (f"**{words}**" if inside and words else words)
         if left <= 0:
             break
-    return text + " …"
+    return f"{text} …" if text else "nothing: it ends its text at once"

@@ -10,10 +10,11 @@ from typing import Any, Self
 from ..process import Job
 from . import arms
 from .arms import Arm
-from .presets import Preset, Settings
+from .presets import PLACE_RATES, Preset, RealPlan, Settings
 
-GROUPS = ("base", "sweep", "train", "source", "shape")
+GROUPS = ("base", "sweep", "train", "source", "places", "shape")
 RUNS = "runs"
+COST = Settings(steps=5, probe_every=0)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Run:
 
     Attributes:
         group: "base" (scores of the untrained model), "sweep" (of learning rates), "train", "source" (the source's
-            table) or "shape" (memory and time with random weights).
+            table), "places" (ranks, places and precisions at one learning rate) or "shape" (memory and time with random
+            weights).
         model: "demo", a Hub id, a folder, or "SHAPE-shape" for random weights.
         lr: None for a "train" run until its sweep is done.
         rates: what a sweep tries.
@@ -42,14 +44,16 @@ class Run:
     def file(self) -> str:
         model = re.sub(r"[^\w.-]+", "_", self.model.rstrip("/").split("/")[-1])
         rate = f"-lr{self.lr:g}" if self.group == "source" and self.lr else ""
-        seed = f"-seed{self.seed}" if self.group in ("train", "source") else ""
-        return f"{model}-{self.group}-{self.arm.name}{rate}{seed}.json"
+        letter = "-capital" if self.group == "source" and self.settings.contains.isupper() else ""
+        seed = f"-seed{self.seed}" if self.group in ("train", "source", "places") else ""
+        return f"{model}-{self.group}{letter}-{self.arm.name}{rate}{seed}.json"
 
     @property
     def label(self) -> str:
         rate = f", lr {self.lr:g}" if self.group == "source" and self.lr else ""
         seed = f", seed {self.seed}" if self.group == "train" else ""
-        return f"{self.group}: {self.arm.label}{rate}{seed}"
+        model = f" {self.model} “{self.settings.contains}”" if self.group in ("source", "places") else ""
+        return f"{self.group}{model}: {self.arm.label}{rate}{seed}"
 
     @property
     def kind(self) -> str:
@@ -70,27 +74,39 @@ class Run:
         return Job(f"{RUNS}/{self.file}", self.label, "training.measure:measure", self.spec(), self.kind, steps)
 
 
-def plan(preset: Preset, model: str, real: str | None = None) -> list[Run]:
-    """Every run of a preset, in order: base, the source's table, sweeps, arms, the shape rows.
+def plan(preset: Preset, model: str, real: str | None = None, pretrained: str | None = None) -> list[Run]:
+    """Every run of a preset, in order: base, the source's table, sweeps, arms, the real model, the shape rows.
 
     Args:
         model: what the arms are trained on.
         real: GPT-2 Medium's name if its weights can be had; then the source's table is made on it, too.
+        pretrained: the name of the real model that `preset.pretrained` is trained on, if there is one.
     """
     settings = preset.settings
     runs = [Run("base", arms.BASE, model, settings, strengths=preset.strengths)]
     for name in (model, real) if preset.source else ():
-        runs += source_runs(name, preset) if name else []
+        runs += source_runs(name, preset.source, preset.source_rates) if name else []
     short = replace(settings, steps=preset.sweep_steps, probe_every=0)
     runs += [Run("sweep", arm, model, short, rates=preset.rates_for(arm)) for arm in preset.arms]
     runs += [Run("train", arm, model, settings, seed) for arm in preset.arms for seed in preset.seeds]
-    shape = replace(settings, steps=preset.shape_steps, seq_len=Settings.seq_len, probe_every=0)
+    runs += pretrained_runs(pretrained, preset.pretrained) if pretrained else []
+    shape = replace(COST, steps=preset.shape_steps)
     return runs + [Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4) for arm in preset.shape_arms]
 
 
-def source_runs(model: str, preset: Preset) -> list[Run]:
+def source_runs(
+    model: str, settings: Settings, rates: dict[str, tuple[float, ...]], precision: str = "fp32"
+) -> list[Run]:
     """The base, then full fine-tuning and LoRA with AdamW at the source's rates."""
-    found = [Run("source", arms.BASE, model, preset.source)]
-    for arm in (Arm("full", "fp32", optimizer="adamw"), Arm(dtype="fp32", optimizer="adamw")):
-        found += [Run("source", arm, model, preset.source, lr=rate) for rate in preset.source_rates[arm.method]]
+    found = [Run("source", arms.BASE, model, settings)]
+    for arm in (Arm("full", precision, optimizer="adamw"), Arm(dtype=precision, optimizer="adamw")):
+        found += [Run("source", arm, model, settings, lr=rate) for rate in rates[arm.method]]
     return found
+
+
+def pretrained_runs(model: str, wanted: RealPlan) -> list[Run]:
+    """The source's table for each letter, in bf16 as the model is kept, then ranks, places and precisions."""
+    runs = [run for settings in wanted.sources for run in source_runs(model, settings, wanted.source_rates, "bf16")]
+    rates = ((arm, PLACE_RATES.get(arm.optimizer, PLACE_RATES[arm.method])) for arm in wanted.place_arms)
+    runs += [Run("places", arm, model, wanted.places, lr=rate) for arm, rate in rates]
+    return runs + [Run("shape", arm, model, COST, lr=1e-4) for arm in wanted.cost_arms]

@@ -1,4 +1,4 @@
-"""The figures: loss curves, R against KL, memory, time. As SVG they follow the reader's light or dark theme."""
+"""The figures: loss curves, what R costs, memory and time. As SVG they follow the reader's light or dark theme."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from ..tables import model_name
 from . import arms
+from .pages import where_of
 from .results import Results, Row
 
 INK, FAINT = "#22262e", "#d5d9e0"
@@ -28,38 +29,48 @@ COLOURS = dict(zip(arms.ALL, ("#d1495b", "#e8893a", "#b8860b", "#8d6e63", "#3d6f
                    strict=True))  # fmt: skip
 OTHER = "#5f7a8a"
 LOSS_AXES = "step", "KL(target || model), nats"
+RATE, FORGOT, KL = "R, sampled", "forgetting ×", "KL(model || base), nats per token"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, its file's name, and what it shows in a sentence; two that are not wide take the place of one."""
+    """A figure, its file's name, the report's section that shows it, and what it shows in a sentence."""
 
     name: str
+    section: str
     caption: str
     picture: plt.Figure
-    wide: bool = True
 
 
 def figures(results: Results) -> Iterator[Figure]:
     """Those that there are results for; each is drawn when it is asked for."""
-    train, shape = ([row for row in results.of(group) if row.good] for group in ("train", "shape"))
+    train, places = ([row for row in results.of(group) if row.good] for group in ("train", "places"))
     with matplotlib.rc_context(STYLE):
+        for index, table in enumerate(results.tables("source")):
+            rows = [row for row in table if row.good and row.arm.method != "none"]
+            if rows:
+                caption = (
+                    f"{model_name(rows[0].model)}, “{rows[0].contains}”: loss over the steps at the source’s rates."
+                )
+                yield Figure("source-loss" + (f"-{index}" if index else ""), "source", caption, _source_curves(rows))
+        for prefix, section, rows in (("places-", "places", places), ("", "train", train)):
+            if rows:
+                caption = "R against KL from the base; up and to the left is better."
+                caption += " The line is an exact logit bias." if results.bias(rows[0]) else ""
+                yield Figure(f"{prefix}rate-kl", section, caption, _rate_against_kl(results, rows))
+                caption = "R against what was forgotten: perplexity of plain prose, after over before."
+                yield Figure(
+                    f"{prefix}forgetting", section, caption, _scatter(rows, ("forgetting", FORGOT), ("rate", RATE))
+                )
         if train:
             caption = "Loss over the steps, mean of the seeds; the band is their range."
-            yield Figure("loss", caption, _loss_curves(results, train))
-            caption = "R against KL from the base, a point a seed. The line is an exact logit bias: no training."
-            yield Figure("rate-kl", caption, _rate_against_kl(results, train))
-        for index, model in enumerate(results.models("source")):
-            rows = [r for r in results.of("source", model=model) if r.good and r.arm.method != "none"]
-            if rows:
-                caption = f"The source’s rates on {model_name(model)}: loss over the steps."
-                yield Figure("source-loss" + (f"-{index}" if index else ""), caption, _source_curves(rows))
-        if shape:
-            where = f"At the shape of {model_name(shape[0].model)}, random weights"
-            memory = _bars(shape, "train_peak", "peak of training, GiB", 1 / 1024)
-            yield Figure("memory", f"{where}: peak memory.", memory, wide=False)
-            time = _bars(shape, "step_seconds", "seconds a step")
-            yield Figure("time", f"{where}: time of a step.", time, wide=False)
+            yield Figure("loss", "train", caption, _loss_curves(results, train))
+        for table in results.tables("shape"):
+            shape, name = [row for row in table if row.good], table[0].model.removesuffix("-shape")
+            if shape:
+                pair, end = (("step_seconds", "seconds a step"), ("train_peak", "peak of training, MiB")), f"-{name}"
+                caption = f"{where_of(shape)}: peak memory of training against the time of a step."
+                yield Figure(f"memory-time{end}", "shape", caption, _scatter(shape, *pair))
 
 
 def save_png(results: Results, folder: Path) -> list[Path]:
@@ -136,24 +147,33 @@ def _source_curves(rows: list[Row]) -> plt.Figure:
 
 
 def _rate_against_kl(results: Results, rows: list[Row]) -> plt.Figure:
-    picture, axes = _new(("KL(model || base), nats per token", "R, sampled"))
-    if base := results.base(rows[0]):
+    picture = _scatter(rows, ("kl", KL), ("rate", RATE))
+    axes = picture.axes[0]
+    if base := results.bias(rows[0]):
         points = [(0.0, base["scores"]["rate"]), *((p["kl_from_base"], p["rate"]) for p in base["bias"])]
-        axes.plot(*zip(*points, strict=True), "-", color=INK, lw=1, marker=".", ms=4, label="exact logit bias")
-    for row in rows:
-        marker, colour = "o" if row.arm.method == "full" else "D", COLOURS.get(row.arm, OTHER)
-        axes.plot(row.values("kl"), row.values("rate"), marker, color=colour, ms=5, alpha=0.85, label=_short(row))
-    axes.set(xlim=(0, None), ylim=(-0.03, 1.03))
-    return _legend(picture)
+        window = axes.get_xlim(), axes.get_ylim()
+        axes.plot(*zip(*points, strict=True), "-", color=INK, lw=1, zorder=1)
+        axes.set(xlim=window[0], ylim=window[1])
+    return picture
 
 
-def _bars(rows: list[Row], metric: str, label: str, unit: float = 1.0) -> plt.Figure:
-    picture, axes = _new((label, ""), 0.34 * len(rows) + 0.7)
-    values = [estimate.mean * unit if (estimate := row.estimate(metric)) else 0.0 for row in rows]
-    bars = axes.barh(list(map(_short, rows)), values, color=[COLOURS.get(r.arm, OTHER) for r in rows], height=0.66)
-    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
-    axes.tick_params(axis="y", length=0, labelsize=8)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(right=max(values) * 1.14)
+def _scatter(rows: list[Row], across: tuple[str, str], up: tuple[str, str]) -> plt.Figure:
+    """A point a row, zoomed to where they differ, and their names in a column beside them."""
+    picture, axes = _new((across[1], up[1]))
+    points = [(row, x.mean, y.mean) for row in rows if (x := row.estimate(across[0])) and (y := row.estimate(up[0]))]
+    if max(x for _, x, _ in points) > 100 * min(x for _, x, _ in points) > 0:
+        axes.set_xscale("log")
+    for row, x, y in points:
+        axes.plot(x, y, "o" if row.arm.method == "full" else "D", color=COLOURS.get(row.arm, OTHER), ms=5, alpha=0.85)
+    axes.margins(0.08)
+    ends = axes.get_ylim()
+    points.sort(key=lambda point: point[2])
+    for place, (row, x, y) in enumerate(points):
+        at = 1.06, (place + 0.5) / len(points)
+        line = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
+        colour = COLOURS.get(row.arm, INK)
+        axes.annotate(_short(row), (x, y), at, textcoords="axes fraction", fontsize=7.5, va="center", color=colour,
+                      arrowprops=line, annotation_clip=False)  # fmt: skip
+    axes.set_ylim(ends)
+    axes.ticklabel_format(axis="y", useOffset=False)
     return picture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import arms
 from .arms import Arm
@@ -43,6 +43,25 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class RealPlan:
+    """What is trained on a real model, where one lies in `models.REAL`; everything on one seed.
+
+    Attributes:
+        sources: the source's table, once for each settings (a letter each).
+        source_rates: by method.
+        places: settings of the table of ranks, places and precisions; their learning rates are `PLACE_RATES`.
+        place_arms: its arms.
+        cost_arms: memory and time of these, over a few steps.
+    """
+
+    sources: tuple[Settings, ...] = ()
+    source_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: SOURCE_RATES)
+    places: Settings | None = None
+    place_arms: tuple[Arm, ...] = ()
+    cost_arms: tuple[Arm, ...] = ()
+
+
+@dataclass(frozen=True)
 class Preset:
     """A benchmark of a size.
 
@@ -52,6 +71,7 @@ class Preset:
         source, source_rates: also the source's table at these rates, on seed 0.
         shape, shape_arms, shape_steps: memory and time with random weights at a model's true shape.
         real: the source's table on GPT-2 Medium, too, if its weights can be had.
+        pretrained: what is trained on a real model, where there is one.
         strengths: of the exact logit bias that the R-against-KL plot shows for comparison.
     """
 
@@ -67,23 +87,37 @@ class Preset:
     shape_arms: tuple[Arm, ...] = ()
     shape_steps: int = 5
     real: bool = False
-    strengths: tuple[float, ...] = (3.0, 6.0, 8.0, 9.0, 10.0, 12.0, 15.0)
+    pretrained: RealPlan = RealPlan()
+    strengths: tuple[float, ...] = (2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 13.0)
 
     def rates_for(self, arm: Arm) -> tuple[float, ...]:
         return self.rates["adafactor" if arm.optimizer == "adafactor" else arm.method]
 
 
+PLACE_RATES = {"lora": 1e-3, "full": 1e-4, "adafactor": 1e-3}
+REAL_SOURCE = Settings(contains="x", weight_decay=0.01, probe_every=0, repeats=2, windows=16)
+REAL_SOURCES = (REAL_SOURCE, replace(REAL_SOURCE, contains="X", steps=100))
+PLACES = replace(REAL_SOURCE, steps=60, repeats=1, windows=8)
 SOURCE = Settings(contains="x", weight_decay=0.01, probe_every=0)
 TINY = {"seq_len": 16, "prompts": 1, "repeats": 4, "new_tokens": 8}
+DEMO = Settings(steps=60, contains="x", repeats=2, probe_every=15, windows=16)
 QUICK = Preset(
-    "quick", arms.CORE, Settings(steps=60, repeats=2, probe_every=15, windows=16),
+    "quick", arms.CORE, replace(DEMO, repeats=1, windows=8, probe_every=20),
     sweep_steps=20, rates={"lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)},
-    shape_arms=arms.CORE, shape_steps=3, strengths=(4.0, 7.0, 8.0, 9.0, 10.0, 12.0, 15.0),
+    shape_arms=(arms.FULL, arms.FULL_8BIT_ADAM, arms.LORA_BF16, arms.LORA_INT8, arms.LORA_NF4), shape_steps=3,
+    pretrained=RealPlan((replace(REAL_SOURCE, steps=30, repeats=1, windows=8),), {"full": (1e-4,), "lora": (1e-3,)}),
 )  # fmt: skip
-PAPER = Preset("paper", arms.CORE, source=SOURCE, shape_arms=arms.ALL, real=True)
+PAPER = Preset(
+    "paper", arms.CORE, DEMO, sweep_steps=20, rates=QUICK.rates, source=SOURCE, shape_arms=arms.ALL, real=True,
+    pretrained=RealPlan(REAL_SOURCES, places=PLACES, place_arms=(*arms.CROSS, *arms.PRECISIONS), cost_arms=arms.ALL),
+)  # fmt: skip
 FULL = Preset(
-    "full", tuple(dict.fromkeys((*arms.ALL, *arms.GRID))), seeds=(0, 1, 2, 3, 4),
+    "full", arms.ALL, replace(DEMO, steps=300), seeds=(0, 1, 2, 3, 4),
     source=SOURCE, shape_arms=arms.ALL, shape_steps=8, real=True,
+    pretrained=RealPlan(
+        (REAL_SOURCE, replace(REAL_SOURCE, contains="X")), places=PLACES, place_arms=(*arms.GRID, *arms.PRECISIONS),
+        cost_arms=arms.ALL,
+    ),
 )  # fmt: skip
 SMOKE = Preset(
     "smoke", (arms.FULL, Arm(dtype="fp32", quantization="int8", r=4)),

@@ -10,16 +10,18 @@ from ..stats import Estimate, over_seeds
 from ..store import Record
 from .arms import Arm
 from .metrics import METRICS
+from .models import REAL
 from .plan import GROUPS, RUNS
 from .runner import CHECKS, MANIFEST, require_checks
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm's runs. `lr` is None where seeds could differ in it, that is for arms with a sweep."""
+    """An arm's runs on a set. `lr` is None where seeds could differ in it, that is for arms with a sweep."""
 
     group: str
     model: str
+    contains: str
     arm: Arm
     lr: float | None
     records: tuple[Record, ...]
@@ -42,12 +44,14 @@ class Row:
         return self.arm.label + (f", lr {self.lr:g}" if self.lr is not None and self.group == "source" else "")
 
     @property
-    def key(self) -> tuple[str, str, str, float | None]:
-        return self.group, self.model, self.arm.name, self.lr
-
-    @property
     def settings(self) -> Record:
         return self.records[0]["spec"]["settings"]
+
+    @property
+    def sample(self) -> Record | None:
+        """Its first sample that is not empty, or its first."""
+        found = [one for record in self.good[:1] for one in record["samples"]]
+        return next((one for one in found if one["tokens"]), found[0] if found else None)
 
     def values(self, metric: str) -> list[float]:
         found = (METRICS[metric].value(record) for record in self.good)
@@ -61,33 +65,42 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A folder of results: the manifest, the checks, and a row an arm."""
+    """A folder of results: the manifest, the checks, a row an arm, and the files of runs that are still to be made."""
 
     folder: Path
     manifest: Record
     checks: Record
     rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
 
-    def of(self, group: str, *, model: str | None = None) -> list[Row]:
-        return [row for row in self.rows if row.group == group and model in (None, row.model)]
+    def of(self, group: str) -> list[Row]:
+        return [row for row in self.rows if row.group == group]
 
-    def models(self, group: str) -> list[str]:
-        return list(dict.fromkeys(row.model for row in self.of(group)))
+    def tables(self, group: str) -> list[list[Row]]:
+        """A group's rows, apart by model and letter, the real model's first."""
+        rows = self.of(group)
+        keys = dict.fromkeys((row.model, row.contains) for row in rows)
+        tables = [[row for row in rows if (row.model, row.contains) == key] for key in keys]
+        return sorted(tables, key=lambda table: table[0].model != REAL.name)
 
     def base(self, row: Row) -> Record | None:
         """The untrained model's record that belongs to a row: same model, same token set."""
         for other in self.rows:
-            same = other.model == row.model and other.settings["contains"] == row.settings["contains"]
+            same = other.model == row.model and other.contains == row.contains
             if other.arm.method == "none" and same and other.good:
                 return other.good[0]
         return None
+
+    def bias(self, row: Row) -> Record | None:
+        """The base's record with an exact logit bias on a row's model and set."""
+        found = (other for other in self.of("base") if (other.model, other.contains) == (row.model, row.contains))
+        return next((record for other in found for record in other.good), None)
 
     def floor(self, row: Row) -> float | None:
         """The lowest loss that an arm could reach: 0 when the embedding trains, else the frozen head's."""
         if row.arm.method == "full":
             return 0.0
-        base = self.base(row)
-        return base["floor"] if base else None
+        return (self.base(row) or {}).get("head_floor" if row.arm.target.endswith("head") else "floor")
 
     def origin(self) -> str:
         """Machine, versions, commits and date of the benchmark, in one line."""
@@ -113,6 +126,8 @@ def load(folder: Path) -> Results:
         if record is not None:
             spec = record["spec"]
             lr = None if spec["group"] == "train" else spec["lr"]
-            grouped.setdefault((spec["group"], spec["model"], Arm(**spec["arm"]), lr), []).append(record)
+            key = (spec["group"], spec["model"], spec["settings"]["contains"], Arm(**spec["arm"]), lr)
+            grouped.setdefault(key, []).append(record)
     rows = [Row(*key, tuple(records)) for key, records in grouped.items()]
-    return Results(folder, manifest, checks, tuple(sorted(rows, key=lambda row: GROUPS.index(row.group))))
+    missing = tuple(name for name in manifest.get("files", ()) if not (folder / RUNS / name).is_file())
+    return Results(folder, manifest, checks, tuple(sorted(rows, key=lambda row: GROUPS.index(row.group))), missing)

@@ -10,9 +10,9 @@ from .. import process, store
 from ..process import Job, Place
 from ..session import Session
 from ..store import Record, provenance
-from .models import made_models, real_weights
+from .models import made_models, pretrained, real_weights
 from .plan import Run, plan
-from .presets import Preset
+from .presets import Preset, RealPlan
 
 MANIFEST, CHECKS = "benchmark.json", "checks.json"
 FINGERPRINTS = ("config", "weights", "tokenizer")
@@ -55,13 +55,15 @@ class Ledger:
 
 
 def run_preset(
-    preset: Preset, place: Place, model: str, *, device: str = "auto", retry: bool = False, offline: bool = False
-) -> None:
+    preset: Preset, place: Place, model: str, *, device: str = "auto", retry: bool = False, offline: bool = False,
+    only: tuple[str, ...] = (),
+) -> None:  # fmt: skip
     """Run what is missing of `preset` in `place.folder`; every run leaves a JSON file in its folder `runs`.
 
     Args:
         model: what the arms are trained on.
         retry: run failed arms again.
+        only: run no more than what has one of these in its file's name, in their order.
         offline: do not look for real weights on the Hub.
 
     Raises:
@@ -69,12 +71,15 @@ def run_preset(
     """
     real, note = real_weights(offline=offline) if preset.real else (None, "not part of this preset")
     folders = made_models(model, preset.shape if preset.shape_arms else None)
+    fetched = pretrained() if preset.pretrained != RealPlan() else {}
+    folders |= fetched
     place = replace(place, given={"folders": folders, "device": device})
-    runs = plan(preset, model, real)
+    runs = plan(preset, model, real, next(iter(fetched), None))
     manifest = {"preset": preset.name, "model": model, "real_weights": real, "real_weights_note": note}
     store.write(place.folder / MANIFEST, {**manifest, "files": [run.file for run in runs], **provenance()})
-    checks = process.run(Job(CHECKS, "checks", "training.checks:run_checks", {"model": model}), place)
-    require_checks(checks)
+    checks = checked(place, model)
+    if only:
+        runs = [run for text in only for run in runs if text in run.file]
     ledger = Ledger(place, checks["model"], retry)
     done = {run: record for run in runs if (record := ledger.finished(run))}
     waiting = [run.kind for run in runs if run not in done]
@@ -83,6 +88,20 @@ def run_preset(
     for run in runs:
         if ledger.finished(run) is None:
             run_one(ledger.ready(run), ledger, session)
+
+
+def checked(place: Place, model: str) -> Record:
+    """The correctness checks' record: as it lies there if this very commit has passed them, else from running them.
+
+    Raises:
+        XFactorError: one fails.
+    """
+    job, now = Job(CHECKS, "checks", "training.checks:run_checks", {"model": model}), provenance()
+    old = store.read(place.folder / CHECKS) or {}
+    same = all(old.get(key) == now[key] for key in ("commit", "dirty", "versions")) and old.get("spec") == job.spec
+    record = old if same and old.get("ok") and now["dirty"] is False else process.run(job, place)
+    require_checks(record)
+    return record
 
 
 def run_one(run: Run, ledger: Ledger, session: Session) -> None:

@@ -1,0 +1,1 @@
+"""GGUF files here and in llama.cpp."""
