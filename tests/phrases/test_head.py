@@ -48,7 +48,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(problem):
         head.offset.copy_(at.table[0])
     rows = (at.state == 0).nonzero().squeeze(1)
     torch.testing.assert_close(head.kl(at, rows)[0], torch.zeros(len(rows)), atol=1e-5, rtol=0)
-    assert (head.kl(at, (at.state == 1).nonzero().squeeze(1))[0] > 0.01).all()
+    assert head.kl(at, (at.state == 1).nonzero().squeeze(1))[0].mean() > 0.01
 
 
 def test_fitting_comes_nearer_and_context_helps(problem):
