@@ -60,5 +60,5 @@ def export(
     if output.exists() and not force:
         raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
     with staged_file(output) as path:
-        more = {"tensors": tensors or "f16"} if kind == "gguf" else {}
+        more = {} if tensors is None else {"tensors": tensors}
         return _FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))
