@@ -60,5 +60,5 @@ def test_the_page_does_what_it_prints(tmp_path):
             server.kill()
     assert done == ["train", "export", "serve", "curl", "export", "export", "export"]
     assert (tmp_path / "x-ollama" / "Modelfile").is_file()
-    untouched = (tmp_path / "x-merged.gguf").stat().st_size
-    assert untouched == FILE.stat().st_size < (tmp_path / "x-merged-f16.gguf").stat().st_size
+    untouched = (tmp_path / "x-merged-same.gguf").stat().st_size
+    assert untouched == FILE.stat().st_size < (tmp_path / "x-merged.gguf").stat().st_size

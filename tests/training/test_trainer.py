@@ -92,7 +92,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 def test_no_tensor_of_all_logits_is_made(kind, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "chunk_positions", lambda vocabulary: 8)
+    monkeypatch.setattr(losses, "loss_positions", lambda entries, dtype: 8)
     model = get_peft_model(tiny_model(kind), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     rows = model.get_output_embeddings().weight.shape[0]
     tokens = TokenSet(target.tokens.ids, rows, target.tokens.rule)

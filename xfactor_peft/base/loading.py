@@ -52,7 +52,7 @@ class Base:
     unquantized: dict[str, int] = field(default_factory=dict)
     backend: str | None = None
     load_peak: dict[str, float] = field(default_factory=dict)
-    mapped: bool = False
+    mapped: bool = False  # from a file of `weight_cache`; a GGUF file always is, and is not meant
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +73,7 @@ class Base:
             line += f", {'packed in the file' if self.backend == 'gguf' else f'quantised by {self.backend}'}: {layers}"
             if self.backend == "native" and self.quantization == "int8":
                 line += f" (rounding varies with the batch by about {BATCH_NATS:g} nats)"
-        if self.mapped and self.backend != "gguf":
+        if self.mapped:
             line += ", mapped from disk"
         if self.unquantized:
             share = unquantized_share(self.model)
@@ -197,7 +197,7 @@ def _load_gguf(choice: ModelChoice, path: Path, options: LoadOptions, vocabulary
     return Base(
         model, tokenizer, choice, identify_gguf(file, choice.name, tokenizer, choice.revision), dtype, device,
         dict(Counter(layer.matrix.form.name for layer in model.modules() if isinstance(layer, GgufLinear))),
-        backend="gguf", load_peak=peaks(device), mapped=True,
+        backend="gguf", load_peak=peaks(device),
     )  # fmt: skip
 
 

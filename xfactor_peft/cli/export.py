@@ -37,15 +37,14 @@ FORMATS = ["merged", "gguf", "gguf-lora", "ollama", "onnx", "logit-bias"]
 @click.option(
     "--tensors",
     type=click.Choice(["same", "f16"]),
-    default="same",
-    show_default=True,
-    help="For gguf from a GGUF base: pack what the adapter touches as it was, or as F16.",
+    help="For gguf from a GGUF base: pack what the adapter touches as it was, which rounds a small adapter away, or as "
+    "F16.  [default: f16]",
 )
 @adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @adapter_model_options
 def command(
-    adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, tensors: str, **flags: Any
+    adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, tensors: str | None, **flags: Any
 ) -> None:
     """Write an adapter, or a weighted mix, for programs that know nothing of this one.
 

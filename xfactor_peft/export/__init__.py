@@ -41,22 +41,24 @@ def default_output(name: str, kind: str) -> Path:
 _FOLDERS = {"merged": write_folder, "ollama": write_ollama}
 
 
-def export(bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool = False, tensors: str = "same") -> str:
+def export(
+    bank: AdapterBank, mix: Mix, kind: str, output: Path, *, force: bool = False, tensors: str | None = None
+) -> str:
     """Write `mix` (its adapters are loaded) to `output`; returns one line about what was written.
 
-    Merged formats consume the bank's base. `tensors` is for gguf from a GGUF base: touched tensors are packed as they
-    were ("same"), or as "f16".
+    Merged formats consume the bank's base. `tensors` is for gguf from a GGUF base: touched tensors are packed as "f16",
+    or as they were ("same"), which may round the adapter away.
 
     Raises:
         XFactorError: `output` exists and `force` is off, an optional package is missing, or the adapter or the
             architecture has no place in the format.
     """
+    if tensors is not None and (kind != "gguf" or bank.base.choice.gguf is None):
+        raise XFactorError("`tensors` says how the tensors of a GGUF base are packed; it is for `format=gguf` from one")
     if kind in _FOLDERS:
         return _FOLDERS[kind](bank, mix, output, force=force)
-    if tensors != "same" and (kind != "gguf" or bank.base.choice.gguf is None):
-        raise XFactorError("`tensors` says how the tensors of a GGUF base are packed; it is for `format=gguf` from one")
     if output.exists() and not force:
         raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
     with staged_file(output) as path:
-        more = {"tensors": tensors} if kind == "gguf" else {}
+        more = {} if tensors is None else {"tensors": tensors}
         return _FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))

@@ -29,7 +29,7 @@ TENSORS = ("same", "f16")
 _MEASURED = EvalOptions(repeats=1, sampling=SamplingOptions(max_new_tokens=32))
 
 
-def merge_into_file(bank: AdapterBank, mix: Mix, output: Path, tensors: str = "same") -> str:
+def merge_into_file(bank: AdapterBank, mix: Mix, output: Path, tensors: str) -> str:
     """W + sum_i w_i s_i B_i A_i for every tensor that the adapters touch, packed again; its rows that they leave alone
     stay as they are. A set head on a tied output embedding gets an `output.weight` of its own.
 

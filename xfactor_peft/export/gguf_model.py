@@ -24,7 +24,7 @@ from .optional import need
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
-def write_model(bank: AdapterBank, mix: Mix, output: Path, tensors: str = "same") -> str:
+def write_model(bank: AdapterBank, mix: Mix, output: Path, tensors: str = "f16") -> str:
     """Weights as float32 (llama.cpp's `llama-quantize` makes them smaller), hyperparameters and vocabulary.
 
     A base that is a GGUF file already is merged into its own tensors: `gguf_merge.merge_into_file`.

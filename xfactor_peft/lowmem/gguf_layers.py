@@ -151,8 +151,3 @@ class GgufEmbedding(nn.Embedding):
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear for a tensor or a packed matrix; (..., D) -> (..., V)."""
     return nn.functional.linear(x, weight, bias) if isinstance(weight, torch.Tensor) else frozen_linear(x, weight, bias)
-
-
-def times(g: torch.Tensor, weight: torch.Tensor | PackedMatrix) -> torch.Tensor:
-    """g W; (N, V) -> (N, D)."""
-    return g @ weight if isinstance(weight, torch.Tensor) else weight.transposed_product(g)

@@ -8,8 +8,8 @@ into the gradient softmax(z) - P, a piece at a time in float32; the gradient is 
     dKL/dW    = (q - P)^T h             (V, D), only when W trains
     dKL/db    = sum over positions of (q - P)
 
-So W is read twice a chunk. It is the largest matrix, and may be mapped from disk or packed: chunks are large, and
-pieces are small.
+So W is read twice a chunk. It is the largest matrix, and may be mapped from disk: chunks are large, and pieces are
+small. A packed W goes another way (see `packed_kl`).
 
 The eager twin is `reference.kl_loss`. The idea of fusing the output embedding into the loss is that of
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv:2411.09009).
@@ -78,8 +78,9 @@ class _ChunkedKL(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight, bias).to(weight.dtype)
             wanted_logits = None if teacher is None else F.linear(teacher.hidden[rows], weight, bias)
-            for part in torch.arange(len(logits)).split(chunk_positions(len(weight), PIECE_BYTES)):
-                part = slice(int(part[0]), int(part[-1]) + 1)
+            piece = chunk_positions(len(weight), PIECE_BYTES)
+            for first in range(0, len(logits), piece):
+                part = slice(first, min(first + piece, len(logits)))
                 there = slice(start + part.start, start + part.stop)
                 with _no_autocast(hidden.device.type):
                     z = logits[part].to(accumulate)

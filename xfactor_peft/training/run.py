@@ -181,5 +181,5 @@ def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> 
         base.dtype, base.quantization, train.batch_size, train.seq_len, train.method, lora, sets,
         teacher=target.needs_teacher(recipe.objective),
         packed=base.choice.gguf.stat().st_size if base.choice.gguf else 0,
-        mapped=base.mapped and not base.choice.gguf,
+        mapped=base.mapped,
     )  # fmt: skip
