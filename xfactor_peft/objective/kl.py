@@ -122,6 +122,29 @@ class Teacher(NamedTuple):
         return (z.to(torch.promote_types(z.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
 
 
+class StateTeacher(NamedTuple):
+    """A base tilted by what was said so far: log q = log_softmax(W h_base + b + t), t a row of a table on some tokens.
+
+    Attributes:
+        hidden: (N, D), the base's states at the same positions, without gradient; bias: b (V,), or None.
+        tokens: (T,), the ids that the table has columns for; table: (S, T), log weights; state: (N,), rows of it.
+    """
+
+    hidden: torch.Tensor
+    bias: torch.Tensor | None
+    tokens: torch.Tensor
+    table: torch.Tensor
+    state: torch.Tensor
+
+    def log_probabilities(
+        self, part: slice, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `Teacher`'s; `bias` is the student's, and not used."""
+        z = linear(self.hidden[part], weight, self.bias)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z.index_add_(1, self.tokens, self.table[self.state[part]].to(z)).log_softmax(dim=1)
+
+
 def kl_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor | PackedMatrix,
@@ -203,3 +226,29 @@ def tilted_kl_loss(
         set_logits = set_logits.reshape(len(flat), len(members))
     chunk = chunk or chunk_positions(len(weight))
     return KLResult(*_ChunkedKL.apply(flat, weight, bias, set_logits, None, teacher, members, chunk))
+
+
+def state_kl_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | PackedMatrix,
+    teacher: StateTeacher,
+    head: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Mean D_KL(q || softmax(W h + bias + u B)) over positions, in chunks; q is the teacher's.
+
+    Args:
+        hidden: (N, D), the student's states; weight: (V, D), shared by both.
+        head: u (N, r), and B (r, V) without gradient: a term of low rank of the student's, or None.
+        bias: (V,) or None, the student's own.
+
+    Raises:
+        ValueError: the shapes do not fit together, or there is no position.
+    """
+    if not len(hidden) or teacher.hidden.shape != hidden.shape or len(teacher.state) != len(hidden):
+        raise ValueError(f"teacher has {tuple(teacher.hidden.shape)} states, the student {tuple(hidden.shape)}")
+    u, b = head if head is not None else (None, hidden.new_zeros(1, len(weight)))
+    loss, _ = _ChunkedKL.apply(hidden, weight, bias, u, None, teacher, b, chunk or chunk_positions(len(weight)))
+    return loss

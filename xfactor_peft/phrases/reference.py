@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from ..errors import XFactorError
 from ..tokens.patterns import Pattern, found, names
 from .goals import PhraseGoal, PhraseTarget, Wanted
-from .scores import words_of
+from .scores import gamma_quantile, words_of
 
 PRIOR = 1.0
 """How many occurrences the pooled rate counts as in a pattern's own."""
@@ -51,7 +50,8 @@ def measure(path: Path, patterns: Sequence[Pattern]) -> list[Measured]:
     out = []
     for pattern, count in zip(patterns, counts, strict=True):
         shape, scale = count + PRIOR, thousands + PRIOR / pooled
-        out.append(Measured(pattern, count, shape / scale, (_gamma(shape, -1.96) / scale, _gamma(shape, 1.96) / scale)))
+        low, high = (gamma_quantile(shape, z) / scale for z in (-1.96, 1.96))
+        out.append(Measured(pattern, count, shape / scale, (low, high)))
     return out
 
 
@@ -61,8 +61,3 @@ def like(path: Path, patterns: Sequence[Pattern]) -> tuple[PhraseTarget, list[Me
     labels = names(patterns)
     goals = [PhraseGoal(label, (m.pattern,), Wanted(m.rate, "w")) for label, m in zip(labels, measured, strict=True)]
     return PhraseTarget(tuple(goals)), measured
-
-
-def _gamma(shape: float, z: float) -> float:
-    """The quantile of a gamma variable of scale 1 at a normal one (Wilson and Hilferty 1931)."""
-    return shape * max(0.0, 1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -75,7 +74,7 @@ def save_phrases(
             "base": result.base.record(),
             "phrases": phrase_record(result),
             "rules": rules,
-            "lora": asdict(result.lora),
+            "lora": {"r": result.options.r, "trunk_r": result.options.trunk_r},
         }
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name

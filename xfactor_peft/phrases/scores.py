@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..sampling.intervals import rate_interval
 from ..sampling.metrics import distinct_n
 from ..tokens.automaton import TokenAutomaton
 from .texts import Texts
@@ -26,7 +24,7 @@ class PhraseScores:
     """Of one model's texts.
 
     Attributes:
-        per_1000_words: occurrences of all patterns; interval: 95 %, over texts (see `rate_interval`).
+        per_1000_words: occurrences of all patterns; interval: 95 %, over texts (see `count_interval`).
         counts: of every pattern.
         kl: mean KL from the base at a token of its own texts, nats.
     """
@@ -61,8 +59,7 @@ def score(tokenizer: PreTrainedTokenizerBase, automaton: TokenAutomaton, texts: 
     """Count everything."""
     counts = texts.counts(automaton)
     words = np.array([len(words_of(text)) for text in decoded(tokenizer, texts)])
-    length = max(1, round(float(words.mean())))
-    low, high = rate_interval(torch.from_numpy(counts.sum(1)).clamp(max=length), length)
+    low, high = count_interval(counts.sum(1), int(words.sum()))
     return PhraseScores(
         per_1000_words=1000 * float(counts.sum()) / max(1, int(words.sum())),
         interval=(1000 * low, 1000 * high),
@@ -72,6 +69,24 @@ def score(tokenizer: PreTrainedTokenizerBase, automaton: TokenAutomaton, texts: 
         kl=float(texts.kl.double().mean()),
         distinct_2=distinct_n(texts.ids.tolist()),
     )
+
+
+def count_interval(counts: np.ndarray, exposure: float) -> tuple[float, float]:
+    """95 % for a rate of occurrences per unit of `exposure`, from their counts in independent texts (N,).
+
+    Occurrences come in clumps, so the Poisson interval (Garwood 1936, in Wilson and Hilferty's approximation of the
+    gamma quantile) is taken for counts divided by their dispersion, variance / mean, where that is above 1.
+    """
+    total = float(counts.sum())
+    dispersion = max(1.0, float(counts.var(ddof=1)) / (total / len(counts))) if total and len(counts) > 1 else 1.0
+    unit = exposure / dispersion if exposure else 1.0
+    k = total / dispersion
+    return (gamma_quantile(k, -1.96) / unit if k else 0.0, gamma_quantile(k + 1, 1.96) / unit)
+
+
+def gamma_quantile(shape: float, z: float) -> float:
+    """The quantile of a gamma variable of scale 1 at a normal one (Wilson and Hilferty 1931)."""
+    return shape * max(0.0, 1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3
 
 
 def risen(before: Sequence[str], after: Sequence[str], most: int = 20) -> list[tuple[str, int, int]]:

@@ -39,14 +39,7 @@ class Visits:
 
 
 class Statistics:
-    """The base's probabilities by state of the automaton. With nothing under way, of every token.
-
-    Attributes:
-        only_inside: from here on look only where an occurrence is under way: texts under a tilt go there more often,
-            and are otherwise not the base's.
-    """
-
-    only_inside = False
+    """The base's probabilities by state of the automaton. With nothing under way, of every token."""
 
     def __init__(self, automaton: TokenAutomaton) -> None:
         self.automaton = automaton
@@ -56,8 +49,6 @@ class Statistics:
     def add(self, states: np.ndarray, p: torch.Tensor) -> None:
         """Probabilities (n, V) of the token that follows in each of the states (n,)."""
         for state in np.unique(states):
-            if self.only_inside and not self.automaton.automaton.inside(int(state)):
-                continue
             rows = torch.from_numpy(np.flatnonzero(states == state))
             row = self.automaton.row(int(state))
             mass = p[rows].sum(0) if len(rows) > 1 else p[rows[0]]

@@ -59,7 +59,7 @@ class TokenAutomaton:
 
     def step(self, state: int, token: int) -> tuple[int, tuple[int, ...]]:
         """(the next state, patterns that end) of one token."""
-        raw, ended = self.bytes.get(token), ()
+        raw, ended = self.bytes.get(token), tuple[int, ...]()
         if raw is None:
             return self.start, self.automaton.ending(state)
         for byte in raw:
