@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from xfactor_peft.base.split_model import split
+from xfactor_peft.options import PhraseOptions
 from xfactor_peft.phrases.head import PhraseHead, Positions, fit, mean_kl
-from xfactor_peft.phrases.train import _write
+from xfactor_peft.phrases.train import write_head
+from xfactor_peft.phrases.trunk import wrap
 
 V, D, N = 50, 8, 40
 
@@ -78,7 +80,8 @@ def test_the_adapter_is_the_head(tiny):
         expected = policy.logits(hidden).float()
         plain = expected.clone()
         head.add_to(expected, hidden, np.zeros(12))
-        model = _write(tiny, head).eval()
+        model = wrap(tiny, PhraseOptions(trunk_r=0), 2).eval()
+        write_head(tiny, head)
         got = model(input_ids=ids).logits[0].float()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     others = [i for i in range(len(plain[0])) if i not in (5, 9, 20, 30)]

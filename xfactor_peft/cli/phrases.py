@@ -113,7 +113,7 @@ def _print_summary(result: PhraseResult) -> None:
 
     if result.proof:
         say(f"{len(result.proof.banned):,} tokens are banned; no sequence of the others spells what is to come never "
-            f"(all {result.proof.states} states that they reach were looked at)")  # fmt: skip
+            f"(all {result.proof.checked:,} others were looked at)")  # fmt: skip
     before, after = result.before, result.after
     if before is None or after is None:
         return

@@ -23,7 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..base.split_model import SplitModel
 from ..lowmem.gguf_layers import PackedMatrix
+from ..objective.kl import StateTeacher, tilted_kl_loss
 from .ban import BAN
 from .texts import Texts
 from .values import Values
@@ -67,7 +69,7 @@ class PhraseHead(nn.Module):
         self.tokens = torch.from_numpy(tokens)
         rows = weight.rows(self.tokens) if isinstance(weight, PackedMatrix) else weight[self.tokens]
         self.base_weight = rows.detach().float()
-        self.base_bias = None if bias is None else bias[self.tokens].float()
+        self.base_bias = None if bias is None else bias[self.tokens].detach().float()
         self.banned = torch.zeros(0, dtype=torch.long)
         self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.b = nn.Parameter(torch.zeros(len(tokens), rank))
@@ -92,6 +94,24 @@ class PhraseHead(nn.Module):
         q = p * w / z_q[:, None]
         to_base = (q * log_w).sum(1) - z_q.log()
         return to_base - (q * u).sum(1) + z_pi.log(), to_base
+
+    def state_loss(self, policy: SplitModel, hidden: torch.Tensor, at: Positions, rows: torch.Tensor) -> torch.Tensor:
+        """Mean KL(q || student) at these positions over the whole vocabulary, for a trunk that changes: its states are
+        `hidden` (n, D). The gradient reaches them and b."""
+        size, bias = policy.weight.shape[0], policy.bias
+        own = torch.zeros(size) if bias is None else bias.detach().float()
+        own = own.index_add(0, self.tokens, self.offset).to(hidden.dtype)
+        teacher = StateTeacher(at.hidden[rows].to(hidden), bias, self.tokens, at.table, at.state[rows])
+        b = torch.zeros(max(1, len(self.a)), size).index_copy_(1, self.tokens, self.b.detach().T)
+        term = hidden.float() @ self.a.detach().T if len(self.a) else None
+        return tilted_kl_loss(hidden, policy.weight, teacher, b, bias=own, set_logits=term).loss
+
+    @torch.no_grad()
+    def follow(self, before: Values, after: Values) -> None:
+        """b by what log w changes for tokens that begin something, when the strengths do."""
+        tokens = self.tokens.numpy()
+        start = after.automaton.start
+        self.offset += torch.from_numpy(after.log_weights(start, tokens) - before.log_weights(start, tokens))
 
     @torch.no_grad()
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
@@ -127,16 +147,17 @@ def chosen_tokens(values: Values) -> np.ndarray:
     return np.sort(found[np.argsort(-effect[found])][:TOKENS])
 
 
-def positions(head: PhraseHead, texts: Texts, values: Values, drawn_by: Values | None = None) -> Positions:
-    """The texts' positions but those that wait for a word's end, which every continuation is about."""
+def positions(head: PhraseHead, texts: Texts, values: Values) -> tuple[Positions, torch.Tensor]:
+    """The texts' positions but those that wait for a word's end, which every continuation is about; and which they are,
+    (N, L) bool."""
     tokens = head.tokens.numpy()
     states, places = np.unique(texts.states, return_inverse=True)
     table = torch.from_numpy(np.stack([values.log_weights(int(s), tokens) for s in states]))
     inverse = torch.from_numpy(places).view(texts.ids.shape)
-    weight = torch.from_numpy(_weights(texts, values, drawn_by)).float()
+    weight = torch.from_numpy(_weights(texts, values)).float()
     waits = np.array([bool(values.automaton.row(int(s)).waiting) for s in states])
     keep = torch.from_numpy(~waits)[inverse]
-    return Positions(texts.hidden[keep], texts.log_z[keep], table, inverse[keep], weight[keep])
+    return Positions(texts.hidden[keep], texts.log_z[keep], table, inverse[keep], weight[keep]), keep
 
 
 def joined(parts: list[Positions]) -> Positions:
@@ -151,8 +172,8 @@ def joined(parts: list[Positions]) -> Positions:
     )
 
 
-def _weights(texts: Texts, values: Values, drawn_by: Values | None) -> np.ndarray:
-    """How much more often than what drew it the teacher goes the way of an occurrence under way, (N, L).
+def _weights(texts: Texts, values: Values) -> np.ndarray:
+    """How much more often than the base the teacher goes the way of an occurrence under way, (N, L).
 
     Along an occurrence the ratios of p w telescope to g of where it has got to.
     """
@@ -160,8 +181,6 @@ def _weights(texts: Texts, values: Values, drawn_by: Values | None) -> np.ndarra
     inside = np.array([values.automaton.automaton.inside(s) for s in range(len(values.automaton.automaton))])
     under_way = inside[texts.states]
     out[under_way] = values.worth(texts.states[under_way])
-    if drawn_by is not None:
-        out[under_way] /= drawn_by.worth(texts.states[under_way])
     return np.clip(out, 0.0, 10.0)
 
 

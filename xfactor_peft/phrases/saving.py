@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,7 @@ def phrase_record(result: PhraseResult) -> dict[str, Any]:
         "goals": goals,
         "options": result.options.record(),
         "tokens": result.tokens,
-        "proof": {"banned": len(result.proof.banned), "states": result.proof.states} if result.proof else None,
+        "proof": {"banned": len(result.proof.banned), "checked": result.proof.checked} if result.proof else None,
         "rounds": result.rounds,
         "before": result.before.record() if result.before else None,
         "after": result.after.record() if result.after else None,
@@ -75,7 +74,7 @@ def save_phrases(
             "base": result.base.record(),
             "phrases": phrase_record(result),
             "rules": rules,
-            "lora": asdict(result.lora),
+            "lora": {"r": result.options.r, "trunk_r": result.options.trunk_r},
         }
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name

@@ -28,7 +28,7 @@ class Texts:
         ids: (N, L), what was drawn; states: (N, L), the automaton's state before each.
         hidden: (N, L, D), what the output embedding made the tokens' logits of.
         log_z: (N, L), log of the sum of exp(logits), before any tilt, over the tokens that could be drawn.
-        kl: (N, L), KL of what was drawn from to the same before its tilt.
+        kl: (N, L), KL of what was drawn from to the same before its tilt: to the base, where the trunk is its.
     """
 
     prompts: list[list[int]]

@@ -4,7 +4,10 @@ The wanted texts are  p*(x) proportional to p(x) exp(sum_k lambda_k count_k(x)).
 and delta(s, i) the state after token i, its next token is
 
     q(i | context) proportional to p(i | context) w(s, i),        w(s, i) = f(c(s, i)) g(delta(s, i)),
-    g(s) = E[ f(all that the occurrences under way in s will count) ] = sum_i p(i | s) w(s, i),     g = 1 with none.
+    g(s) = E[ f(all that the occurrences under way in s will count) ] = 1 + sum over R(s) of p(i | s) (w(s, i) - 1),
+
+R(s) the tokens that do not lead where they would with nothing under way: the others begin something new as often after
+s as elsewhere, which is no property of s. With nothing under way, g = 1.
 
 p(i | s), the base's probabilities averaged over contexts in which it was in s, is counted along its own texts, the
 whole distribution at every visit rather than the token drawn. A state that was hardly visited is worth what states
@@ -13,7 +16,7 @@ that lack as many characters are worth on average.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,31 +45,31 @@ class Statistics:
     """The base's probabilities by state of the automaton. With nothing under way, of every token.
 
     Attributes:
-        only_inside: from here on look only where an occurrence is under way: texts under a tilt go there more often,
-            and are otherwise not the base's.
+        anew: for either state of reference, the summed probabilities (V,) of tokens that do there, in the midst of an
+            occurrence, what they do with nothing under way.
     """
-
-    only_inside = False
 
     def __init__(self, automaton: TokenAutomaton) -> None:
         self.automaton = automaton
         self.visits: dict[int, Visits] = {}
-        self._no_word = torch.from_numpy(np.flatnonzero(~automaton.begins_word))
+        self.anew: dict[int, np.ndarray] = {}
+        self._no_word = np.flatnonzero(~automaton.begins_word)
 
     def add(self, states: np.ndarray, p: torch.Tensor) -> None:
         """Probabilities (n, V) of the token that follows in each of the states (n,)."""
         for state in np.unique(states):
-            if self.only_inside and not self.automaton.automaton.inside(int(state)):
-                continue
             rows = torch.from_numpy(np.flatnonzero(states == state))
             row = self.automaton.row(int(state))
-            mass = p[rows].sum(0) if len(rows) > 1 else p[rows[0]]
+            mass = p[rows].sum(0).double().cpu().numpy()
             seen = self.visits.setdefault(int(state), Visits(0.0, np.zeros(len(row.ids)), 0.0))
             seen.count += len(rows)
-            seen.masses += mass[torch.from_numpy(row.ids)].double().numpy()
+            seen.masses += mass[row.ids]
+            if row.reference is None:
+                continue
+            mass[row.ids] = 0.0
+            self.anew.setdefault(row.reference, np.zeros(len(mass)))[:] += mass
             if row.waiting:
-                others = row.ids[~self.automaton.begins_word[row.ids]]
-                seen.no_word += float(mass[self._no_word].sum() - mass[torch.from_numpy(others)].sum())
+                seen.no_word += mass[self._no_word].sum()
 
     @property
     def positions(self) -> float:
@@ -129,37 +132,47 @@ class Values:
         """Rates of goals per token in texts of q, (G,), as the states' averages have it; `goals` (K, G) says which
         patterns count for which.
 
-        n(s), what is counted until nothing is under way: n(s) = sum_i p(i|s) w(s, i) (c(s, i) + n(delta)) / g(s).
+        n(s), what the occurrences under way will count: sum over R(s) of p(i|s) w(s, i) (c(s, i) + n(delta)) / g(s).
+        The way into a state under way is taken g(s) times as often as by the base.
         """
-        stats, size = self.statistics, len(self.automaton.automaton)
         per_ending = np.array([goals[list(e)].sum(0) for e in self.automaton.endings])
-        n = np.zeros((size, goals.shape[1]))
-        inner, automaton = self._inner(), self.automaton.automaton
-        for state in range(size):
-            if inner(state):
-                pattern = automaton.nearest(state)
-                chance = self._chance[min(LACKING, automaton.left(state))] * self.factor((pattern,))
-                n[state] = goals[pattern] * min(1.0, chance / self._g[state])
-        rates = np.zeros(goals.shape[1])
-        for last in [False] * SWEEPS + [True]:
-            for state, seen in [item for item in stats.visits.items() if not inner(item[0])] if last else self._order:
-                row, (w, waiting) = self.automaton.row(state), self.row(state)
-                flow = seen.masses / seen.count * w
-                found = flow @ (per_ending[row.ended] + n[row.following])
-                total = 1 + (seen.masses / seen.count * (w - 1)).sum()
-                if row.waiting:
-                    rest = seen.no_word / seen.count * waiting
-                    found = found + rest * goals[list(row.waiting)].sum(0)
-                    total += seen.no_word / seen.count * (waiting - 1)
-                if last:
-                    rates += seen.count * found / total
-                else:
-                    n[state] = found / max(total, 1e-9)
-        free = sum(seen.count for state, seen in stats.visits.items() if not inner(state))
-        return rates / max(1.0, free)
+        n = self._counted_ahead(goals, per_ending)
+        rates, tokens, inside = np.zeros(goals.shape[1]), 0.0, self.automaton.automaton.inside
+        for state, seen in self.statistics.visits.items():
+            if inside(state):
+                tokens += seen.count * self._g[state]
+            else:
+                tokens += seen.count
+                found, total = self._flow(state, seen, n, goals, per_ending)
+                rates += seen.count * found / total
+        for reference, anew in self.statistics.anew.items():
+            row, (w, _) = self.automaton.row(reference), self.row(reference)
+            rates += (anew[row.ids] * w) @ (per_ending[row.ended] + n[row.following])
+        return rates / max(1.0, tokens)
 
-    def _inner(self) -> Callable[[int], bool]:
-        return self.automaton.automaton.inside
+    def _counted_ahead(self, goals: np.ndarray, per_ending: np.ndarray) -> np.ndarray:
+        """n of every state, (states, G)."""
+        automaton = self.automaton.automaton
+        n = np.zeros((len(automaton), goals.shape[1]))
+        for state in filter(automaton.inside, range(len(automaton))):
+            pattern = automaton.nearest(state)
+            chance = self._chance[min(LACKING, automaton.left(state))] * self.factor((pattern,))
+            n[state] = goals[pattern] * min(1.0, chance / self._g[state])
+        for _ in range(SWEEPS):
+            for state, seen in self._order:
+                found, total = self._flow(state, seen, n, goals, per_ending)
+                n[state] = found / total
+        return n
+
+    def _flow(
+        self, state: int, seen: Visits, n: np.ndarray, goals: np.ndarray, per_ending: np.ndarray
+    ) -> tuple[np.ndarray, float]:
+        """(what R(s) will count, (G,), not yet divided by the other: the sum of p w over all tokens)."""
+        row, (w, waiting) = self.automaton.row(state), self.row(state)
+        p, no_word = seen.masses / seen.count, seen.no_word / seen.count
+        found = (p * w) @ (per_ending[row.ended] + n[row.following])
+        found += no_word * waiting * goals[list(row.waiting)].sum(0)
+        return found, max(1e-9, 1 + float((p * (w - 1)).sum()) + no_word * (waiting - 1))
 
     @cached_property
     def _order(self) -> list[tuple[int, Visits]]:

@@ -1,0 +1,166 @@
+"""LoRA in the last blocks: what no term on the output embedding can know.
+
+Behind the last block "a sense" and "a kind" look alike, since both go on with " of"; a head that stops the one stops
+the other. Inside the blocks the word itself is still there. So the MLPs of the last third learn, on texts of the base,
+
+    mean over positions of KL(q || student),      q_i ~ p_i w(s, i),
+
+at the positions where the student is not there yet, and at some of the others, where it is to stay the base. The head's
+term of low rank stays as it is, its offset goes on learning; lower blocks are the base's, and need no backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..base.loading import Base
+from ..base.split_model import SplitModel
+from ..lora.wrap import adapter_off, add_lora, projections
+from ..lowmem.gguf_layers import linear
+from ..objective.kl import chunk_positions
+from ..options import LoraOptions, PhraseOptions
+from ..progress import report
+from .head import PhraseHead, Positions
+from .texts import Texts
+
+SHARE = 3
+"""One block in so many, the last ones, gets LoRA."""
+TEXTS = 8
+"""Texts of a step."""
+WORTH_LEARNING = 1e-3
+"""KL in nats above which a position is always learnt from; of the others one in four is."""
+
+
+def last_blocks(model: PreTrainedModel) -> list[str]:
+    """Full names of the MLP layers of the last third of the blocks, at least one block.
+
+    Raises:
+        XFactorError: the model has no MLP that LoRA can be on.
+    """
+    names = projections(model, "mlp")
+    blocks = sorted({_block(name) for name in names})
+    kept = set(blocks[len(blocks) - max(1, len(blocks) // SHARE) :])
+    return [name for name in names if _block(name) in kept]
+
+
+def _block(name: str) -> int:
+    return int(next(part for part in name.split(".") if part.isdigit()))
+
+
+def wrap(base: Base, options: PhraseOptions, rank: int) -> PeftModel:
+    """The base with LoRA on its output embedding and, unless `trunk_r` is 0, on its last blocks; all of it 0 so far."""
+    if not options.trunk_r:
+        return add_lora(base.model, LoraOptions(r=rank, alpha=rank, target="head"), sets=rank)
+    lora = LoraOptions(r=options.trunk_r, alpha=2 * options.trunk_r, target="mlp,head")
+    return add_lora(base.model, lora, sets=rank, only=last_blocks(base.model))
+
+
+@torch.no_grad()
+def base_states(policy: SplitModel, model: PeftModel, texts: Texts) -> Texts:
+    """Texts that a student drew, with the base's states and normalisers in place of its own."""
+    model.eval()
+    log_z = torch.empty_like(texts.log_z)
+    hidden = torch.empty_like(texts.hidden)
+    with adapter_off(model):
+        for rows in torch.arange(len(texts.ids)).split(TEXTS):
+            found = states(policy, texts, rows)
+            hidden[rows] = found.view(len(rows), *hidden.shape[1:]).to(hidden)
+            sums = [
+                policy.logits(part).float().logsumexp(1) for part in found.split(chunk_positions(len(policy.weight)))
+            ]
+            log_z[rows] = torch.cat(sums).view(len(rows), -1).cpu()
+    return replace(texts, hidden=hidden, log_z=log_z)
+
+
+@torch.no_grad()
+def kl_from_base(policy: SplitModel, model: PeftModel, head: PhraseHead, texts: Texts) -> torch.Tensor:
+    """KL(student || base) at every drawn token of the student's own texts, (N, L), nats."""
+    model.eval()
+    out = torch.empty_like(texts.kl)
+    for rows in torch.arange(len(texts.ids)).split(TEXTS):
+        own = states(policy, texts, rows)
+        with adapter_off(model):
+            plain = states(policy, texts, rows)
+        kl = []
+        for part in torch.arange(len(own)).split(chunk_positions(len(policy.weight))):
+            z = linear(own[part], policy.weight, policy.bias).float()
+            head.add_to(z, own[part], texts.states[:0])
+            log_pi = z.log_softmax(1)
+            log_p = linear(plain[part], policy.weight, policy.bias).float().log_softmax(1)
+            kl.append((log_pi.exp() * (log_pi - log_p)).sum(1))
+        out[rows] = torch.cat(kl).view(len(rows), -1).cpu()
+    return out
+
+
+def states(policy: SplitModel, texts: Texts, rows: torch.Tensor) -> torch.Tensor:
+    """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
+    ids = [torch.cat([torch.tensor(texts.prompts[i]), texts.ids[i]]) for i in rows.tolist()]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # on the right: nothing before it sees it
+    hidden = policy.hidden(padded.to(policy.weight.device))
+    length = texts.ids.shape[1]
+    return torch.cat([hidden[row, len(one) - length - 1 : len(one) - 1] for row, one in enumerate(ids)])
+
+
+class Lesson:
+    """Texts to learn from, with what the teacher says at every position.
+
+    Attributes:
+        texts: whose `hidden` and `log_z` are the base's; at: their positions, in order; rows: (N, L), numbers of `at`,
+            -1 where a position waits for a word's end.
+    """
+
+    def __init__(self, texts: Texts, at: Positions, kept: torch.Tensor) -> None:
+        self.texts, self.at = texts, at
+        self.rows = torch.full(kept.shape, -1).masked_scatter(kept, torch.arange(len(at.state)))
+
+
+def train_trunk(
+    model: PeftModel, policy: SplitModel, head: PhraseHead, lessons: Sequence[Lesson], options: PhraseOptions
+) -> list[float]:
+    """Adam over all texts `trunk_epochs` times; the mean loss of every epoch, over the positions learnt from."""
+    generator = torch.Generator().manual_seed(options.seed)
+    trunk = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name and _in_trunk(name)]
+    optimizer = torch.optim.Adam(
+        [{"params": trunk, "lr": options.trunk_lr}, {"params": [head.offset], "lr": options.lr}]
+    )
+    batches = [(lesson, rows) for lesson in lessons for rows in torch.arange(len(lesson.texts.ids)).split(TEXTS)]
+    steps, losses = options.trunk_epochs * len(batches), []
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 8) * max(0.02, 1 - s / steps))
+    for epoch in range(options.trunk_epochs):
+        total, positions = 0.0, 0
+        for number, place in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
+            lesson, rows = batches[place]
+            loss, count = _loss(policy, head, lesson, rows, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            warm.step()
+            total, positions = total + loss.item() * count, positions + count
+            report(epoch * len(batches) + number + 1, steps)
+        losses.append(total / max(1, positions))
+    return losses
+
+
+def _in_trunk(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _loss(
+    policy: SplitModel, head: PhraseHead, lesson: Lesson, rows: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """(mean KL over the chosen positions of these texts, how many)."""
+    places = lesson.rows[rows].flatten()
+    with torch.no_grad():
+        known = places[places >= 0]
+        left = torch.zeros(len(places))
+        left[places >= 0] = head.kl(lesson.at, known)[0]
+    quarter = torch.rand(len(places), generator=generator) < 0.25
+    chosen = (places >= 0) & ((left > WORTH_LEARNING) | quarter)
+    chosen[(places >= 0).nonzero()[0]] = True  # never none
+    hidden, at = states(policy, lesson.texts, rows)[chosen], lesson.at
+    return head.state_loss(policy, hidden, at, places[chosen]), int(chosen.sum())
