@@ -45,7 +45,7 @@ def _phrases(record: dict[str, Any]) -> list[str]:
     """What an adapter for phrases was made of, and what came of it."""
     base, phrases = record["base"], record["phrases"]
     before, after = phrases["before"], phrases["after"]
-    goals = [f"- {goal['name']}: {len(goal['patterns'])} patterns, {_wanted(goal)}" for goal in phrases["goals"][:20]]
+    goals = [f"- {goal['name']}: {len(goal['patterns'])} patterns, {asked(goal)}" for goal in phrases["goals"][:20]]
     more = [f"- and {len(phrases['goals']) - 20} more"] if len(phrases["goals"]) > 20 else []
     scores = []
     if before and after:
@@ -70,7 +70,8 @@ def _phrases(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _wanted(goal: dict[str, Any]) -> str:
+def asked(goal: dict[str, Any]) -> str:
+    """What was wanted of a goal of phrases, in words."""
     unit = {"x": "times the base's own rate", "w": "in 1,000 words", "t": "in 1,000 tokens"}[goal["unit"]]
     return f"{goal['rate']:g} {unit}" if goal["rate"] else "never"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import XFactorError
-from .common import Command, apply_options, load
+from .common import Command, apply_options, load, sampling
 from .config import given, write_run
-from .console import console, print_json, say
+from .console import MEMBER_STYLE, console, print_json, say
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ..adapters.mix import Mix
+    from ..bank.bank import AdapterBank
     from ..phrases.reference import Measured
     from ..phrases.rules import Rules
     from ..phrases.train import PhraseResult
+    from ..tokens.patterns import Pattern
 
 _OWN = ("phrases", "script", "chars", "rules", "rates_from")
 _ALSO = {
@@ -125,6 +131,82 @@ def _print_summary(result: PhraseResult) -> None:
     table.add_row("distinct-2", f"{before.distinct_2:.3f}", f"{after.distinct_2:.3f}")
     console.print(table)
     console.print("risen most: " + ", ".join(f"{word} ({a} to {b})" for word, a, b in result.risen[:10]))
+
+
+def patterns_of(bank: AdapterBank) -> tuple[Pattern, ...]:
+    """What the loaded adapters for phrases are about, each pattern once."""
+    from ..tokens.patterns import Pattern
+
+    goals = [goal for info in bank.adapters.values() for goal in info.section("phrases").get("goals", ())]
+    return tuple({Pattern.from_record(part): None for goal in goals for part in goal["patterns"]})
+
+
+def mark_patterns(text: Text, patterns: Sequence[Pattern]) -> int:
+    """Mark every occurrence in a text that is to be printed; how many there are."""
+    from ..tokens.patterns import found
+
+    spans = [span for pattern in patterns for span in found(pattern, text.plain)]
+    for start, end in spans:
+        text.stylize(MEMBER_STYLE, start, end)
+    return len(spans)
+
+
+def phrase_adapters(bank: AdapterBank) -> list[str]:
+    """Names of the loaded adapters that are for phrases.
+
+    Raises:
+        XFactorError: others are loaded too, which nothing said about tokens; the two are measured on their own.
+    """
+    found = [name for name, info in bank.adapters.items() if info.section("phrases")]
+    if others := [name for name in bank.adapters if found and name not in found]:
+        raise XFactorError(f"{found[0]} is about phrases and {others[0]} about tokens; evaluate them one by one")
+    return found
+
+
+def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags: dict[str, Any]) -> None:
+    """Score the base and adapters for phrases on their own texts, with all that the adapters are about.
+
+    Prompts and chat are those of the first adapter's rules, the held-out ones, unless --prompts says others.
+    """
+    from ..adapters.files import write_json
+    from ..base.split_model import split
+    from ..phrases.evaluation import evaluate_phrases
+    from ..phrases.rules import parse_rules
+    from ..sampling.prompt_families import read_families
+    from ..tokens.automaton import TokenAutomaton
+    from ..tokens.printable import counted
+    from .console import print_columns
+    from .summary import decoding_text
+
+    if flags["frontier"] or flags["base_model"]:
+        raise XFactorError("--frontier and --base have no meaning for adapters for phrases; drop them")
+    rules = parse_rules(bank.adapters[adapters[0]].record.get("rules"))
+    prompts, patterns = list(rules.held_out or rules.prompts), patterns_of(bank)
+    if flags["prompts"]:
+        prompts = [prompt for family in read_families(flags["prompts"]) for prompt in family.prompts]
+    count, decoding = flags["repeats"] * len(prompts), sampling(flags)
+    automaton, policy = TokenAutomaton(bank.base.tokenizer, patterns, bank.base.vocab_size), split(bank.base.model)
+    columns = {}
+    for mix in mixes:
+        bank.use(mix, flags["scale"])
+        name, off = (str(mix), bank.base_only) if mix.parts else (bank.base.choice.name, None)
+        columns[name], _ = evaluate_phrases(bank.base, policy, automaton, prompts, count, decoding, rules.chat, off)
+    console.print(counted(len(patterns), "pattern"))
+    rows = {
+        "in 1,000 words (95 % interval)": lambda s: "{:.2f} ({:.2f} to {:.2f})".format(s.per_1000_words, *s.interval),
+        "KL from base, nats/token": lambda s: f"{s.kl:.4f}",
+        "distinct-2": lambda s: f"{s.distinct_2:.3f}",
+    }
+    print_columns(list(rows), {name: [show(s) for show in rows.values()] for name, s in columns.items()})
+    settings = {**decoding.record(), "prompts": len(prompts), "repeats": flags["repeats"]}
+    console.print(decoding_text(settings), style="dim")
+    if path := flags["json_file"]:
+        record = {
+            "base": bank.base.record(),
+            "decoding": settings,
+            "scores": {name: s.record() for name, s in columns.items()},
+        }
+        print_json(record) if path == "-" else write_json(Path(path), record)
 
 
 def _refuse_others(ctx: click.Context) -> None:

@@ -111,7 +111,8 @@ class PhraseHead(nn.Module):
         """b by what log w changes for tokens that begin something, when the strengths do."""
         tokens = self.tokens.numpy()
         start = after.automaton.start
-        self.offset += torch.from_numpy(after.log_weights(start, tokens) - before.log_weights(start, tokens))
+        change = after.log_weights(start, tokens) - before.log_weights(start, tokens)
+        self.offset.add_(torch.from_numpy(change))
 
     @torch.no_grad()
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:

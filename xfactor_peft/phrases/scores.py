@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..base.split_model import SplitModel
+from ..objective.kl import chunk_positions
 from ..sampling.metrics import distinct_n
 from ..tokens.automaton import TokenAutomaton
-from .texts import Texts
+from .texts import Texts, states_of
+
+TEXTS = 8
+"""Texts at once where states are made of whole texts."""
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -69,6 +76,25 @@ def score(tokenizer: PreTrainedTokenizerBase, automaton: TokenAutomaton, texts: 
         kl=float(texts.kl.double().mean()),
         distinct_2=distinct_n(texts.ids.tolist()),
     )
+
+
+@torch.no_grad()
+def kl_from_base(policy: SplitModel, texts: Texts, adapter_off: Callable[[], AbstractContextManager]) -> torch.Tensor:
+    """KL(model || base) at every drawn token of the model's own texts, (N, L), nats."""
+    policy.model.eval()
+    out = torch.empty(texts.ids.shape)
+    for rows in torch.arange(len(texts.ids)).split(TEXTS):
+        own = states_of(policy, texts, rows)
+        with adapter_off():
+            plain = states_of(policy, texts, rows)
+        kl = []
+        for part in torch.arange(len(own)).split(chunk_positions(len(policy.weight))):
+            log_pi = policy.logits(own[part]).float().log_softmax(1)
+            with adapter_off():
+                log_p = policy.logits(plain[part]).float().log_softmax(1)
+            kl.append((log_pi.exp() * (log_pi - log_p)).sum(1))
+        out[rows] = torch.cat(kl).view(len(rows), -1).cpu()
+    return out
 
 
 def count_interval(counts: np.ndarray, exposure: float) -> tuple[float, float]:

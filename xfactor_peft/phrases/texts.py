@@ -124,3 +124,12 @@ def draw(
         pass
     assert reader.hidden is not None  # there is a prompt, and a token after it
     return Texts(prompts, reader.ids, reader.states, reader.hidden, reader.log_z, reader.kl)
+
+
+def states_of(policy: SplitModel, texts: Texts, rows: torch.Tensor) -> torch.Tensor:
+    """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
+    ids = [torch.cat([torch.tensor(texts.prompts[i]), texts.ids[i]]) for i in rows.tolist()]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # on the right: nothing before it sees it
+    hidden = policy.hidden(padded.to(policy.weight.device))
+    length = texts.ids.shape[1]
+    return torch.cat([hidden[row, len(one) - length - 1 : len(one) - 1] for row, one in enumerate(ids)])

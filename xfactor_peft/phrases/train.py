@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,19 @@ from peft import PeftModel
 from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
+from ..lora.wrap import adapter_off
 from ..lowmem.peft_parts import side_a, side_b
-from ..options import ChatOptions, PhraseOptions, SamplingOptions
+from ..options import ChatOptions, PhraseOptions
 from ..progress import phase
 from ..tokens.automaton import TokenAutomaton
 from .ban import BAN, Proof, ban
+from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
-from .scores import PhraseScores, decoded, risen, score
+from .scores import PhraseScores, decoded, risen
 from .solving import Solved, per_pattern, solve
-from .texts import Texts, draw, encoded
-from .trunk import Lesson, base_states, kl_from_base, train_trunk, wrap
+from .texts import Texts
+from .trunk import Lesson, base_states, train_trunk, wrap
 from .values import Statistics, Values
 
 
@@ -72,19 +75,24 @@ class _Run:
     head: PhraseHead
     model: PeftModel
 
-    def __init__(self, base: Base, target: PhraseTarget, options: PhraseOptions, chat: ChatOptions) -> None:
-        self.base, self.target, self.options, self.chat = base, target, options, chat
+    def __init__(
+        self, base: Base, target: PhraseTarget, prompts: Sequence[str], options: PhraseOptions, chat: ChatOptions
+    ) -> None:
+        self.base, self.target, self.prompts, self.options, self.chat = base, target, prompts, options, chat
         self.automaton = TokenAutomaton(base.tokenizer, target.patterns, base.vocab_size)
         self.policy = split(base.model)
         self.statistics = Statistics(self.automaton)
         self.texts: list[Texts] = []
 
-    def draw(self, prompts: Sequence[str], count: int, number: int, **how: Any) -> Texts:
-        """`count` texts, the prompts in turn; `number` says which random numbers."""
-        sampling = SamplingOptions(self.options.length, seed=1009 * self.options.seed + number)
-        ids = encoded(self.base, prompts, self.options.length, self.chat)
-        chosen = [ids[i % len(ids)] for i in range(count)]
-        return draw(self.base, self.policy, self.automaton, chosen, sampling, **how)
+    def draw(self, count: int, number: int, **how: Any) -> Texts:
+        """Texts that follow the prompts to learn from (see `draw_texts`)."""
+        sampling = sampling_of(self.options, number)
+        return draw_texts(self.base, self.policy, self.automaton, self.prompts, count, sampling, self.chat, **how)
+
+    def evaluate(self, prompts: Sequence[str], *, adapted: bool) -> tuple[PhraseScores, Texts]:
+        off = partial(adapter_off, self.model) if adapted else None
+        count, sampling = self.options.eval_texts, sampling_of(self.options, AFTER if adapted else BEFORE)
+        return evaluate_phrases(self.base, self.policy, self.automaton, prompts, count, sampling, self.chat, off)
 
     def values(self, solved: Solved) -> Values:
         return Values(self.statistics, per_pattern(self.target, solved.strengths))
@@ -121,10 +129,9 @@ class _Run:
 
     def student_texts(self, number: int) -> Texts:
         """Texts of the student, with the base's states in place of its own; learnt from as well."""
-        texts = self.draw(self.prompts, max(4, self.options.texts // 2), number, tilt=self.head)
+        write_head(self.base, self.head)
+        texts = self.draw(max(4, self.options.texts // 2), number)
         return base_states(self.policy, self.model, texts)
-
-    prompts: Sequence[str] = ()
 
 
 def train_phrases(
@@ -150,12 +157,11 @@ def train_phrases(
     learns = not all(goal.hard for goal in target.goals)  # a ban alone has nothing to learn, and nothing to learn from
     if not learns:
         options = replace(options, r=0, trunk_r=0)
-    run = _Run(base, target, options, chat)
-    run.prompts = prompts
+    run = _Run(base, target, prompts, options, chat)
     measured = bool(held_out and options.eval_texts)
     if measured:
         with phase("measuring the base"):
-            before = run.draw(held_out, options.eval_texts, 101)
+            before, first = run.evaluate(held_out, adapted=False)
     if learns:
         rounds, solved = _learnt(run)
     else:
@@ -165,16 +171,14 @@ def train_phrases(
         run.model = wrap(base, options, 1)
     if proof:
         run.head.ban(proof.banned)
+    write_head(base, run.head)
     result = PhraseResult(base, run.model, target, options, solved, len(run.head.tokens), proof, rounds=rounds)
     if measured:
         with phase("measuring the adapter"):
-            after = run.draw(held_out, options.eval_texts, 102, tilt=run.head)
-            after = replace(after, kl=kl_from_base(run.policy, run.model, run.head, after))
-        result.before, result.after = (score(base.tokenizer, run.automaton, texts) for texts in (before, after))
-        first, second = decoded(base.tokenizer, before), decoded(base.tokenizer, after)
-        result.risen = risen(first, second)
-        result.samples = list(zip(held_out, first, second, strict=False))
-    write_head(base, run.head)
+            after, second = run.evaluate(held_out, adapted=True)
+        result.before, result.after = before, after
+        old, new = decoded(base.tokenizer, first), decoded(base.tokenizer, second)
+        result.risen, result.samples = risen(old, new), list(zip(held_out, old, new, strict=False))
     result.seconds = time.perf_counter() - started
     return result
 
@@ -182,7 +186,7 @@ def train_phrases(
 def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
     target, options = run.target, run.options
     with phase("drawing texts of the base"):
-        run.texts.append(run.draw(run.prompts, options.texts, 1, statistics=run.statistics))
+        run.texts.append(run.draw(options.texts, 1, statistics=run.statistics))
     words_per_token = run.words_per_token()
     solved = solve(run.statistics, target, words_per_token)
     _check_reachable(target, solved)

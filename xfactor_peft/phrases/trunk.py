@@ -21,12 +21,11 @@ from transformers import PreTrainedModel
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..lora.wrap import adapter_off, add_lora, projections
-from ..lowmem.gguf_layers import linear
 from ..objective.kl import chunk_positions
 from ..options import LoraOptions, PhraseOptions
 from ..progress import report
 from .head import PhraseHead, Positions
-from .texts import Texts
+from .texts import Texts, states_of
 
 SHARE = 3
 """One block in so many, the last ones, gets LoRA."""
@@ -68,42 +67,13 @@ def base_states(policy: SplitModel, model: PeftModel, texts: Texts) -> Texts:
     hidden = torch.empty_like(texts.hidden)
     with adapter_off(model):
         for rows in torch.arange(len(texts.ids)).split(TEXTS):
-            found = states(policy, texts, rows)
+            found = states_of(policy, texts, rows)
             hidden[rows] = found.view(len(rows), *hidden.shape[1:]).to(hidden)
             sums = [
                 policy.logits(part).float().logsumexp(1) for part in found.split(chunk_positions(len(policy.weight)))
             ]
             log_z[rows] = torch.cat(sums).view(len(rows), -1).cpu()
     return replace(texts, hidden=hidden, log_z=log_z)
-
-
-@torch.no_grad()
-def kl_from_base(policy: SplitModel, model: PeftModel, head: PhraseHead, texts: Texts) -> torch.Tensor:
-    """KL(student || base) at every drawn token of the student's own texts, (N, L), nats."""
-    model.eval()
-    out = torch.empty_like(texts.kl)
-    for rows in torch.arange(len(texts.ids)).split(TEXTS):
-        own = states(policy, texts, rows)
-        with adapter_off(model):
-            plain = states(policy, texts, rows)
-        kl = []
-        for part in torch.arange(len(own)).split(chunk_positions(len(policy.weight))):
-            z = linear(own[part], policy.weight, policy.bias).float()
-            head.add_to(z, own[part], texts.states[:0])
-            log_pi = z.log_softmax(1)
-            log_p = linear(plain[part], policy.weight, policy.bias).float().log_softmax(1)
-            kl.append((log_pi.exp() * (log_pi - log_p)).sum(1))
-        out[rows] = torch.cat(kl).view(len(rows), -1).cpu()
-    return out
-
-
-def states(policy: SplitModel, texts: Texts, rows: torch.Tensor) -> torch.Tensor:
-    """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
-    ids = [torch.cat([torch.tensor(texts.prompts[i]), texts.ids[i]]) for i in rows.tolist()]
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # on the right: nothing before it sees it
-    hidden = policy.hidden(padded.to(policy.weight.device))
-    length = texts.ids.shape[1]
-    return torch.cat([hidden[row, len(one) - length - 1 : len(one) - 1] for row, one in enumerate(ids)])
 
 
 class Lesson:
@@ -162,5 +132,5 @@ def _loss(
     quarter = torch.rand(len(places), generator=generator) < 0.25
     chosen = (places >= 0) & ((left > WORTH_LEARNING) | quarter)
     chosen[(places >= 0).nonzero()[0]] = True  # never none
-    hidden, at = states(policy, lesson.texts, rows)[chosen], lesson.at
+    hidden, at = states_of(policy, lesson.texts, rows)[chosen], lesson.at
     return head.state_loss(policy, hidden, at, places[chosen]), int(chosen.sum())
