@@ -51,7 +51,8 @@ class Chain:
             row = torch.zeros(self.automaton.vocab_size, dtype=torch.float64)
             row[self.ids] = torch.from_numpy(self.p[state])
             self.statistics.add(np.array([state]), count * row[None])
-            self.statistics.visits[state].count = count
+            seen = self.statistics.visits[state]
+            seen.count = seen.natural = count
 
     def after(self):
         """Numbers of the states that follow, (S, 4)."""
