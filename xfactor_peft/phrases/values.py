@@ -123,8 +123,9 @@ class Values:
 
     def log_weights(self, state: int, ids: np.ndarray) -> np.ndarray:
         """log w(state, i) for sorted ids, float32."""
-        row = self.automaton.row(state)
-        out = np.zeros(len(ids), np.float32)
+        row, out = self.automaton.row(state), np.zeros(len(ids), np.float32)
+        if not len(ids):
+            return out
         if row.reference is not None:
             out += self.log_weights(row.reference, ids)
             if row.waiting:
