@@ -4,6 +4,7 @@
     python benchmarks/phrases.py rate --model MODEL                      one phrase at half and twice its rate
     python benchmarks/phrases.py script --model MODEL                    no Han, after prompts that ask for it
     python benchmarks/phrases.py like --model MODEL --text NOVEL.txt     200 words as often as in a novel
+    python benchmarks/phrases.py matches --tokenizer FOLDER ...          matches of the automaton against `re`
     python benchmarks/phrases.py report                                  tables of all of them
 
 MODEL is best the folder of tools/real_model.py. One JSON a row in benchmarks/results/phrases/.
@@ -27,6 +28,7 @@ from bench.phrases.arms import Arms
 from bench.stats import over_seeds
 from bench.store import REPOSITORY, RESULTS, Record
 from bench.tables import NONE, Table
+from transformers import AutoTokenizer
 
 import xfactor_peft as xf
 from xfactor_peft.bank.bank import AdapterBank
@@ -34,6 +36,7 @@ from xfactor_peft.base.split_model import split
 from xfactor_peft.phrases.lists import overused, writing_prompts
 from xfactor_peft.phrases.rules import parse_rules
 from xfactor_peft.tokens.automaton import TokenAutomaton
+from xfactor_peft.tokens.patterns import Pattern, found
 
 FOLDER = RESULTS / "phrases"
 BUILD = REPOSITORY / "build" / "phrases"
@@ -69,7 +72,7 @@ def _once(name: str, force: bool, make) -> None:
         click.echo(f"{name}: { ({key: record[key] for key in SHOWN if key in record}) }")
 
 
-SHOWN = ("per_1000_words", "kl", "distinct_2", "prose", "seconds", "peak", "log_ratio", "characters")
+SHOWN = ("tokenizers", "per_1000_words", "kl", "distinct_2", "prose", "seconds", "peak", "log_ratio", "characters")
 
 
 def _command(model: Path, words: list[str], seed: int) -> Record:
@@ -183,6 +186,35 @@ def _like(model: Path, text: Path, count: int) -> Record:
         given = ["train", "--phrases", str(file), "--rates-from", str(text)]
         record = _command(model, given, 0)
     return {**record, "command": ["train", "--phrases", "words.txt", "--rates-from", "NOVEL"]}
+
+
+@main.command()
+@click.option("--tokenizer", "folders", type=_FOLDER, multiple=True, required=True)
+@click.option("--sequences", default=1_000_000, show_default=True, help="Of all tokenizers together.")
+@click.option("--force", is_flag=True)
+def matches(folders: tuple[Path, ...], sequences: int, force: bool) -> None:
+    """Random token sequences, half of their tokens pieces of patterns: counts of the automaton and of `re`."""
+    _once("matches", force, lambda: {"tokenizers": [_matches(folder, sequences // len(folders)) for folder in folders]})
+
+
+def _matches(folder: Path, sequences: int) -> Record:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own = Pattern("*ing"), Pattern("the the"), Pattern("—", "char"), Pattern("Han", "script")
+    patterns = (*overused()[::6], *own)
+    automaton, generator = TokenAutomaton(tokenizer, patterns, len(tokenizer)), np.random.default_rng(0)
+    pieces = [
+        i for p in patterns for text in (p.body, f" {p.body}", p.body.upper()) for i in tokenizer(text)["input_ids"]
+    ]
+    known = np.array(list(automaton.bytes))
+    pools = np.array([i for i in pieces if i in automaton.bytes]), known
+    differ = found_in_all = 0
+    for _ in range(sequences):
+        ids = np.where(generator.random(12) < 0.7, generator.choice(pools[0], 12), generator.choice(known, 12)).tolist()
+        text = b"".join(automaton.bytes[i] for i in ids).decode("utf-8", "replace")
+        expected = [len(found(pattern, text)) for pattern in patterns]
+        found_in_all += sum(expected)
+        differ += automaton.counts(ids).tolist() != expected
+    return {"vocabulary": len(tokenizer), "sequences": sequences, "matches": found_in_all, "differ": differ}
 
 
 ARMS = {

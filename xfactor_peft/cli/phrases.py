@@ -40,7 +40,7 @@ def phrase_options(function: Command) -> Command:
     return apply_options(
         [
             click.option("--phrases", multiple=True, metavar="FILE[=RATE]",
-                         help="Words and phrases, one a line; - is standard input. RATE is 0 (never; without one, too), "
+                         help="Words and phrases, one a line; - is standard input. RATE is 0 (never, the default), "
                          "x0.1 of the base's, 2.0/1000w or 2.0/1000t; repeatable."),
             click.option("--script", multiple=True, metavar="NAMES[=RATE]",
                          help="Characters of writing systems, e.g. Han,Cyrillic."),
