@@ -222,7 +222,7 @@ def page_to_teach(base, browser, root):
         text.select_text()
         expect(page.locator("#phrase textarea, #phrase input").first).not_to_have_value("")
         page.locator("#phrase textarea, #phrase input").first.fill("*e*")
-        page.locator("#never").click()
+        page.locator("#mark-never").click()
         marks = page.locator("#marks textarea")
         expect(marks).to_have_value("*e* = 0")
         expect(page.locator("#teach-problem .problem")).to_have_count(0)

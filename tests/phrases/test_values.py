@@ -51,7 +51,8 @@ class Chain:
             row = torch.zeros(self.automaton.vocab_size, dtype=torch.float64)
             row[self.ids] = torch.from_numpy(self.p[state])
             self.statistics.add(np.array([state]), count * row[None])
-            self.statistics.visits[state].count = count
+            seen = self.statistics.visits[state]
+            seen.count = seen.natural = count
 
     def after(self):
         """Numbers of the states that follow, (S, 4)."""
@@ -145,3 +146,16 @@ def test_log_weights_of_some_tokens_are_those_of_all(chain):
             weight = values.factor(ended) * values.worth(np.array([chain.automaton.step(state, i)[0]]))[0]
             assert whole[i] == pytest.approx(math.log(weight), abs=1e-4)
         np.testing.assert_array_equal(values.log_weights(state, np.array(chain.ids)), whole[chain.ids])
+        assert len(values.log_weights(state, every[:0])) == 0
+
+
+def test_adding_to_logits_is_adding_the_weights(chain):
+    """From every state, also one from which all tokens lead where they do with nothing under way (amid a character)."""
+    values = Values(chain.statistics, np.array([-2.0, -1.0, 1.0]))
+    amid = chain.automaton.automaton.step(chain.automaton.start, 0xE2)[0]
+    states = np.array([*chain.states, amid, chain.states[-1]])
+    z = torch.zeros(len(states), chain.automaton.vocab_size)
+    values.add_to(z, z[:, :1], states)
+    every = np.arange(chain.automaton.vocab_size)
+    for row, state in zip(z.numpy(), states.tolist(), strict=True):
+        np.testing.assert_allclose(row, values.log_weights(state, every), atol=1e-6)

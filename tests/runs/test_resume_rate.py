@@ -21,6 +21,7 @@ from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.sampling import calibration, own_samples
 from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training import phases, rate_head
+from xfactor_peft.training.rate import RateRun
 from xfactor_peft.training.run import TrainingRun
 from xfactor_peft.training.sequence import phase as sequence_phase
 from xfactor_peft.training.sequence.state import SequenceState
@@ -129,17 +130,26 @@ def test_a_fitted_head_is_not_fitted_again(load_tiny, whole, tmp_path, monkeypat
     assert_same(tmp_path / "a", expected)
 
 
-def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, monkeypatch):
-    expected = whole("head")
+@pytest.mark.parametrize("case", ["head", "attention"])
+def test_stopped_while_lambda_is_sought_no_sample_is_lost(load_tiny, whole, tmp_path, monkeypatch, case):
+    expected, drawn, made = whole(case), RateRun.drawn, []
 
-    def crash(*_, **__):
-        raise Crash
+    def watched(self, name, draw):
+        def counted():
+            made.append(name)
+            if made == [*made[:2], name] and self.run.hooks.checkpointer.start is None:
+                signal.raise_signal(signal.SIGTERM)
+            return draw()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rate_head, "calibrate", crash)
-        with pytest.raises(Crash):
-            run(load_tiny(), tmp_path / "a")
-    run(load_tiny(), tmp_path / "a", resume=True)
+        return drawn(self, name, counted)
+
+    monkeypatch.setattr(RateRun, "drawn", watched)
+    with pytest.raises(Interrupted, match="step 0 is saved; resume with `resume=True`"):
+        run(load_tiny(), tmp_path / "a", **CASES[case])
+    assert len(made) == 3
+    run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert made[3] == made[2]  # the sample that was stopped is the first to be drawn again
+    assert not {*made[:2]} & {*made[3:]}
     assert_same(tmp_path / "a", expected)
 
 

@@ -13,12 +13,14 @@ from ..errors import XFactorError
 from .common import Command, apply_options, load, sampling
 from .config import given, write_run
 from .console import MEMBER_STYLE, console, print_json, say
+from .values import from_stdin
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from ..adapters.mix import Mix
     from ..bank.bank import AdapterBank
+    from ..phrases.goals import PhraseGoal
     from ..phrases.reference import Measured
     from ..phrases.rules import Rules
     from ..phrases.train import PhraseResult
@@ -38,8 +40,8 @@ def phrase_options(function: Command) -> Command:
     return apply_options(
         [
             click.option("--phrases", multiple=True, metavar="FILE[=RATE]",
-                         help="Words and phrases, one a line. RATE is 0 (never; without one, too), x0.1 of the "
-                         "base's, 2.0/1000w or 2.0/1000t; repeatable."),
+                         help="Words and phrases, one a line; - is standard input. RATE is 0 (never, the default), "
+                         "x0.1 of the base's, 2.0/1000w or 2.0/1000t; repeatable."),
             click.option("--script", multiple=True, metavar="NAMES[=RATE]",
                          help="Characters of writing systems, e.g. Han,Cyrillic."),
             click.option("--chars", multiple=True, metavar="TEXT[=RATE]", help="Each of these characters."),
@@ -211,7 +213,7 @@ def _refuse_others(ctx: click.Context) -> None:
 
 def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measured] | None]:
     """What the options ask for, and the rates of the text that they are to be like."""
-    from ..phrases.goals import PhraseTarget, parse_phrase_goal
+    from ..phrases.goals import PhraseTarget
     from ..phrases.reference import like
     from ..phrases.rules import Rules, read_rules
 
@@ -221,7 +223,7 @@ def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measu
         rules = read_rules(flags["rules"])
         return replace(rules, options=_options(ctx, flags, rules.options)), None
     texts = [_as_goal(kind, text) for kind in ("phrases", "script", "chars") for text in flags[kind]]
-    goals = tuple(parse_phrase_goal(text) for text in (*texts, *flags["goals"]))
+    goals = tuple(_read_goal(text) for text in (*texts, *flags["goals"]))
     target, measured = PhraseTarget(goals) if goals else None, None
     if flags["rates_from"]:
         if target is None:
@@ -252,6 +254,16 @@ def _as_goal(kind: str, text: str) -> str:
     except XFactorError:
         return f"{kind}:{text}=0"
     return f"{kind}:{text}"
+
+
+def _read_goal(text: str) -> PhraseGoal:
+    """As `parse_phrase_goal`; a file of phrases called - is standard input."""
+    from ..phrases.goals import PhraseGoal, Wanted, parse_phrase_goal
+    from ..tokens.patterns import phrases
+
+    if not text.startswith("phrases:-="):
+        return parse_phrase_goal(text)
+    return PhraseGoal("phrases", phrases(from_stdin().splitlines()), Wanted.parse(text.rpartition("=")[2]))
 
 
 def _options(ctx: click.Context, flags: dict[str, Any], start: Any = None) -> Any:

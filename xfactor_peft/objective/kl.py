@@ -144,18 +144,17 @@ class Teacher(NamedTuple):
 
 
 class StateTeacher(NamedTuple):
-    """A base tilted by what was said so far: log q = log_softmax(W h_base + b + t), t a row of a table on some tokens.
+    """A base tilted by what was said so far: log q = log_softmax(W h_base + b + t), t on some tokens.
 
     Attributes:
         hidden: (N, D), the base's states at the same positions, without gradient; bias: b (V,), or None.
-        tokens: (T,), the ids that the table has columns for; table: (S, T), log weights; state: (N,), rows of it.
+        tokens: (T,), the ids that have a weight; weights: (N, T), their log weights.
     """
 
     hidden: torch.Tensor
     bias: torch.Tensor | None
     tokens: torch.Tensor
-    table: torch.Tensor
-    state: torch.Tensor
+    weights: torch.Tensor
 
     def bias_of(self, student: torch.Tensor | None) -> torch.Tensor | None:
         """b of the teacher: its own."""
@@ -164,7 +163,7 @@ class StateTeacher(NamedTuple):
     def tilted(self, logits: torch.Tensor, rows: slice, part: slice = slice(0, None)) -> torch.Tensor:
         """As `Teacher.tilted`."""
         here = (self.tokens >= part.start) & (self.tokens < part.start + logits.shape[1])
-        return logits.index_add_(1, self.tokens[here] - part.start, self.table[:, here][self.state[rows]].to(logits))
+        return logits.index_add_(1, self.tokens[here] - part.start, self.weights[rows][:, here].to(logits))
 
 
 def kl_loss(
@@ -246,8 +245,8 @@ def tilted_kl_loss(
     tilt = members[0] if isinstance(teacher, StateTeacher) else teacher.tilt
     if members.shape[1:] != tilt.shape or len(tilt) != len(weight):
         raise ValueError(f"members {tuple(members.shape)} and tilt {tuple(tilt.shape)} need {len(weight)} tokens")
-    if isinstance(teacher, StateTeacher) and len(teacher.state) != len(flat):
-        raise ValueError(f"teacher has {len(teacher.state)} rows of its table, the student {len(flat)} states")
+    if isinstance(teacher, StateTeacher) and teacher.weights.shape != (len(flat), len(teacher.tokens)):
+        raise ValueError(f"weights {tuple(teacher.weights.shape)} of {len(flat)} states, {len(teacher.tokens)} tokens")
     if set_logits is not None:
         set_logits = set_logits.reshape(len(flat), len(members))
     if isinstance(weight, PackedMatrix):

@@ -27,6 +27,7 @@ from ..base.split_model import SplitModel
 from ..lowmem.gguf_layers import PackedMatrix
 from ..objective.kl import StateTeacher, tilted_kl_loss
 from ..progress import report
+from .along import weights_along
 from .ban import BAN
 from .texts import Texts
 from .values import Values
@@ -42,15 +43,26 @@ class Positions:
     """Where the head learns: n positions, those of texts in a row.
 
     Attributes:
-        hidden: (n, D); log_z: (n,); table: (S, |T|), log w by state; state: (n,), rows of the table; weight: (n,), how
-            much more often the teacher would be there than what the text was drawn from.
+        hidden: (n, D); log_z: (n,); table: (S, |T|), log w by state; state: (n,), rows of the table.
+        came, own: (n,), of the token that came: its column of the table, and its log w, this context's own in place of
+            the table's; column -1 where it has none.
+        weight: (n,), how much more often the teacher would be there than what the text was drawn from.
     """
 
     hidden: torch.Tensor
     log_z: torch.Tensor
     table: torch.Tensor
     state: torch.Tensor
+    came: torch.Tensor
+    own: torch.Tensor
     weight: torch.Tensor
+
+    def log_weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """log w at some positions, (m, |T|)."""
+        table, came = self.table[self.state[rows]], self.came[rows]
+        known = (came >= 0).nonzero().squeeze(1)
+        table[known, came[known]] = self.own[rows[known]]
+        return table
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
         yield from torch.randperm(len(self.state), generator=generator).split(size)
@@ -88,7 +100,7 @@ class PhraseHead(nn.Module):
 
     def kl(self, at: Positions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(KL(q || student), KL(q || base)) at each of these positions."""
-        hidden, log_w = at.hidden[rows].float(), at.table[at.state[rows]]
+        hidden, log_w = at.hidden[rows].float(), at.log_weights(rows)
         (p, rest), u = self.p(hidden, at.log_z[rows]), self(hidden)
         w = log_w.exp()
         z_q, z_pi = rest[:, 0] + (p * w).sum(1), rest[:, 0] + (p * u.exp()).sum(1)
@@ -102,7 +114,7 @@ class PhraseHead(nn.Module):
         size, bias = policy.weight.shape[0], policy.bias
         own = torch.zeros(size) if bias is None else bias.detach().float()
         own = own.index_add(0, self.tokens, self.offset).to(hidden.dtype)
-        teacher = StateTeacher(at.hidden[rows].to(hidden), bias, self.tokens, at.table, at.state[rows])
+        teacher = StateTeacher(at.hidden[rows].to(hidden), bias, self.tokens, at.log_weights(rows))
         b = torch.zeros(max(1, len(self.a)), size).index_copy_(1, self.tokens, self.b.detach().T)
         term = hidden.float() @ self.a.detach().T if len(self.a) else None
         return tilted_kl_loss(hidden, policy.weight, teacher, b, bias=own, set_logits=term).loss
@@ -131,7 +143,7 @@ class PhraseHead(nn.Module):
         wanted, given = torch.zeros(len(self.tokens)), torch.zeros(len(self.tokens))
         for rows in torch.arange(len(at.state)).split(4096):
             p = self.p(at.hidden[rows].float(), at.log_z[rows])[0] * at.weight[rows, None]
-            wanted += (p * at.table[at.state[rows]].exp()).sum(0)
+            wanted += (p * at.log_weights(rows).exp()).sum(0)
             given += p.sum(0)
         self.offset.copy_((wanted.clamp(min=1e-30) / given.clamp(min=1e-30)).log().clamp(-20, 20))
 
@@ -149,17 +161,22 @@ def chosen_tokens(values: Values) -> np.ndarray:
     return np.sort(found[np.argsort(-effect[found])][:TOKENS])
 
 
-def positions(head: PhraseHead, texts: Texts, values: Values) -> tuple[Positions, torch.Tensor]:
+def positions(head: PhraseHead, policy: SplitModel, texts: Texts, values: Values) -> tuple[Positions, torch.Tensor]:
     """The texts' positions but those that wait for a word's end, which every continuation is about; and which they are,
     (N, L) bool."""
     tokens = head.tokens.numpy()
     states, places = np.unique(texts.states, return_inverse=True)
     table = torch.from_numpy(np.stack([values.log_weights(int(s), tokens) for s in states]))
     inverse = torch.from_numpy(places).view(texts.ids.shape)
+    own = torch.from_numpy(weights_along(policy, texts, values))
+    columns = torch.full((values.automaton.vocab_size,), -1)
+    columns[head.tokens] = torch.arange(len(head.tokens))
+    came = torch.where(own != 0, columns[texts.ids], -1)
     weight = torch.from_numpy(_weights(texts, values)).float()
     waits = np.array([bool(values.automaton.row(int(s)).waiting) for s in states])
     keep = torch.from_numpy(~waits)[inverse]
-    return Positions(texts.hidden[keep], texts.log_z[keep], table, inverse[keep], weight[keep]), keep
+    parts = (part[keep] for part in (inverse, came, own, weight))
+    return Positions(texts.hidden[keep], texts.log_z[keep], table, *parts), keep
 
 
 def joined(parts: list[Positions]) -> Positions:
@@ -170,6 +187,8 @@ def joined(parts: list[Positions]) -> Positions:
         torch.cat([p.log_z for p in parts]),
         torch.cat([p.table for p in parts]),
         torch.cat([p.state + int(o) for p, o in zip(parts, offsets, strict=True)]),
+        torch.cat([p.came for p in parts]),
+        torch.cat([p.own for p in parts]),
         torch.cat([p.weight for p in parts]),
     )
 

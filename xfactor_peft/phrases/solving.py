@@ -13,6 +13,11 @@ from .values import Statistics, Values
 ROUNDS = 30
 MOST = 12.0
 """Largest strength in either direction that is tried for a rate above 0."""
+RICH, RICH_IN_ALL = 0.002, 0.04
+"""Occurrences per token that enriched texts hold of a pattern, and of all of them, at most."""
+MOST_ENRICHED = 8.0
+MANY = 1000
+"""Patterns above which those of a goal are raised together."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,19 @@ def solve(
             break
         strengths = strengths + np.clip(change, -2, 2)
     return Solved(strengths, base, wanted, given)
+
+
+def enriching(statistics: Statistics, target: PhraseTarget) -> np.ndarray:
+    """lambda of every pattern (K,), at least 0, for texts that hold enough of each to learn from.
+
+    A rare pattern is raised more than a frequent one, so that each comes about equally often; with very many patterns,
+    those of a goal are raised together.
+    """
+    count = len(target.patterns)
+    members = np.eye(count) if count <= MANY else target.members
+    aim = min(RICH, RICH_IN_ALL / count) * members.sum(0)
+    base = Values(statistics, np.zeros(count)).counts(members)
+    return members @ np.clip(np.log(aim / np.maximum(base, 1e-12)), 0.0, MOST_ENRICHED)
 
 
 def per_pattern(target: PhraseTarget, strengths: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ class Reader:
         self.hidden[where], self.log_z[where] = states.cpu(), log_z.cpu()
         self.states[at] = self._state[rows]
         if self._statistics is not None:
-            self._statistics.add(self._state[rows], (z - log_z[:, None]).exp_())
+            self._statistics.add(self._state[rows], (z - log_z[:, None]).exp_(), tilted=self._tilt is not None)
         if self._tilt is not None:
             log_p = z - log_z[:, None]
             self._tilt.add_to(z, states, self._state[rows])

@@ -1,6 +1,7 @@
 """`train_phrases`: a base, patterns with wanted rates and prompts in; an adapter and its scores out.
 
-1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state.
+1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state. Tilted
+   upward it writes others, which hold as much of a rare pattern as of a frequent one.
 2. lambda is solved for the wanted rates from these counts.
 3. The phrase head learns the teacher's weights at every position of these texts, then the last blocks what is left.
 4. The student writes texts: they correct lambda where a rate above 0 is missed, and are learnt from as well.
@@ -30,10 +31,11 @@ from .ban import BAN, Proof, ban
 from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
-from .scores import PhraseScores, decoded, risen
-from .solving import Solved, per_pattern, solve
+from .scores import PhraseScores, decoded, risen, words_of
+from .solving import Solved, enriching, per_pattern, solve
 from .texts import Texts
-from .trunk import Lesson, base_states, train_trunk, wrap
+from .trunk import Lesson, base_states, train_trunk, upper_blocks, wrap
+from .upper import UpperBlocks
 from .values import Statistics, Values
 
 
@@ -68,12 +70,13 @@ class _Run:
     """What the steps share.
 
     Attributes:
-        texts: to learn from, with the base's own states.
-        head, model: the student's, once there are.
+        lessons: texts to learn from: the base's own, enriched ones, those of the last student.
+        head, model, upper: the student's, once there are.
     """
 
     head: PhraseHead
     model: PeftModel
+    upper: UpperBlocks
 
     def __init__(
         self, base: Base, target: PhraseTarget, prompts: Sequence[str], options: PhraseOptions, chat: ChatOptions
@@ -82,7 +85,7 @@ class _Run:
         self.automaton = TokenAutomaton(base.tokenizer, target.patterns, base.vocab_size)
         self.policy = split(base.model)
         self.statistics = Statistics(self.automaton)
-        self.texts: list[Texts] = []
+        self.lessons: list[Lesson] = []
 
     def draw(self, count: int, number: int, **how: Any) -> Texts:
         """Texts that follow the prompts to learn from (see `draw_texts`)."""
@@ -101,20 +104,15 @@ class _Run:
         """Sampled rates of the goals per token, (G,)."""
         return texts.counts(self.automaton).sum(0) @ self.target.members / texts.ids.numel()
 
-    def words_per_token(self) -> float:
-        return (
-            sum(len(text.split()) for text in decoded(self.base.tokenizer, self.texts[0])) / self.texts[0].ids.numel()
-        )
-
     def begin(self, values: Values) -> None:
         """A student that is the base."""
-        tokens = chosen_tokens(values)
-        self.head = PhraseHead(tokens, self.policy.weight, self.policy.bias, self.options.r)
+        self.head = PhraseHead(chosen_tokens(values), self.policy.weight, self.policy.bias, self.options.r)
         self.model = wrap(self.base, self.options, max(1, self.options.r))  # LoRA has no rank 0
+        self.upper = upper_blocks(self.policy)
 
     def learn(self, values: Values, *, first: bool) -> dict[str, Any]:
         """The student fitted to the teacher on all texts so far: the head at first, then the last blocks."""
-        parts = [positions(self.head, texts, values) for texts in self.texts]
+        parts = [positions(self.head, self.policy, lesson.texts, values) for lesson in self.lessons]
         at = joined([part for part, _ in parts])
         entry: dict[str, Any] = {}
         if first:
@@ -123,15 +121,16 @@ class _Run:
             fit(self.head, at, epochs=self.options.epochs, lr=self.options.lr, seed=self.options.seed)
             entry["kl_from_teacher"], entry["kl_of_teacher"] = mean_kl(self.head, at)
         if self.options.trunk_r:
-            lessons = [Lesson(texts, *part) for texts, part in zip(self.texts, parts, strict=True)]
+            lessons = [lesson.taught(*part) for lesson, part in zip(self.lessons, parts, strict=True)]
             entry["trunk"] = train_trunk(self.model, self.policy, self.head, lessons, self.options)
         return entry
 
-    def student_texts(self, number: int) -> Texts:
-        """Texts of the student, with the base's states in place of its own; learnt from as well."""
+    def student_lesson(self, number: int) -> tuple[Lesson, np.ndarray]:
+        """Texts of the student, to be learnt from as well, with the base's states; and their goals' rates."""
         write_head(self.base, self.head)
-        texts = self.draw(max(4, self.options.texts // 2), number)
-        return base_states(self.policy, self.model, texts)
+        lesson = Lesson(self.draw(max(4, self.options.texts // 2), number), self.upper)
+        base_states(self.policy, self.model, lesson)
+        return lesson, self.goal_rates(lesson.texts)
 
 
 def train_phrases(
@@ -186,12 +185,16 @@ def train_phrases(
 def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
     target, options = run.target, run.options
     with phase("drawing texts of the base"):
-        run.texts.append(run.draw(options.texts, 1, statistics=run.statistics))
-    words_per_token = run.words_per_token()
-    solved = solve(run.statistics, target, words_per_token)
+        texts = run.draw(options.texts, 1, statistics=run.statistics)
+    words = sum(len(words_of(text)) for text in decoded(run.base.tokenizer, texts)) / texts.ids.numel()
+    with phase("drawing texts that hold more of the patterns"):
+        more = Values(run.statistics, enriching(run.statistics, target))
+        rich = run.draw(max(4, options.texts // 2), 2, statistics=run.statistics, tilt=more)
+    solved = solve(run.statistics, target, words)
     _check_reachable(target, solved)
     values = run.values(solved)
     run.begin(values)
+    run.lessons += [Lesson(drawn, run.upper) for drawn in (texts, rich)]
     rounds: list[dict[str, Any]] = []
     correction = np.ones(len(target.goals))
     for number in range(options.rounds + 1):
@@ -200,12 +203,11 @@ def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
         rounds.append({**entry, "strengths": [float(s) for s in np.maximum(solved.strengths, -99)]})
         if number < options.rounds:
             with phase(f"drawing texts of the student, round {number + 1}"):
-                own = run.student_texts(3 + number)
-            run.texts = [run.texts[0], own]  # those of an earlier student say less
-            rates = run.goal_rates(own)
+                own, rates = run.student_lesson(3 + number)
+            run.lessons = [*run.lessons[:2], own]  # those of an earlier student say less
             rounds[-1]["rates"] = rates.tolist()
-            correction = correction * _correction(rates, solved, own.ids.numel())
-            solved = solve(run.statistics, target, words_per_token, correction)
+            correction = correction * _correction(rates, solved, own.texts.ids.numel())
+            solved = solve(run.statistics, target, words, correction)
             before, values = values, run.values(solved)
             run.head.follow(before, values)
     return rounds, solved

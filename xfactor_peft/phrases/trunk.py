@@ -25,7 +25,8 @@ from ..objective.kl import chunk_positions
 from ..options import LoraOptions, PhraseOptions
 from ..progress import report
 from .head import PhraseHead, Positions
-from .texts import Texts, states_of
+from .texts import Texts
+from .upper import UpperBlocks
 
 SHARE = 3
 """One block in so many, the last ones, gets LoRA."""
@@ -35,13 +36,13 @@ WORTH_LEARNING = 1e-3
 """KL in nats above which a position is always learnt from; of the others one in four is."""
 
 
-def last_blocks(model: PreTrainedModel) -> list[str]:
-    """Full names of the MLP layers of the last third of the blocks, at least one block.
+def last_blocks(model: PreTrainedModel, target: str = "mlp") -> list[str]:
+    """Full names of the layers that `target` means in the last third of the blocks, at least one block.
 
     Raises:
-        XFactorError: the model has no MLP that LoRA can be on.
+        XFactorError: the model has none that LoRA can be on.
     """
-    names = projections(model, "mlp")
+    names = projections(model, target)
     blocks = sorted({_block(name) for name in names})
     kept = set(blocks[len(blocks) - max(1, len(blocks) // SHARE) :])
     return [name for name in names if _block(name) in kept]
@@ -59,34 +60,57 @@ def wrap(base: Base, options: PhraseOptions, rank: int) -> PeftModel:
     return add_lora(base.model, lora, sets=rank, only=last_blocks(base.model))
 
 
-@torch.no_grad()
-def base_states(policy: SplitModel, model: PeftModel, texts: Texts) -> Texts:
-    """Texts that a student drew, with the base's states and normalisers in place of its own."""
-    model.eval()
-    log_z = torch.empty_like(texts.log_z)
-    hidden = torch.empty_like(texts.hidden)
-    with adapter_off(model):
-        for rows in torch.arange(len(texts.ids)).split(TEXTS):
-            found = states_of(policy, texts, rows)
-            hidden[rows] = found.view(len(rows), *hidden.shape[1:]).to(hidden)
-            sums = [
-                policy.logits(part).float().logsumexp(1) for part in found.split(chunk_positions(len(policy.weight)))
-            ]
-            log_z[rows] = torch.cat(sums).view(len(rows), -1).cpu()
-    return replace(texts, hidden=hidden, log_z=log_z)
+def upper_blocks(policy: SplitModel) -> UpperBlocks:
+    """The blocks that have LoRA."""
+    first = min(last_blocks(policy.model, "all"), key=_block).split(".")
+    number = next(at for at, part in enumerate(first) if part.isdigit())
+    return UpperBlocks(policy, ".".join(first[: number + 1]))
 
 
 class Lesson:
-    """Texts to learn from, with what the teacher says at every position.
+    """Texts to learn from.
 
     Attributes:
-        texts: whose `hidden` and `log_z` are the base's; at: their positions, in order; rows: (N, L), numbers of `at`,
-            -1 where a position waits for a word's end.
+        texts: whose `hidden` and `log_z` are the base's; ids: of prompt and text; entering: see `UpperBlocks`.
+        at: the positions with what the teacher says there; rows: (N, L), numbers of `at`, -1 where a position waits
+            for a word's end. Both by `taught`.
     """
 
-    def __init__(self, texts: Texts, at: Positions, kept: torch.Tensor) -> None:
-        self.texts, self.at = texts, at
-        self.rows = torch.full(kept.shape, -1).masked_scatter(kept, torch.arange(len(at.state)))
+    at: Positions
+    rows: torch.Tensor
+
+    def __init__(self, texts: Texts, upper: UpperBlocks) -> None:
+        self.texts, self._upper = texts, upper
+        self.ids = [torch.cat([torch.tensor(p), ids]) for p, ids in zip(texts.prompts, texts.ids, strict=True)]
+        parts = [self.ids[first : first + TEXTS] for first in range(0, len(self.ids), TEXTS)]
+        self.entering = [states for part in parts for states in upper.entering(part)]
+
+    def taught(self, at: Positions, kept: torch.Tensor) -> Lesson:
+        """With what `head.positions` gives for the texts."""
+        self.at, self.rows = at, torch.full(kept.shape, -1).masked_scatter(kept, torch.arange(len(at.state)))
+        return self
+
+    def hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
+        ids, entering = ([every[row] for row in rows] for every in (self.ids, self.entering))
+        states, length = self._upper.hidden(ids, entering), self.texts.ids.shape[1]
+        return torch.cat([states[n, len(one) - length - 1 : len(one) - 1] for n, one in enumerate(ids)])
+
+
+@torch.no_grad()
+def base_states(policy: SplitModel, model: PeftModel, lesson: Lesson) -> None:
+    """Put the base's states and normalisers in place of those of the student that drew the texts."""
+    model.eval()
+    texts = lesson.texts
+    log_z, hidden = torch.empty_like(texts.log_z), torch.empty_like(texts.hidden)
+    with adapter_off(model):
+        for rows in torch.arange(len(texts.ids)).split(TEXTS):
+            found = lesson.hidden(rows.tolist())
+            hidden[rows] = found.view(len(rows), *hidden.shape[1:]).to(hidden)
+            parts = found.split(chunk_positions(len(policy.weight)))
+            sums = [policy.logits(part).float().logsumexp(1) for part in parts]
+            log_z[rows] = torch.cat(sums).view(len(rows), -1).cpu()
+    lesson.texts = replace(texts, hidden=hidden, log_z=log_z)
 
 
 def train_trunk(
@@ -132,5 +156,5 @@ def _loss(
     quarter = torch.rand(len(places), generator=generator) < 0.25
     chosen = (places >= 0) & ((left > WORTH_LEARNING) | quarter)
     chosen[(places >= 0).nonzero()[0]] = True  # never none
-    hidden, at = states_of(policy, lesson.texts, rows)[chosen], lesson.at
+    hidden, at = lesson.hidden(rows.tolist())[chosen], lesson.at
     return head.state_loss(policy, hidden, at, places[chosen]), int(chosen.sum())

@@ -34,8 +34,12 @@ LACKING = 24
 
 @dataclass
 class Visits:
-    """Of one state: how often, and the summed probabilities of its row's ids and of tokens that begin no word."""
+    """Of one state: how often, and the summed probabilities of its row's ids and of tokens that begin no word.
 
+    `natural` is how many of `count` are visits of the base's own texts.
+    """
+
+    natural: float
     count: float
     masses: np.ndarray
     no_word: float
@@ -55,19 +59,27 @@ class Statistics:
         self.anew: dict[int, np.ndarray] = {}
         self._no_word = np.flatnonzero(~automaton.begins_word)
 
-    def add(self, states: np.ndarray, p: torch.Tensor) -> None:
-        """Probabilities (n, V) of the token that follows in each of the states (n,)."""
+    def add(self, states: np.ndarray, p: torch.Tensor, *, tilted: bool = False) -> None:
+        """Probabilities (n, V) of the token that follows in each of the states (n,).
+
+        Texts of a tilted base (`tilted`) are in the midst of occurrences more often, and say no more than how these go
+        on.
+        """
         for state in np.unique(states):
+            if tilted and not self.automaton.automaton.inside(int(state)):
+                continue
             rows = torch.from_numpy(np.flatnonzero(states == state))
             row = self.automaton.row(int(state))
             mass = p[rows].sum(0).double().cpu().numpy()
-            seen = self.visits.setdefault(int(state), Visits(0.0, np.zeros(len(row.ids)), 0.0))
+            seen = self.visits.setdefault(int(state), Visits(0.0, 0.0, np.zeros(len(row.ids)), 0.0))
+            seen.natural += 0 if tilted else len(rows)
             seen.count += len(rows)
             seen.masses += mass[row.ids]
             if row.reference is None:
                 continue
             mass[row.ids] = 0.0
-            self.anew.setdefault(row.reference, np.zeros(len(mass)))[:] += mass
+            if not tilted:
+                self.anew.setdefault(row.reference, np.zeros(len(mass)))[:] += mass
             if row.waiting:
                 seen.no_word += mass[self._no_word].sum()
 
@@ -91,6 +103,7 @@ class Values:
         for state in (self.automaton.start, self.automaton.automaton.inside_word, *statistics.visits):
             self.automaton.row(state)  # so that `endings` is whole
         self._g = self._solved()
+        self._dense: dict[int, np.ndarray] = {}
 
     def factor(self, ended: Sequence[int]) -> float:
         """f of patterns that end together."""
@@ -110,8 +123,9 @@ class Values:
 
     def log_weights(self, state: int, ids: np.ndarray) -> np.ndarray:
         """log w(state, i) for sorted ids, float32."""
-        row = self.automaton.row(state)
-        out = np.zeros(len(ids), np.float32)
+        row, out = self.automaton.row(state), np.zeros(len(ids), np.float32)
+        if not len(ids):
+            return out
         if row.reference is not None:
             out += self.log_weights(row.reference, ids)
             if row.waiting:
@@ -123,10 +137,16 @@ class Values:
 
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
         """log w in place: texts drawn from the teacher (a `texts.Tilt`)."""
-        ids = np.arange(z.shape[1])
         for state in np.unique(states):
-            rows = torch.from_numpy(np.flatnonzero(states == state)).to(z.device)
-            z[rows] += torch.from_numpy(self.log_weights(int(state), ids)).to(z.device)
+            rows, row = torch.from_numpy(np.flatnonzero(states == state)).to(z.device), self.automaton.row(int(state))
+            reference = int(state) if row.reference is None else row.reference
+            whole = self._dense.setdefault(reference, self.log_weights(reference, np.arange(z.shape[1])))
+            if state != reference:
+                whole = whole.copy()
+                if row.waiting:
+                    whole[~self.automaton.begins_word] += np.log(self.factor(row.waiting))
+                whole[row.ids] = self.log_weights(int(state), row.ids)
+            z[rows] += torch.from_numpy(whole).to(z)
 
     def counts(self, goals: np.ndarray) -> np.ndarray:
         """Rates of goals per token in texts of q, (G,), as the states' averages have it; `goals` (K, G) says which
@@ -140,11 +160,11 @@ class Values:
         rates, tokens, inside = np.zeros(goals.shape[1]), 0.0, self.automaton.automaton.inside
         for state, seen in self.statistics.visits.items():
             if inside(state):
-                tokens += seen.count * self._g[state]
+                tokens += seen.natural * self._g[state]
             else:
-                tokens += seen.count
+                tokens += seen.natural
                 found, total = self._flow(state, seen, n, goals, per_ending)
-                rates += seen.count * found / total
+                rates += seen.natural * found / total
         for reference, anew in self.statistics.anew.items():
             row, (w, _) = self.automaton.row(reference), self.row(reference)
             rates += (anew[row.ids] * w) @ (per_ending[row.ended] + n[row.following])

@@ -64,6 +64,7 @@ def works(rules: Rules) -> dict[str, float]:
     o = rules.options
     learnt = {
         "drawing texts of the base": 1.0 * o.texts,
+        "drawing texts that hold more of the patterns": 0.6 * o.texts,
         "learning, round 1": 2.1 * o.texts,
         "drawing texts of the student, round 1": 0.85 * o.texts,
         "learning, round 2": 2.1 * o.texts,

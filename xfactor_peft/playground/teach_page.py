@@ -54,7 +54,7 @@ def build(gr: Any, bank: AdapterBank) -> None:
     with gr.Row(equal_height=True):
         phrase = gr.Textbox(label="Select words in a text, or type them", elem_id="phrase", scale=3)
         how = {
-            rate: gr.Button(name if rate == NEVER else f"{name} ({rate})", elem_id=name, min_width=90)
+            rate: gr.Button(name if rate == NEVER else f"{name} ({rate})", elem_id=f"mark-{name}", min_width=90)
             for name, rate in (("less", LESS), ("more", MORE), ("never", NEVER))
         }
     with gr.Row():

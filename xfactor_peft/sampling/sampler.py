@@ -10,7 +10,7 @@ The token at a position is the one whose interval of the cumulative distribution
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from ..base.split_model import SplitModel
 from ..errors import XFactorError
+from ..lowmem.allocator import give_back_pages
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
@@ -28,18 +29,22 @@ from ..progress import Progress
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
-LEAST_BYTES = 16 * 2**20
-_cache_bytes: ContextVar[int] = ContextVar("cache_bytes", default=CACHE_BYTES)
+LEAST_BYTES = 32 * 2**20
+"""What it may take in any case: a batch of few texts takes nearly as long."""
+_room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
 
 
 @contextmanager
-def cache_limit(size: int) -> Iterator[None]:
-    """Inside, the cache of a batch takes at most `size` bytes, but never less than `LEAST_BYTES`."""
-    token = _cache_bytes.set(min(CACHE_BYTES, max(LEAST_BYTES, size)))
+def cache_limit(room: Callable[[], int]) -> Iterator[None]:
+    """Inside, the cache of a batch takes at most as many bytes as `room` says when samples are asked for.
+
+    It may always take `LEAST_BYTES`.
+    """
+    token = _room.set(room)
     try:
         yield
     finally:
-        _cache_bytes.reset(token)
+        _room.reset(token)
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,26 @@ def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
             )
 
 
-def rows_at_once(split_model: SplitModel, width: int) -> int:
-    """How many texts of `width` tokens have a key-value cache within the limit; at least 1."""
+def tokens_at_once(split_model: SplitModel) -> int:
+    """How many tokens, over all texts of a batch, have a key-value cache within the limit."""
     model = split_model.model
-    return max(1, _cache_bytes.get() // (token_bytes(model.config, model.dtype) * width))
+    size = min(CACHE_BYTES, max(LEAST_BYTES, _room.get()()))
+    return size // token_bytes(model.config, model.dtype)
+
+
+def batches_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of texts of these lengths in batches, short ones first; in a batch all are as long as the longest.
+
+    A batch has at most `most` tokens, or one text.
+    """
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        if batch and (len(batch) + 1) * lengths[number] > most:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def sample(
@@ -139,13 +160,12 @@ def sample(
     check_ids(prompts, embedding.weight.shape[0])
     new = options.max_new_tokens
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together
-    rows = rows_at_once(split_model, max(map(len, prompts), default=0) + new)
     never = torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device)
-    draw = _Draw(options, never, members, tilts, watcher)
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
-        done = Progress(start, len(part), len(order))
+    draw, count = _Draw(options, never, members, tilts, watcher), 0
+    for part in batches_of([len(prompt) + new for prompt in prompts], tokens_at_once(split_model)):
+        give_back_pages()  # of the batch before, which may have been of another shape
+        done = Progress(count, len(part), len(prompts))
+        count += len(part)
         own = [list(prompts[row]) for row in part]
         yield _sample_batch(split_model, own, uniforms[part], draw, torch.tensor(part), done)
 

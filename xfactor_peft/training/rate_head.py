@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 
 from ..base.final_norm import takes_logit_bias
 from ..lora.set_head import SetHead
-from ..objective.head_fit import HeadFitter
+from ..objective.head_fit import Contexts, HeadFitter
 from ..progress import phase
 from ..sampling.calibration import Trace, calibrate, solve
+from ..sampling.family_samples import FamilySamples
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
 from ..sampling.reweighting import SLOPE, log_odds
 
+Drawn = Callable[[str, Callable[[], Any]], Any]
 PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, 80
 """Texts a family in the three parts, the last in every round."""
 ROUNDS = 2
@@ -70,17 +73,18 @@ class HeadReport:
         return {**asdict(self), "price": self.price}
 
 
-def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor) -> HeadReport:
-    """Fit `head`, which is at 0, to the rates (K,)."""
+def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, drawn: Drawn) -> HeadReport:
+    """Fit `head`, which is at 0, to the rates (K,); `drawn` keeps what was sampled (see `RateRun.drawn`)."""
     samples = own.families
     temperature, rates = samples.decoding.temperature, wanted.tolist()
     offset = takes_logit_bias(own.base.model)
     with phase("first texts after prompts of every family"):
-        pilots, silent = samples.contexts(PILOT_TEXTS, _seed(own, 0), torch.zeros(len(samples.names), len(wanted)))
+        none = torch.zeros(len(samples.names), len(wanted))
+        pilots, silent = _contexts(drawn, "pilots", samples, PILOT_TEXTS, _seed(own, 0), none)
         first = torch.stack([solve(pilot.masses.double(), samples.atoms, rates) for pilot in pilots])
         first = torch.where(wanted > 0, CAUTION * first, first)
     with phase("texts nearer the rate, of every family"):
-        contexts, measured = samples.contexts(CONTEXT_TEXTS, _seed(own, 1), first)
+        contexts, measured = _contexts(drawn, "contexts", samples, CONTEXT_TEXTS, _seed(own, 1), first)
     correction = ((log_odds(wanted) - log_odds(measured)) / SLOPE).clamp(-2, 2)
     start = torch.where(wanted > 0, first + correction, first)
     fitter = HeadFitter(contexts, samples.atoms, rates, intercept=offset)
@@ -93,7 +97,7 @@ def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor) -> HeadReport
     def measure(tilts: torch.Tensor, index: int) -> torch.Tensor:
         put(tilts)
         with phase(f"calibrating the set head, round {index + 1}"):
-            last.append(samples.rates(TEXTS, _seed(own, 2 + index)))
+            last.append(drawn(f"round {index}", lambda: samples.rates(TEXTS, _seed(own, 2 + index))))
         return last[-1].mean(1).flatten()
 
     every = wanted.repeat(len(contexts))
@@ -115,6 +119,19 @@ def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor) -> HeadReport
         rounds=rounds,
         dial=[(0.0, float(silent[:, 0].mean())), (1.0, float(last[-1][..., 0].mean()))],
     )
+
+
+def _contexts(
+    drawn: Drawn, name: str, samples: FamilySamples, texts: int, seed: int, tilts: torch.Tensor
+) -> tuple[list[Contexts], torch.Tensor]:
+    """`FamilySamples.contexts`, kept as plain tensors."""
+
+    def draw() -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
+        found, rates = samples.contexts(texts, seed, tilts)
+        return [(one.states, one.masses, one.tilt) for one in found], rates
+
+    parts, rates = drawn(name, draw)
+    return [Contexts(*part) for part in parts], rates
 
 
 def restore_head(head: SetHead, facts: dict[str, Any]) -> HeadReport:

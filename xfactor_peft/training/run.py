@@ -119,7 +119,7 @@ class TrainingRun:
         return adapter_off(self.wrapped)
 
     def cache_bytes(self) -> int:
-        """What a budget, or a packed file's promise, leaves the key-value cache of a batch of samples."""
+        """What a budget, or a packed file's promise, leaves the key-value cache of a batch of samples now."""
         budget = limit_of(self.recipe.memory, self.shape.packed)
         if budget is None or self.base.device.type != "cpu":
             return CACHE_BYTES
