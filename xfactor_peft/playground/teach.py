@@ -142,15 +142,17 @@ def teach(bank: AdapterBank, rules: Rules, name: str, stop: threading.Event) -> 
     news: queue.Queue[Any] = queue.Queue()
     started = time.perf_counter()
 
-    parts = works(rules)
+    parts, reached = works(rules), 0.0
     whole = sum(parts.values())
 
     def hear(phase: str, done: float, total: int) -> None:
+        nonlocal reached
         if stop.is_set():
             raise _Stopped
         before = sum(list(parts.values())[: list(parts).index(phase)]) if phase in parts else 0.0
         now = parts.get(phase, 0.0) * (done / total if total else 0.0)
-        news.put(Doing(phase, (before + now) / whole, time.perf_counter() - started))
+        reached = max(reached, (before + now) / whole)  # some phases count twice
+        news.put(Doing(phase, reached, time.perf_counter() - started))
 
     def work() -> None:
         try:
