@@ -31,6 +31,9 @@ CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
 LEAST_BYTES = 32 * 2**20
 """What it may take in any case: a batch of few texts takes nearly as long."""
+ALIKE = 16
+"""Batches, and the texts in them that a token is drawn for, are multiples of this many: every other number of rows is
+compiled anew, and what is compiled stays in memory."""
 _room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
 
 
@@ -111,13 +114,14 @@ def tokens_at_once(split_model: SplitModel) -> int:
 def batches_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """The numbers of texts of these lengths in batches, short ones first; in a batch all are as long as the longest.
 
-    A batch has at most `most` tokens, or one text.
+    A batch has at most `most` tokens, or one text; but for the last, a multiple of `ALIKE` texts where it has as many.
     """
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        if batch and (len(batch) + 1) * lengths[number] > most:
-            yield batch
-            batch = []
+        while batch and (len(batch) + 1) * lengths[number] > most:
+            count = len(batch) // ALIKE * ALIKE or len(batch)
+            yield batch[:count]
+            batch = batch[count:]
         batch.append(number)
     if batch:
         yield batch
@@ -187,9 +191,12 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            own = None if tilts is None else tilts[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]], own)
-            ids[rows, position] = drawn.cpu()
+            near = torch.arange(rows[0] // ALIKE * ALIKE, min(len(ids), (rows[-1] // ALIKE + 1) * ALIKE))
+            own = None if tilts is None else tilts[near.to(device)]
+            drawn, mass = draw(split_model, last[near.to(device)], uniforms[near, made[near].clamp(0, new - 1)], own)
+            chosen = rows - near[0]  # the others around them have their token already
+            masses[rows, made[rows]] = mass[chosen]
+            ids[rows, position] = drawn.cpu()[chosen]
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
