@@ -20,7 +20,7 @@ from .config import config_option
 from .console import json_option
 from .help import Command
 from .mixes import adapter_options, column_sets, load_mixes
-from .phrases import mark_patterns, patterns_of
+from .phrases import mark_patterns
 from .values import RATE, from_stdin
 
 
@@ -53,6 +53,7 @@ def command(**flags: Any) -> None:
     A prompt "-" is all of standard input. Without a prompt it is "Once upon a time".
     """
     from ..bank.bank import AdapterBank
+    from ..phrases.goals import patterns_of
     from ..tokens.printable import counted
     from .console import console, highlighted, print_json, print_text
 
@@ -61,7 +62,7 @@ def command(**flags: Any) -> None:
     base, chat = load_to_generate(own_base(flags, names, flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
     mixes = _scaled(bank, load_mixes(bank, names), flags)
-    given_set, patterns = token_set(flags, base), patterns_of(bank)
+    given_set, patterns = token_set(flags, base), patterns_of(bank.adapters.values())
     only_phrases = patterns and given_set is None and all(info.token_rule is None for info in bank.adapters.values())
     sets = [[] for _ in mixes] if only_phrases else column_sets(bank, mixes, given_set)
     given = [from_stdin() if prompt == "-" else prompt for prompt in [*flags["prompts"], *flags["more_prompts"]]]

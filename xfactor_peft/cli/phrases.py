@@ -135,14 +135,6 @@ def _print_summary(result: PhraseResult) -> None:
     console.print("risen most: " + ", ".join(f"{word} ({a} to {b})" for word, a, b in result.risen[:10]))
 
 
-def patterns_of(bank: AdapterBank) -> tuple[Pattern, ...]:
-    """What the loaded adapters for phrases are about, each pattern once."""
-    from ..tokens.patterns import Pattern
-
-    goals = [goal for info in bank.adapters.values() for goal in info.section("phrases").get("goals", ())]
-    return tuple({Pattern.from_record(part): None for goal in goals for part in goal["patterns"]})
-
-
 def mark_patterns(text: Text, patterns: Sequence[Pattern]) -> int:
     """Mark every occurrence in a text that is to be printed; how many there are."""
     from ..tokens.patterns import found
@@ -173,6 +165,7 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     from ..adapters.files import write_json
     from ..base.split_model import split
     from ..phrases.evaluation import evaluate_phrases
+    from ..phrases.goals import patterns_of
     from ..phrases.rules import parse_rules
     from ..sampling.prompt_families import read_families
     from ..tokens.automaton import TokenAutomaton
@@ -183,7 +176,7 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     if flags["frontier"] or flags["base_model"]:
         raise XFactorError("--frontier and --base have no meaning for adapters for phrases; drop them")
     rules = parse_rules(bank.adapters[adapters[0]].record.get("rules"))
-    prompts, patterns = list(rules.held_out or rules.prompts), patterns_of(bank)
+    prompts, patterns = list(rules.held_out or rules.prompts), patterns_of(bank.adapters.values())
     if flags["prompts"]:
         prompts = [prompt for family in read_families(flags["prompts"]) for prompt in family.prompts]
     count, decoding = flags["repeats"] * len(prompts), sampling(flags)

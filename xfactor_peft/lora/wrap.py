@@ -160,6 +160,14 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         parameter.requires_grad_(False)
 
 
+def remove_lora(model: PreTrainedModel) -> None:
+    """Undo `add_lora` in place: every layer is the model's own again, and what was trained is gone."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        model.set_submodule(name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def adapts_trunk(model: PreTrainedModel) -> bool:
     """Whether an active adapter changes the states, and not only, as a set head does, the logits made from them."""
     head = model.get_output_embeddings()

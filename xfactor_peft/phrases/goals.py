@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters.adapter import AdapterInfo
 from ..errors import XFactorError
 from ..tokens.patterns import Pattern, phrases, read_phrases
 
@@ -51,6 +52,12 @@ class Wanted:
         except ValueError:
             pass
         raise XFactorError(f"{text!r} is no rate of phrases; write 0, x0.1, 2.0/1000w or 2.0/1000t")
+
+    def text(self) -> str:
+        """What `parse` reads."""
+        if self.value == 0:
+            return "0"
+        return f"x{self.value!r}" if self.unit == "x" else f"{self.value!r}/1000{self.unit}"
 
     def describe(self) -> str:
         if self.value == 0:
@@ -154,3 +161,23 @@ def phrase_goal(kind: str, value: str | Path, wanted: Wanted, *, ignore_case: bo
 def describe(goals: Sequence[PhraseGoal]) -> str:
     """In words, for messages."""
     return ", ".join(f"{goal.name} ({len(goal.patterns)}) {goal.wanted.describe()}" for goal in goals)
+
+
+def goals_from(adapters: Iterable[AdapterInfo]) -> list[PhraseGoal]:
+    """What adapters for phrases were trained for, by their records; others have none.
+
+    Raises:
+        XFactorError: a record that this package did not write so.
+    """
+    goals = []
+    for info in adapters:
+        try:
+            goals += [PhraseGoal.from_record(record) for record in info.section("phrases").get("goals", ())]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise XFactorError(f"adapter {info.name}: its record of phrases is damaged") from error
+    return goals
+
+
+def patterns_of(adapters: Iterable[AdapterInfo]) -> tuple[Pattern, ...]:
+    """What adapters for phrases are about, each pattern once."""
+    return tuple({pattern: None for goal in goals_from(adapters) for pattern in goal.patterns})

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ..base.split_model import SplitModel
 from ..lowmem.gguf_layers import PackedMatrix
 from ..objective.kl import StateTeacher, tilted_kl_loss
+from ..progress import report
 from .along import weights_along
 from .ban import BAN
 from .texts import Texts
@@ -221,7 +222,8 @@ def fit(
     steps = max(1, epochs * -(-len(at.state) // size))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        report(epoch, epochs)
         total = 0.0
         for rows in at.batches(size, generator):
             loss = (head.kl(at, rows)[0] * at.weight[rows]).mean()

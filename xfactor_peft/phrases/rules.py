@@ -147,15 +147,12 @@ def _lines(value: Any, folder: Path, what: str) -> list[str]:
 
 
 def _goal_record(goal: PhraseGoal) -> dict[str, Any]:
-    wanted = goal.wanted
-    rate = (
-        "0"
-        if wanted.value == 0
-        else f"x{wanted.value!r}"
-        if wanted.unit == "x"
-        else f"{wanted.value!r}/1000{wanted.unit}"
-    )
     kind, texts = goal.patterns[0].kind, [pattern.text for pattern in goal.patterns]
     if kind == "phrase":
-        return {"phrases": texts, "rate": rate, "name": goal.name, "ignore_case": goal.patterns[0].ignore_case}
-    return {"script" if kind == "script" else "chars": texts, "rate": rate}
+        return {
+            "phrases": texts,
+            "rate": goal.wanted.text(),
+            "name": goal.name,
+            "ignore_case": goal.patterns[0].ignore_case,
+        }
+    return {"script" if kind == "script" else "chars": texts, "rate": goal.wanted.text()}

@@ -13,6 +13,7 @@ import torch
 
 from ..adapters.output import hashes, staged, write_record
 from ..lowmem.memory import peaks
+from ..lowmem.noise import without_notes
 from .page import write_page
 from .train import PhraseResult
 
@@ -79,7 +80,8 @@ def save_phrases(
         for config in result.model.peft_config.values():
             config.base_model_name_or_path = result.base.choice.name
             config.revision = result.base.choice.revision
-        result.model.save_pretrained(str(staging), save_embedding_layers=False)
+        with without_notes():
+            result.model.save_pretrained(str(staging), save_embedding_layers=False)
         if result.before and result.after:
             write_page(staging / PAGE, result, output.name, reference)
         record["sha256"] = hashes(staging)
