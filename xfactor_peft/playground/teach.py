@@ -36,7 +36,7 @@ from ..phrases.trunk import SHARE
 from ..phrases.trunk import TEXTS as STEP_TEXTS
 from ..progress import listening
 from ..sampling.generation import generate_batch
-from ..sampling.sampler import rows_at_once
+from ..sampling.sampler import tokens_at_once
 from ..tokens.automaton import TokenAutomaton
 from ..tokens.patterns import phrases
 from .marks import ROUND
@@ -92,7 +92,7 @@ def _extra(base: Base, rules: Rules, prompt: int) -> float:
     size = 1.5 * base.model.dtype.itemsize
     width = config.hidden_size
     length = rules.options.length + prompt
-    rows = min(max(rules.options.texts, rules.options.eval_texts), rows_at_once(policy, length))
+    rows = min(max(rules.options.texts, rules.options.eval_texts), max(1, tokens_at_once(policy) // length))
     cache = rows * length * token_bytes(config, base.model.dtype)
     wide = 6 * (getattr(config, "intermediate_size", None) or 4 * width) + 10 * width
     step = size * STEP_TEXTS * length * wide * math.ceil(config.num_hidden_layers / SHARE)
