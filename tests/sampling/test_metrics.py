@@ -64,6 +64,8 @@ def test_batches_hold_every_text_once_and_no_more_than_the_cache():
     assert list(sampler.batches_of(lengths, 0)) == [[1], [2], [5], [6], [4], [0], [3]]
     assert list(sampler.batches_of(lengths, 7 * 20)) == [[1, 2, 5, 6, 4, 0, 3]]
     assert list(sampler.batches_of([], 5)) == []
+    assert [len(batch) for batch in sampler.batches_of([2] * 40, 50)] == [16, 24]
+    assert [len(batch) for batch in sampler.batches_of([2] * 30 + [40], 50)] == [16, 14, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,9 +65,9 @@ def works(rules: Rules) -> dict[str, float]:
     learnt = {
         "drawing texts of the base": 1.0 * o.texts,
         "drawing texts that hold more of the patterns": 0.6 * o.texts,
-        "learning, round 1": 2.1 * o.texts,
+        "learning, round 1": 1.3 * o.texts,
         "drawing texts of the student, round 1": 0.85 * o.texts,
-        "learning, round 2": 2.1 * o.texts,
+        "learning, round 2": 1.6 * o.texts,
     }
     hard = all(goal.hard for goal in rules.target.goals)
     texts = {"measuring the base": 1.0 * o.eval_texts} | ({} if hard else learnt)

@@ -31,6 +31,9 @@ CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
 LEAST_BYTES = 32 * 2**20
 """What it may take in any case: a batch of few texts takes nearly as long."""
+ALIKE = 16
+"""Batches, and the texts in them that a token is drawn for, are multiples of this many: every other number of rows is
+compiled anew, and what is compiled stays in memory."""
 _room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
 
 
@@ -122,13 +125,14 @@ def tokens_at_once(split_model: SplitModel) -> int:
 def batches_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """The numbers of texts of these lengths in batches, short ones first; in a batch all are as long as the longest.
 
-    A batch has at most `most` tokens, or one text.
+    A batch has at most `most` tokens, or one text; but for the last, a multiple of `ALIKE` texts where it has as many.
     """
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
-        if batch and (len(batch) + 1) * lengths[number] > most:
-            yield batch
-            batch = []
+        while batch and (len(batch) + 1) * lengths[number] > most:
+            count = len(batch) // ALIKE * ALIKE or len(batch)
+            yield batch[:count]
+            batch = batch[count:]
         batch.append(number)
     if batch:
         yield batch
@@ -199,13 +203,21 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            at = rows, made[rows]
-            drawn, masses[at] = draw(split_model, last[rows.to(device)], uniforms[at], texts[rows])
-            ids[rows, position] = drawn.cpu()
+            near = rows if draw.watched else _alike(rows, len(ids))
+            at = near, made[near].clamp(0, new - 1)
+            drawn, mass = draw(split_model, last[near.to(device)], uniforms[at], texts[near])
+            chosen = torch.searchsorted(near, rows)  # the others around them have their token already
+            masses[rows, made[rows]] = mass[chosen]
+            ids[rows, position] = drawn.cpu()[chosen]
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
     return Samples(ids, starts, new, states, texts, masses if draw.sets else None)
+
+
+def _alike(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Sorted rows, and as many around them as make it multiples of `ALIKE`, below `most`."""
+    return torch.arange(int(rows[0]) // ALIKE * ALIKE, min(most, (int(rows[-1]) // ALIKE + 1) * ALIKE))
 
 
 def continued(
@@ -229,6 +241,7 @@ class _Draw:
     ) -> None:
         self._options, self._banned, self._watcher = options, banned, watcher
         self._members, self._tilts = members, None if tilts is None else tilts.to(banned.device)
+        self.watched = watcher is not None
         self.sets = 0 if members is None else len(members)
         self._warpers = [
             *([TopKLogitsWarper(options.top_k)] if options.top_k else []),

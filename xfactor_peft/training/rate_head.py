@@ -25,9 +25,8 @@ from ..sampling.own_samples import OwnSamples
 from ..sampling.reweighting import SLOPE, log_odds
 
 Drawn = Callable[[str, Callable[[], Any]], Any]
-PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, 80
-"""Texts a family in the three parts, the last in every round."""
-ROUNDS = 2
+PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, (32, 80)
+"""Texts a family in the three parts, in the last by rounds: the first brings it near, the second says how near."""
 CAUTION = 0.8
 """Of the lambda that the base's own texts ask for: what raises a set in one place makes it likelier in those behind."""
 
@@ -97,11 +96,11 @@ def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, drawn: Drawn)
     def measure(tilts: torch.Tensor, index: int) -> torch.Tensor:
         put(tilts)
         with phase(f"calibrating the set head, round {index + 1}"):
-            last.append(drawn(f"round {index}", lambda: samples.rates(TEXTS, _seed(own, 2 + index))))
+            last.append(drawn(f"round {index}", lambda: samples.rates(TEXTS[index], _seed(own, 2 + index))))
         return last[-1].mean(1).flatten()
 
     every = wanted.repeat(len(contexts))
-    final, rounds = calibrate(measure, start.flatten(), every, least=ROUNDS, most=ROUNDS)
+    final, rounds = calibrate(measure, start.flatten(), every, least=len(TEXTS), most=len(TEXTS))
     put(final)
     price = fitter.price()
     return HeadReport(
