@@ -23,6 +23,7 @@ from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off
+from ..lowmem.allocator import give_back_pages
 from ..lowmem.peft_parts import side_a, side_b
 from ..options import ChatOptions, PhraseOptions
 from ..progress import phase
@@ -198,9 +199,11 @@ def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
     rounds: list[dict[str, Any]] = []
     correction = np.ones(len(target.goals))
     for number in range(options.rounds + 1):
+        give_back_pages()
         with phase(f"learning, round {number + 1}"):
             entry = run.learn(values, first=number == 0)
         rounds.append({**entry, "strengths": [float(s) for s in np.maximum(solved.strengths, -99)]})
+        give_back_pages()
         if number < options.rounds:
             with phase(f"drawing texts of the student, round {number + 1}"):
                 own, rates = run.student_lesson(3 + number)
