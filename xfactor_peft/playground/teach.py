@@ -92,8 +92,8 @@ def _extra(base: Base, rules: Rules, prompt: int) -> float:
     size = 1.5 * base.model.dtype.itemsize
     width = config.hidden_size
     length = rules.options.length + prompt
-    rows = min(max(rules.options.texts, rules.options.eval_texts), max(1, tokens_at_once(policy) // length))
-    cache = rows * length * token_bytes(config, base.model.dtype)
+    drawn = min(length * max(rules.options.texts, rules.options.eval_texts), tokens_at_once(policy))
+    cache = drawn * token_bytes(config, base.model.dtype)
     wide = 6 * (getattr(config, "intermediate_size", None) or 4 * width) + 10 * width
     step = size * STEP_TEXTS * length * wide * math.ceil(config.num_hidden_layers / SHARE)
     return 1.25 * (cache + step + 5 * LOGITS_BYTES + runtime(4))
@@ -142,15 +142,17 @@ def teach(bank: AdapterBank, rules: Rules, name: str, stop: threading.Event) -> 
     news: queue.Queue[Any] = queue.Queue()
     started = time.perf_counter()
 
-    parts = works(rules)
+    parts, reached = works(rules), 0.0
     whole = sum(parts.values())
 
     def hear(phase: str, done: float, total: int) -> None:
+        nonlocal reached
         if stop.is_set():
             raise _Stopped
         before = sum(list(parts.values())[: list(parts).index(phase)]) if phase in parts else 0.0
         now = parts.get(phase, 0.0) * (done / total if total else 0.0)
-        news.put(Doing(phase, (before + now) / whole, time.perf_counter() - started))
+        reached = max(reached, (before + now) / whole)  # some phases count twice
+        news.put(Doing(phase, reached, time.perf_counter() - started))
 
     def work() -> None:
         try:
