@@ -1,7 +1,7 @@
 """`train_phrases`: a base, patterns with wanted rates and prompts in; an adapter and its scores out.
 
-1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state. Tilted
-   upward it writes others, which hold as much of a rare pattern as of a frequent one.
+1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state. Patterns
+   that these hardly hold are written into them, and tilted upward the base writes others, which hold enough of each.
 2. lambda is solved for the wanted rates from these counts.
 3. The phrase head learns the teacher's weights at every position of these texts, then the last blocks what is left.
 4. The student writes texts: they correct lambda where a rate above 0 is missed, and are learnt from as well.
@@ -23,6 +23,7 @@ from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off
+from ..lowmem.allocator import give_back_pages
 from ..lowmem.peft_parts import side_a, side_b
 from ..options import ChatOptions, PhraseOptions
 from ..progress import phase
@@ -31,6 +32,7 @@ from .ban import BAN, Proof, ban
 from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
+from .probes import probe
 from .scores import PhraseScores, decoded, risen, words_of
 from .solving import Solved, enriching, per_pattern, solve
 from .texts import Texts
@@ -188,6 +190,7 @@ def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
         texts = run.draw(options.texts, 1, statistics=run.statistics)
     words = sum(len(words_of(text)) for text in decoded(run.base.tokenizer, texts)) / texts.ids.numel()
     with phase("drawing texts that hold more of the patterns"):
+        probe(run.policy, run.base.tokenizer, run.statistics, texts, options.seed)
         more = Values(run.statistics, enriching(run.statistics, target))
         rich = run.draw(max(4, options.texts // 2), 2, statistics=run.statistics, tilt=more)
     solved = solve(run.statistics, target, words)
@@ -198,9 +201,11 @@ def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
     rounds: list[dict[str, Any]] = []
     correction = np.ones(len(target.goals))
     for number in range(options.rounds + 1):
+        give_back_pages()
         with phase(f"learning, round {number + 1}"):
             entry = run.learn(values, first=number == 0)
         rounds.append({**entry, "strengths": [float(s) for s in np.maximum(solved.strengths, -99)]})
+        give_back_pages()
         if number < options.rounds:
             with phase(f"drawing texts of the student, round {number + 1}"):
                 own, rates = run.student_lesson(3 + number)

@@ -30,8 +30,8 @@ from .upper import UpperBlocks
 
 SHARE = 3
 """One block in so many, the last ones, gets LoRA."""
-TEXTS = 8
-"""Texts of a step."""
+BATCH, TEXTS = 8, 4
+"""Texts of a step, and of them at once."""
 WORTH_LEARNING = 1e-3
 """KL in nats above which a position is always learnt from; of the others one in four is."""
 
@@ -122,19 +122,23 @@ def train_trunk(
     optimizer = torch.optim.Adam(
         [{"params": trunk, "lr": options.trunk_lr}, {"params": [head.offset], "lr": options.lr}]
     )
-    batches = [(lesson, rows) for lesson in lessons for rows in torch.arange(len(lesson.texts.ids)).split(TEXTS)]
+    batches = [(lesson, rows) for lesson in lessons for rows in torch.arange(len(lesson.texts.ids)).split(BATCH)]
     steps, losses = options.trunk_epochs * len(batches), []
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 8) * max(0.02, 1 - s / steps))
     for epoch in range(options.trunk_epochs):
         total, positions = 0.0, 0
         for number, place in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
             lesson, rows = batches[place]
-            loss, count = _loss(policy, head, lesson, rows, generator)
+            chosen = _chosen(head, lesson, rows, generator)
+            count = int(chosen.sum())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for part, where in zip(rows.split(TEXTS), chosen.split(TEXTS), strict=True):
+                loss = _loss(policy, head, lesson, part, where) * (int(where.sum()) / count)
+                loss.backward()
+                total += loss.item() * count
             optimizer.step()
             warm.step()
-            total, positions = total + loss.item() * count, positions + count
+            positions += count
             report(epoch * len(batches) + number + 1, steps)
         losses.append(total / max(1, positions))
     return losses
@@ -144,17 +148,23 @@ def _in_trunk(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def _loss(
-    policy: SplitModel, head: PhraseHead, lesson: Lesson, rows: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, int]:
-    """(mean KL over the chosen positions of these texts, how many)."""
-    places = lesson.rows[rows].flatten()
+def _chosen(head: PhraseHead, lesson: Lesson, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The positions of some texts that are learnt from, (n, L) bool; of every text one at least."""
+    places = lesson.rows[rows]
+    known = places >= 0
+    left = torch.zeros(places.shape)
     with torch.no_grad():
-        known = places[places >= 0]
-        left = torch.zeros(len(places))
-        left[places >= 0] = head.kl(lesson.at, known)[0]
-    quarter = torch.rand(len(places), generator=generator) < 0.25
-    chosen = (places >= 0) & ((left > WORTH_LEARNING) | quarter)
-    chosen[(places >= 0).nonzero()[0]] = True  # never none
-    hidden, at = lesson.hidden(rows.tolist())[chosen], lesson.at
-    return head.state_loss(policy, hidden, at, places[chosen]), int(chosen.sum())
+        left[known] = head.kl(lesson.at, places[known])[0]
+    chosen = known & ((left > WORTH_LEARNING) | (torch.rand(places.shape, generator=generator) < 0.25))
+    chosen[torch.arange(len(rows)), known.int().argmax(1)] |= known.any(1)
+    return chosen
+
+
+def _loss(
+    policy: SplitModel, head: PhraseHead, lesson: Lesson, rows: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """Mean KL over the chosen positions of these texts."""
+    if not chosen.any():
+        return head.offset.sum() * 0
+    hidden = lesson.hidden(rows.tolist())[chosen.flatten()]
+    return head.state_loss(policy, hidden, lesson.at, lesson.rows[rows][chosen])
