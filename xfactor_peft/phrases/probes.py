@@ -44,12 +44,12 @@ def _probes(tokenizer: PreTrainedTokenizerBase, statistics: Statistics, texts: T
     for pattern in automaton.patterns if places else ():
         for text in {f" {pattern.body}", f" {pattern.body[:1].upper()}{pattern.body[1:]}"}:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            states = automaton.run(ids, automaton.automaton.inside_word)[0][1:-1]
+            states = automaton.run(ids, automaton.automaton.inside_word)[0][1:]
             rare = [s for s in states if automaton.automaton.inside(s) and _visits(statistics, s) < ENOUGH]
             for _ in range(CONTEXTS if rare else 0):
                 row, end = places[int(torch.randint(len(places), (), generator=generator))]
                 context = texts.ids[row, max(0, end - CONTEXT) : end].tolist()
-                yield [*context, *ids[:-1]], states
+                yield [*context, *ids], states
 
 
 def _places(statistics: Statistics, texts: Texts) -> Iterator[tuple[int, int]]:

@@ -28,6 +28,8 @@ from ..tokens.automaton import TokenAutomaton
 
 SWEEPS = 8
 """Of the recursion; an occurrence under way has seldom more tokens left."""
+PRIOR = 0.05
+"""Visits that a guess counts as: who is inside a word that goes on in one way only must not think that it may not."""
 LACKING = 24
 """Characters that are told apart."""
 
@@ -220,7 +222,7 @@ class Values:
             totals[place] += np.sqrt(seen.count) * completes[state]
         self._chance = (totals + 0.9 * np.exp(-np.arange(LACKING + 1) / 3)) / (weights + 1)
         self._use(strengths)
-        return self._swept(prior=1.0)
+        return self._swept(prior=PRIOR)
 
     def _use(self, strengths: np.ndarray) -> None:
         self.strengths, self._known = strengths, np.zeros(0)
