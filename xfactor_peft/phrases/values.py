@@ -30,6 +30,8 @@ SWEEPS = 8
 """Of the recursion; an occurrence under way has seldom more tokens left."""
 PRIOR = 0.05
 """Visits that a guess counts as: who is inside a word that goes on in one way only must not think that it may not."""
+WORD_ENDS = 0.9999
+"""How likely a whole word is no part of a longer one."""
 LACKING = 24
 """Characters that are told apart."""
 
@@ -232,7 +234,8 @@ class Values:
         automaton = self.automaton.automaton
         if not automaton.inside(state):
             return 1.0
-        chance = self._chance[min(LACKING, automaton.left(state))]
+        left = automaton.left(state)
+        chance = self._chance[min(LACKING, left)] if left else WORD_ENDS
         chance = 0.5 if np.isnan(chance) else chance
         return 1 + chance * (self.factor((automaton.nearest(state),)) - 1)
 
