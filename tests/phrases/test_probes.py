@@ -16,14 +16,23 @@ def test_rare_patterns_are_written_into_the_texts():
     tokenizer, model = tiny_tokenizer(), tiny_model("gpt2").eval()
     policy, size = split(model), model.config.vocab_size
     automaton = TokenAutomaton(tokenizer, phrases(["zebra crossing", "unlikely*"]), size)
-    ids = torch.tensor([tokenizer("the cat sat on the mat and the dog sat by it and so on")["input_ids"]])
+    ids = torch.tensor(
+        [
+            tokenizer(
+                "the cat sat on the mat and the dog sat by it and so on and on until it was late in the day at last"
+            )["input_ids"]
+        ]
+    )
     states = np.array([automaton.run(row)[0][:-1] for row in ids.tolist()])
     statistics = Statistics(automaton)
     for state in states[0]:
         statistics.add(np.array([state]), torch.full((1, size), 1 / size))
-    texts = Texts([[1]], ids, states, torch.zeros(1, ids.shape[1], 2), torch.zeros(ids.shape), torch.zeros(ids.shape))
+    with torch.no_grad():
+        hidden = policy.hidden(torch.cat([torch.tensor([[1]]), ids], dim=1))[:, :-1]
+        log_z = policy.logits(hidden).logsumexp(2)
+    texts = Texts([[1]], ids, states, hidden, log_z, torch.zeros(ids.shape))
     before, natural = set(statistics.visits), sum(seen.natural for seen in statistics.visits.values())
-    probed = list(probes._probes(tokenizer, statistics, texts, 0))
+    probed = list(probes._probes(policy, tokenizer, statistics, texts, 0))
     assert probes.probe(policy, tokenizer, statistics, texts, 0) == len(probed) > 0
     new = set(statistics.visits) - before
     amid = {state for _, states in probed for state in states if automaton.automaton.inside(state)}

@@ -1,25 +1,28 @@
-"""How patterns go on that the base's texts hardly hold: they are written into its texts, as far as needs be.
+"""How patterns go on that the base's texts hardly hold: they are written into its texts, where they would come.
 
 " casc" goes on as "cascading" nearly always, and who does not know that makes "cascading" impossible after " casc" and
-leaves a text there that knows no way on. A few contexts are enough to know.
+leaves a text there that knows no way on. A few contexts are enough to know, if they are those in which the base would
+have begun so: a place is drawn in proportion to the probability of the pattern's first token there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..base.split_model import SplitModel
 from ..objective.kl import chunk_positions
+from .along import probabilities
 from .texts import Texts
 from .values import Statistics
 
 ENOUGH = 3
 """Visits of a state that say enough of how it goes on."""
-CONTEXT, CONTEXTS = 16, 3
+CONTEXT, CONTEXTS = 24, 4
 """Tokens of a text that a spelling is written after, and how many such places it is written into."""
 MOST, AT_ONCE = 2000, 32
 """Spellings that are written at most, and at the same time."""
@@ -32,33 +35,36 @@ def probe(
     policy: SplitModel, tokenizer: PreTrainedTokenizerBase, statistics: Statistics, texts: Texts, seed: int
 ) -> int:
     """Add to the statistics what the base gives amid patterns that its texts hardly hold; how many were written."""
-    probes = sorted(_probes(tokenizer, statistics, texts, seed), key=lambda one: len(one[0]))[:MOST]
+    probes = sorted(_probes(policy, tokenizer, statistics, texts, seed), key=lambda one: len(one[0]))[:MOST]
     for first in range(0, len(probes), AT_ONCE):
         _look(policy, statistics, probes[first : first + AT_ONCE])
     return len(probes)
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase, statistics: Statistics, texts: Texts, seed: int) -> Iterator[Probe]:
+def _probes(
+    policy: SplitModel, tokenizer: PreTrainedTokenizerBase, statistics: Statistics, texts: Texts, seed: int
+) -> Iterator[Probe]:
     automaton, generator = statistics.automaton, torch.Generator().manual_seed(seed)
-    places = [place for place in _places(statistics, texts)]
-    for pattern in automaton.patterns if places else ():
-        for text in {f" {pattern.body}", f" {pattern.body[:1].upper()}{pattern.body[1:]}"}:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            states = automaton.run(ids, automaton.automaton.inside_word)[0][1:]
-            rare = [s for s in states if automaton.automaton.inside(s) and _visits(statistics, s) < ENOUGH]
-            for _ in range(CONTEXTS if rare else 0):
-                row, end = places[int(torch.randint(len(places), (), generator=generator))]
-                context = texts.ids[row, max(0, end - CONTEXT) : end].tolist()
-                yield [*context, *ids], states
+    free = np.array([not automaton.automaton.inside(state) for state in range(len(automaton.automaton))])
+    rows, ends = np.nonzero(free[texts.states] & (np.arange(texts.states.shape[1]) >= CONTEXT))
+    for ids in _spellings(tokenizer, statistics) if len(rows) else ():
+        p = torch.from_numpy(probabilities(policy, texts, (rows, ends), np.array(ids[:1]))[:, 0])
+        for place in torch.multinomial(p, CONTEXTS, replacement=True, generator=generator).tolist():
+            row, end = int(rows[place]), int(ends[place])
+            states = automaton.run(ids, int(texts.states[row, end]))[0][1:]
+            yield [*texts.ids[row, end - CONTEXT : end].tolist(), *ids], states
 
 
-def _places(statistics: Statistics, texts: Texts) -> Iterator[tuple[int, int]]:
-    """(text, token) where a text begins a new word with nothing under way."""
+def _spellings(tokenizer: PreTrainedTokenizerBase, statistics: Statistics) -> Iterator[list[int]]:
+    """Ids of patterns, as they are spelt amid a line and at its start, that lead to states with too few visits."""
     automaton = statistics.automaton
-    for row, (ids, states) in enumerate(zip(texts.ids.tolist(), texts.states.tolist(), strict=True)):
-        for place in range(CONTEXT, len(ids)):
-            if states[place] == automaton.automaton.inside_word and automaton.bytes.get(ids[place], b"")[:1] == b" ":
-                yield row, place
+    for pattern in automaton.patterns:
+        capital = pattern.body[:1].upper() + pattern.body[1:]
+        for text in dict.fromkeys((f" {pattern.body}", f" {capital}", capital)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            states = automaton.run(ids)[0][1:]
+            if any(automaton.automaton.inside(s) and _visits(statistics, s) < ENOUGH for s in states):
+                yield ids
 
 
 def _visits(statistics: Statistics, state: int) -> float:
