@@ -1,6 +1,7 @@
 """Teaching by marking: marks, a round without a browser, and a whole round in one."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from tests.cli.conftest import opened, served
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.options import PhraseOptions
+from xfactor_peft.options import PhraseOptions, SamplingOptions
 from xfactor_peft.phrases.rules import read_rules
 from xfactor_peft.playground import marks as marks_module
 from xfactor_peft.playground import teach_page
+from xfactor_peft.playground.compare import continuations
 from xfactor_peft.playground.marks import goals_of, like_text, marked_with, marks_of, rules_of
 from xfactor_peft.playground.teach import Doing, Taught, commands, next_name, plan, samples, teach, works
 from xfactor_peft.progress import phase
@@ -141,6 +143,11 @@ def test_a_round_ends_in_an_adapter(taught):
     seen = samples(bank, PROMPTS, "taught-1")
     assert seen.adapter == "taught-1"
     assert seen.texts != samples(bank, PROMPTS).texts
+    *_, (_, adapted) = continuations(bank, "The fox", ["taught-1", "none"], [1.0, 1.0], 0.0, SamplingOptions(8))
+    assert re.search(r"taught-1: \d occurrences? of 2 patterns, 8 tokens", adapted.rates)
+    *_, (base, adapted) = continuations(bank, "The fox", ["taught-1", "none"], [0.0, 1.0], 0.0, SamplingOptions(64))
+    assert base.text == adapted.text
+    assert "<mark>e</mark>" in base.text
     assert marks_of(bank.load("taught-1")) == "*e* = 0\nfox = x2"
 
 
@@ -206,10 +213,8 @@ def test_texts_are_escaped_on_the_page():
 
 def test_a_round_in_a_browser(load_tiny, browser, tmp_path, short):
     """Texts are looked at, a word of theirs is selected and marked, taught, stopped, taught again, and compared."""
-    page_to_teach(load_tiny(), browser, tmp_path)
-
-
-def page_to_teach(base, browser, root):
+    root, people = tmp_path / "adapters", tmp_path / "people.txt"
+    base = load_tiny()
     chromium, expect = browser
     with served(AdapterBank(base, root)) as address, opened(chromium, address, 1280) as page:
         page.get_by_role("tab", name="Teach by marking").click()
@@ -232,7 +237,7 @@ def page_to_teach(base, browser, root):
         expect(page.locator("#doing")).to_contain_text("of the round")
         page.locator("#teach-stop").click()
         expect(page.locator("#doing")).to_contain_text("stopped; nothing was written", timeout=30_000)
-        assert list(root.iterdir()) == []
+        assert not root.exists()
         page.locator("#start").click()
         expect(page.locator("#outcome")).to_contain_text("taught-1", timeout=60_000)
         expect(page.locator("#outcome")).to_contain_text("--rules")
@@ -241,4 +246,10 @@ def page_to_teach(base, browser, root):
         expect(page.locator("#writer input")).to_have_value("taught-1")
         assert "e" in page.locator("#texts .before mark").first.inner_text()
         expect(marks).to_have_value("*e* = 0")  # the next round starts from here
+        people.write_text("We see the sea. " * 300)
+        page.locator("#like input[type=file]").set_input_files(people)
+        expect(marks).to_have_value(re.compile(r"^\*e\* = 1250\.\d+/1000w$"))
+        page.locator("#show").click()
+        expect(page.locator("#texts .pair.alone .sample")).to_have_count(len(PROMPTS), timeout=30_000)
+        expect(page.locator("#teach-problem .problem")).to_have_count(0)
     assert (root / "taught-1" / "rules.yaml").is_file()

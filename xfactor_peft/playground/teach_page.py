@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,7 @@ def _teach(
         for news in teach(bank, rules, made, stop):
             if isinstance(news, Doing):
                 yield keep, keep, keep, _doing(news), keep, keep
+                time.sleep(0.2)  # the next one is the newest then, and no one reads faster
             else:
                 taught = news
         if taught is None:
