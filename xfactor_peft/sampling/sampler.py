@@ -191,7 +191,8 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            near = torch.arange(rows[0] // ALIKE * ALIKE, min(len(ids), (rows[-1] // ALIKE + 1) * ALIKE))
+            first, last_one = int(rows[0]), int(rows[-1])
+            near = torch.arange(first // ALIKE * ALIKE, min(len(ids), (last_one // ALIKE + 1) * ALIKE))
             own = None if tilts is None else tilts[near.to(device)]
             drawn, mass = draw(split_model, last[near.to(device)], uniforms[near, made[near].clamp(0, new - 1)], own)
             chosen = rows - near[0]  # the others around them have their token already
