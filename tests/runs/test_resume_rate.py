@@ -10,12 +10,13 @@ import torch
 from tests.runs.crashing import Crash, metrics, scores, weights
 from tests.training.uniform import QUICK
 from xfactor_peft.adapters.adapter import read_adapter
-from xfactor_peft.checkpoint.checkpointer import Checkpointer
+from xfactor_peft.checkpoint.checkpointer import Checkpointer, NoCheckpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs import run as run_module
 from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.sampling import calibration, own_samples
@@ -212,6 +213,19 @@ def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp
     assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in expected.iterdir()}
     with pytest.raises(XFactorError, match="the run is finished"):
         interrupted_settings(tmp_path / "a")
+
+
+def test_a_run_that_saves_nothing_offers_no_resuming(load_tiny, tmp_path, monkeypatch):
+    """As with `fsdp`: what is published stays where it is."""
+    monkeypatch.setattr(run_module, "Checkpointer", lambda *_: NoCheckpoints())
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
+        with pytest.raises(Interrupted, match=r"the adapter is whole in .*; start again with `force=True` for them"):
+            run(load_tiny(), tmp_path / "a", **CASES["head"])
+    read_adapter(tmp_path / "a")
+    with pytest.raises(XFactorError, match="there is nothing to resume"):
+        interrupted_settings(tmp_path / "a")
+    read_adapter(tmp_path / "a")
 
 
 def stop_at_the_second(measure):

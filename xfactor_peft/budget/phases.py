@@ -21,9 +21,11 @@ from ..lowmem.kv_cache import token_bytes
 from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
+from ..sampling.family_samples import STATES
 from ..sampling.metrics import POSITIONS
 from ..sampling.own_samples import LENGTH, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
+from ..sampling.prompt_families import FIT, bundled
 from ..sampling.sampler import CACHE_BYTES, LEAST_BYTES
 from .dry_run import Shape, StepMemory
 from .memory_model import block_workspace, predict, runtime, scratch_bytes
@@ -98,14 +100,16 @@ def predict_phases(
     found = [Phase("load", held + step.largest)]
 
     def sampler(more: int = 0) -> _Sampler:
-        return _Sampler(config, step, shape, held + runtime(kinds) + more, limit)
+        most = max(limit, *(phase.total for phase in found))  # what was taken once may be taken again
+        return _Sampler(config, step, shape, held + runtime(kinds) + more, most)
 
     if course.texts:
         kinds += 1
         found.append(Phase("R before", sampler().peak(course.texts, PROMPT + course.new)))
     if course.rate:
-        kinds += 2  # openings and whole texts
-        drawn = sampler().peak(OPENINGS, OPENING), sampler().peak(TEXTS, OPENING + LENGTH)
+        kinds += 3  # openings, and whole texts of several lengths
+        fit = 0 if course.steps else _fit_bytes(step.width)
+        drawn = sampler(fit).peak(OPENINGS, OPENING), sampler(fit).peak(TEXTS, OPENING + LENGTH)
         found.append(Phase("calibration", max(drawn)))
     if course.steps:
         kinds += 1
@@ -126,6 +130,12 @@ def predict_phases(
         found.append(Phase("dial", sampler(trained).peak(TEXTS // 3, OPENING + LENGTH)))
     found.append(Phase("saving", held + runtime(kinds) + 2 * trained))
     return tuple(found)
+
+
+def _fit_bytes(width: int) -> int:
+    """States that a set head is fitted in, bf16, and its float32 moments of every family."""
+    families = 1 + len(bundled(FIT))
+    return STATES * width * 2 + families * (width + 1) ** 2 * 4
 
 
 @dataclass(frozen=True)

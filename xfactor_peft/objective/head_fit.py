@@ -85,18 +85,18 @@ class HeadFitter:
         every = [family.states[:: len(families)].float() for family in families]  # a sample sets the units
         self._center = torch.cat(every).mean(0) if intercept else torch.zeros(families[0].states.shape[1])
         self._unit = float((torch.cat(every) - self._center).square().mean().sqrt().clamp(min=1e-12))
-        moments = [self._moments(family) for family in families]
-        self._grams, self._means, self._weights = (torch.stack(parts) for parts in zip(*moments, strict=True))
+        self._grams, means, weights = zip(*map(self._moments, families), strict=True)
+        self._means, self._weights = torch.stack(means), torch.stack(weights)
         self.ridge: float | None = None
 
     def _moments(self, family: Contexts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(G_f (K, D', D'), c_f (K, D'), E_f[v] (K,)), float64."""
+        """(G_f (K, D', D') float32, of which there are F, c_f (K, D'), E_f[v] (K,))."""
         x, grams, means = self._inputs(family), [], []
         m = self._tilted(family, family.tilt) @ self._patterns
         v = torch.where(torch.tensor(self._rates) > 0, m * (1 - m), 1.0).float() / len(m)  # 0 needs its tilt everywhere
         for weight in v.T:
             vx = weight[:, None] * x
-            grams.append((vx.T @ x).double())
+            grams.append(vx.T @ x)
             means.append(vx.sum(0).double())
         return torch.stack(grams), torch.stack(means), v.double().sum(0)
 
@@ -118,7 +118,10 @@ class HeadFitter:
         """x's coefficients (K, D')."""
         size, found = len(self._center), []
         for k in range(tilts.shape[1]):
-            gram, means = self._grams[chosen, k].sum(0), self._means[chosen, k].T  # (D', D'), (D', F)
+            means = self._means[chosen, k].T  # (D', F)
+            gram = torch.zeros(len(means), len(means), dtype=torch.float64)
+            for family in chosen:
+                gram += self._grams[family][k]
             gram.diagonal()[:size] += ridge * gram.diagonal()[:size].mean()
             maps = torch.linalg.solve(gram, means)
             wanted = (self._weights[chosen, k] * tilts[chosen, k].double())[:, None]
