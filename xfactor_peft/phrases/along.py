@@ -50,6 +50,8 @@ def _parts(policy: SplitModel, texts: Texts, values: Values) -> tuple[np.ndarray
         if row.waiting:
             ahead[at] = np.nan
             continue
+        if not len(row.ids):  # nothing that could come matters here: g is 1
+            continue
         p = probabilities(policy, texts, at, row.ids)
         gain = p * (values.row(int(state))[0] - 1)
         place = np.searchsorted(row.ids, came)
