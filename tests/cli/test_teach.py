@@ -71,6 +71,7 @@ def test_what_is_selected_is_marked_in_whole_words():
     assert marked_with("", "—", "0", TEXTS) == "chars:— = 0"
     assert marked_with("", "colour*", "0", TEXTS) == "colour* = 0"
     assert marked_with("", "unseen", "0", TEXTS) == "unseen = 0"
+    assert marked_with("", "sea", "0", ["research"]) == "sea = 0"  # typed, and in no text
     with pytest.raises(XFactorError, match="select a word"):
         marked_with("", "  ", "0", TEXTS)
 
