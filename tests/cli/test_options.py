@@ -217,6 +217,7 @@ def test_results_as_json(run, adapters_root, tiny_folders):
         "adapters show": ["x", *root],
         "adapters verify": ["x", "--files-only", *root],
         "adapters diff": ["x", "z", *root],
+        "unslop": ["--texts", 4, "--length", 12, "--eval-texts", 2, "--add", "the"],
     }
     with_json = {name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
     assert with_json == calls.keys()

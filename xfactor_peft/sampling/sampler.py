@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -91,6 +91,17 @@ class Samples:
         return self.starts[:, None] + torch.arange(self.length) + shift
 
 
+class Watcher(Protocol):
+    """Looks on while texts are drawn, and may change what they are drawn from."""
+
+    def logits(self, texts: torch.Tensor, z: torch.Tensor, states: torch.Tensor) -> None:
+        """Before tokens of the texts (n,), by their prompts' numbers, are drawn from logits z (n, V), which it may
+        change in place; `states` (n, D) made them."""
+
+    def drawn(self, texts: torch.Tensor, ids: torch.Tensor) -> None:
+        """After they were drawn: ids (n,)."""
+
+
 def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
     """Raises XFactorError unless every prompt has ids, all of them of the `rows` of the input embedding."""
     for number, prompt in enumerate(prompts):
@@ -134,6 +145,7 @@ def sample(
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
     tilts: torch.Tensor | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -143,6 +155,7 @@ def sample(
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
         tilts: (N, K), an exact logit bias on these sets for each text.
+        watcher: told of every draw.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -151,15 +164,14 @@ def sample(
     check_ids(prompts, embedding.weight.shape[0])
     new = options.max_new_tokens
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
-    draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
-    count = 0
+    never = torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device)
+    draw, count = _Draw(options, never, members, tilts, watcher), 0
     for part in batches_of([len(prompt) + new for prompt in prompts], tokens_at_once(split_model)):
         give_back_pages()  # of the batch before, which may have been of another shape
-        own = None if tilts is None else tilts[part].to(split_model.weight.device)
         done = Progress(count, len(part), len(prompts))
         count += len(part)
-        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own, done)
-        yield replace(batch, rows=torch.tensor(part))
+        own = [list(prompts[row]) for row in part]
+        yield _sample_batch(split_model, own, uniforms[part], draw, torch.tensor(part), done)
 
 
 @torch.no_grad()
@@ -168,7 +180,7 @@ def _sample_batch(
     prompts: list[list[int]],
     uniforms: torch.Tensor,
     draw: _Draw,
-    tilts: torch.Tensor | None,
+    texts: torch.Tensor,
     done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
@@ -191,17 +203,21 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            first, last_one = int(rows[0]), int(rows[-1])
-            near = torch.arange(first // ALIKE * ALIKE, min(len(ids), (last_one // ALIKE + 1) * ALIKE))
-            own = None if tilts is None else tilts[near.to(device)]
-            drawn, mass = draw(split_model, last[near.to(device)], uniforms[near, made[near].clamp(0, new - 1)], own)
-            chosen = rows - near[0]  # the others around them have their token already
+            near = rows if draw.watched else _alike(rows, len(ids))
+            at = near, made[near].clamp(0, new - 1)
+            drawn, mass = draw(split_model, last[near.to(device)], uniforms[at], texts[near])
+            chosen = torch.searchsorted(near, rows)  # the others around them have their token already
             masses[rows, made[rows]] = mass[chosen]
             ids[rows, position] = drawn.cpu()[chosen]
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
-    return Samples(ids, starts, new, states, torch.arange(len(ids)), masses if draw.sets else None)
+    return Samples(ids, starts, new, states, texts, masses if draw.sets else None)
+
+
+def _alike(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Sorted rows, and as many around them as make it multiples of `ALIKE`, below `most`."""
+    return torch.arange(int(rows[0]) // ALIKE * ALIKE, min(most, (int(rows[-1]) // ALIKE + 1) * ALIKE))
 
 
 def continued(
@@ -215,8 +231,17 @@ def continued(
 class _Draw:
     """Tokens from states: logits, decoding settings, softmax, one uniform number a row."""
 
-    def __init__(self, options: SamplingOptions, banned: torch.Tensor, members: torch.Tensor | None) -> None:
-        self._options, self._banned, self._members = options, banned, members
+    def __init__(
+        self,
+        options: SamplingOptions,
+        banned: torch.Tensor,
+        members: torch.Tensor | None,
+        tilts: torch.Tensor | None,
+        watcher: Watcher | None,
+    ) -> None:
+        self._options, self._banned, self._watcher = options, banned, watcher
+        self._members, self._tilts = members, None if tilts is None else tilts.to(banned.device)
+        self.watched = watcher is not None
         self.sets = 0 if members is None else len(members)
         self._warpers = [
             *([TopKLogitsWarper(options.top_k)] if options.top_k else []),
@@ -224,17 +249,21 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, tilts: torch.Tensor | None
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, texts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
-            if tilts is not None and self._members is not None:
-                z.addmm_(tilts[rows], self._members)
+            if self._tilts is not None and self._members is not None:
+                z.addmm_(self._tilts[texts[rows].to(z.device)], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
+            if self._watcher is not None:
+                self._watcher.logits(texts[rows], z, states[rows])
             chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
+            if self._watcher is not None:
+                self._watcher.drawn(texts[rows], chosen)
             ids.append(chosen)
         return torch.cat(ids), masses
 
