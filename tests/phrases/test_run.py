@@ -43,9 +43,9 @@ def test_the_words_are_gone(trained):
     assert "What came instead" in page
 
 
-def test_its_own_rules_make_it_again(trained):
+def test_its_own_record_makes_it_again(trained):
     folder, _ = trained
-    run("train", "--rules", folder / "plain" / "xfactor.json", "--output", folder / "again", "--no-eval")
+    run("train", "--config", folder / "plain" / "run.yaml", "--output", folder / "again", "--no-eval")
     first, second = ((folder / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "again"))
     assert first == second
 

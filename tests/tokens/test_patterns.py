@@ -137,6 +137,21 @@ def test_a_row_is_where_every_token_leads(automaton):
     assert differ > 0
 
 
+def test_rows_of_ascii_phrases_leave_other_characters_to_the_reference():
+    tokenizer = demo_tokenizer()
+    automaton = TokenAutomaton(tokenizer, phrases(["rich tapestry", "delv*"]), len(tokenizer))
+    for text in (" rich tap", " de", " rich tapestry"):
+        state = automaton.start
+        for byte in text.encode():
+            state = automaton.automaton.step(state, byte)[0]
+        row = automaton.row(state)
+        told = dict(zip(row.ids.tolist(), row.following.tolist(), strict=True))
+        assert len(told) < 100
+        for i, raw in automaton.bytes.items():
+            if raw.isascii():
+                assert told.get(i, automaton.step(row.reference, i)[0]) == automaton.step(state, i)[0]
+
+
 def test_a_token_without_text_ends_a_text_and_begins_another():
     tokenizer = demo_tokenizer()
     automaton = TokenAutomaton(tokenizer, phrases(["tapestry"]), len(tokenizer))

@@ -32,6 +32,8 @@ _ALSO = {
     "quant_backend", "lora_r", "lr", "seed", "no_eval", "output", "force", "as_json",
 }  # fmt: skip
 """Options of `train` that a run for phrases heeds; every other one is refused."""
+_BASE = ("dtype", "device", "load_in_8bit", "load_in_4bit", "quant_backend")
+"""What repeats a run besides the rules in its record."""
 
 
 def phrase_options(function: Command) -> Command:
@@ -81,6 +83,7 @@ def train_and_save(
     ctx: click.Context, flags: dict[str, Any], rules: Rules, measured: list[Measured] | None = None
 ) -> None:
     """Load, train, save, print."""
+    from ..adapters.files import RECORD
     from ..adapters.output import check_replaceable
     from ..phrases.goals import describe
     from ..phrases.saving import save_phrases
@@ -97,7 +100,8 @@ def train_and_save(
         result = train_phrases(base, rules.target, rules.prompts, rules.held_out, rules.options, rules.chat)
     reference = [m.rate for m in measured] if measured else None
     record = save_phrases(result, output, force=flags["force"], rules=rules.record(), reference=reference)
-    write_run(ctx, flags, base.choice, output)
+    again = {name: flags[name] for name in _BASE} | {"rules": output / RECORD} if ctx.command.name == "train" else flags
+    write_run(ctx, again, base.choice, output)
     _print_summary(result)
     _print_next(result, output, flags)
     if flags["as_json"]:

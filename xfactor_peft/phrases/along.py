@@ -50,7 +50,9 @@ def _parts(policy: SplitModel, texts: Texts, values: Values) -> tuple[np.ndarray
         if row.waiting:
             ahead[at] = np.nan
             continue
-        p = _probabilities(policy, texts, at, row.ids)
+        if not len(row.ids):  # nothing that could come matters here: g is 1
+            continue
+        p = probabilities(policy, texts, at, row.ids)
         gain = p * (values.row(int(state))[0] - 1)
         place = np.searchsorted(row.ids, came)
         hit = (place < len(row.ids)) & (row.ids[np.minimum(place, len(row.ids) - 1)] == came)
@@ -61,7 +63,7 @@ def _parts(policy: SplitModel, texts: Texts, values: Values) -> tuple[np.ndarray
     return ahead, through, factor
 
 
-def _probabilities(policy: SplitModel, texts: Texts, at: tuple[np.ndarray, ...], ids: np.ndarray) -> np.ndarray:
+def probabilities(policy: SplitModel, texts: Texts, at: tuple[np.ndarray, ...], ids: np.ndarray) -> np.ndarray:
     """The base's p(i | context) at some positions, (n, ids)."""
     places, wanted = tuple(map(torch.from_numpy, at)), torch.from_numpy(ids)
     weight, bias = policy.weight, policy.bias

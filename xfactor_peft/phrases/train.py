@@ -1,7 +1,7 @@
 """`train_phrases`: a base, patterns with wanted rates and prompts in; an adapter and its scores out.
 
-1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state. Patterns
-   that these hardly hold are written into them, and tilted upward the base writes others, which hold enough of each.
+1. The base writes texts; the automaton runs along, and counts what the base gives every token in every state. Tilted
+   upward it writes others, which hold as much of a rare pattern as of a frequent one.
 2. lambda is solved for the wanted rates from these counts.
 3. The phrase head learns the teacher's weights at every position of these texts, then the last blocks what is left.
 4. The student writes texts: they correct lambda where a rate above 0 is missed, and are learnt from as well.
@@ -32,7 +32,6 @@ from .ban import BAN, Proof, ban
 from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
-from .probes import probe
 from .scores import PhraseScores, decoded, risen, words_of
 from .solving import Solved, enriching, per_pattern, solve
 from .texts import Texts
@@ -190,7 +189,6 @@ def _learnt(run: _Run) -> tuple[list[dict[str, Any]], Solved]:
         texts = run.draw(options.texts, 1, statistics=run.statistics)
     words = sum(len(words_of(text)) for text in decoded(run.base.tokenizer, texts)) / texts.ids.numel()
     with phase("drawing texts that hold more of the patterns"):
-        probe(run.policy, run.base.tokenizer, run.statistics, texts, options.seed)
         more = Values(run.statistics, enriching(run.statistics, target))
         rich = run.draw(max(4, options.texts // 2), 2, statistics=run.statistics, tilt=more)
     solved = solve(run.statistics, target, words)

@@ -28,6 +28,10 @@ from ..tokens.automaton import TokenAutomaton
 
 SWEEPS = 8
 """Of the recursion; an occurrence under way has seldom more tokens left."""
+PRIOR = 0.05
+"""Visits that a guess counts as: who is inside a word that goes on in one way only must not think that it may not."""
+WORD_ENDS = 0.9999
+"""How likely a whole word is no part of a longer one."""
 LACKING = 24
 """Characters that are told apart."""
 
@@ -220,7 +224,7 @@ class Values:
             totals[place] += np.sqrt(seen.count) * completes[state]
         self._chance = (totals + 0.9 * np.exp(-np.arange(LACKING + 1) / 3)) / (weights + 1)
         self._use(strengths)
-        return self._swept(prior=1.0)
+        return self._swept(prior=PRIOR)
 
     def _use(self, strengths: np.ndarray) -> None:
         self.strengths, self._known = strengths, np.zeros(0)
@@ -230,7 +234,8 @@ class Values:
         automaton = self.automaton.automaton
         if not automaton.inside(state):
             return 1.0
-        chance = self._chance[min(LACKING, automaton.left(state))]
+        left = automaton.left(state)
+        chance = self._chance[min(LACKING, left)] if left else WORD_ENDS
         chance = 0.5 if np.isnan(chance) else chance
         return 1 + chance * (self.factor((automaton.nearest(state),)) - 1)
 

@@ -25,6 +25,9 @@ from .token_bytes import token_bytes
 class Row:
     """Where tokens lead from a state: as `reference`'s row has it, but for these (all with text, where it is None).
 
+    Where all patterns are ASCII phrases, tokens in which another character comes are taken to lead where they lead from
+    `reference`; `TokenAutomaton.step` is exact for them, too.
+
     Attributes:
         waiting: patterns that end with every token that does not begin with a word's character.
         ids: sorted; following: the states they lead to; ended: the patterns that end on the way, `waiting` included, as
@@ -52,6 +55,9 @@ class TokenAutomaton:
         self.bytes = {i: raw for i, raw in token_bytes(tokenizer).items() if i < vocab_size}
         self.automaton = ByteAutomaton(self.patterns)
         self.start = self.automaton.start
+        # Amid an ASCII phrase the first byte of another character would be two hundred states that lead nowhere.
+        ascii_only = all(pattern.kind == "phrase" and pattern.body.isascii() for pattern in self.patterns)
+        self._told_apart = 128 if ascii_only else 256
         self.endings: list[tuple[int, ...]] = [()]
         self._ending_numbers: dict[tuple[int, ...], int] = {(): 0}
         self._rows: dict[int, Row] = {}
@@ -135,7 +141,7 @@ class TokenAutomaton:
             below = _ranges(trie.first_child[nodes], trie.last_child[nodes])
             states, ended = self._steps(np.repeat(states, counts), trie.byte[below], np.repeat(ended, counts))
             expected = np.where(trie.first[below] == 0, self._joined(waiting, same_ended[below]), same_ended[below])
-            other = (states != same[below]) | (ended != expected)
+            other = ((states != same[below]) | (ended != expected)) & (trie.byte[below] < self._told_apart)
             nodes, states, ended = below[other], states[other], ended[other]
             found.append((nodes, states, ended))
         joined = [np.concatenate(part) for part in zip(*found, strict=True)]
