@@ -39,7 +39,7 @@ def short():
         patch.setattr(calibration, "ROUNDS", (8, 16))
         patch.setattr(own_samples, "LENGTH", 16)
         patch.setattr(sequence_phase, "CHECK_TEXTS", 8)
-        patch.setattr(rate_head, "TEXTS", 16)
+        patch.setattr(rate_head, "TEXTS", (4, 4, 8))
         yield
 
 
@@ -136,7 +136,7 @@ def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, 
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(rate_head, "calibrate", crash)
+        patch.setattr(rate_head, "HeadFitter", crash)
         with pytest.raises(Crash):
             run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)

@@ -22,7 +22,7 @@ from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
 from ..sampling.metrics import POSITIONS
-from ..sampling.own_samples import LENGTH, OPENINGS, TEXTS
+from ..sampling.own_samples import LENGTH, LONG, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
 from ..sampling.sampler import CACHE_BYTES, LEAST_BYTES
 from .dry_run import Shape, StepMemory
@@ -105,7 +105,7 @@ def predict_phases(
         found.append(Phase("R before", sampler().peak(course.texts, PROMPT + course.new)))
     if course.rate:
         kinds += 2  # openings and whole texts
-        drawn = sampler().peak(OPENINGS, OPENING), sampler().peak(TEXTS, OPENING + LENGTH)
+        drawn = sampler().peak(OPENINGS, OPENING), sampler().peak(TEXTS, OPENING + LONG)
         found.append(Phase("calibration", max(drawn)))
     if course.steps:
         kinds += 1

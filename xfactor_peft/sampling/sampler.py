@@ -108,7 +108,6 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
-    tilts: torch.Tensor | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -117,7 +116,6 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
-        tilts: (N, K), an exact logit bias on these sets for each text.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -131,9 +129,8 @@ def sample(
     draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
-        own = None if tilts is None else tilts[part].to(split_model.weight.device)
         done = Progress(start, len(part), len(order))
-        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, own, done)
+        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, done)
         yield replace(batch, rows=torch.tensor(part))
 
 
@@ -143,7 +140,6 @@ def _sample_batch(
     prompts: list[list[int]],
     uniforms: torch.Tensor,
     draw: _Draw,
-    tilts: torch.Tensor | None,
     done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
@@ -166,8 +162,7 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            own = None if tilts is None else tilts[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]], own)
+            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
             ids[rows, position] = drawn.cpu()
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
@@ -195,15 +190,13 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, tilts: torch.Tensor | None
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
-            if tilts is not None and self._members is not None:
-                z.addmm_(tilts[rows], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
             chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
             ids.append(chosen)
