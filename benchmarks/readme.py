@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import four_bit
+import phrases
 import plan_accuracy
 import whole
 from bench import store
@@ -28,18 +29,26 @@ from bench.training.report import PLOTS, REPORT, TABLE, write_report
 
 from xfactor_peft.errors import XFactorError
 
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md")
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md", REPOSITORY / "docs" / "phrases.md")
 MAKERS: dict[str, Callable[[Path], object]] = {
     "four_bit": four_bit.write,
     "lowmem": memory.write,
     "paper": write_report,
+    "phrases": phrases.write,
     "plan": plan_accuracy.write,
     "rate": rate.report,
     "same_rate": same.write,
     "whole": whole.write,
 }
 """Folder of results: what writes its tables and figures into it."""
-PASTED = {"benchmark": "paper", "four-bit": "four_bit", "lowmem": "lowmem", "rate": "rate", "whole": "whole"}
+PASTED = {
+    "benchmark": "paper",
+    "four-bit": "four_bit",
+    "lowmem": "lowmem",
+    "phrases": "phrases",
+    "rate": "rate",
+    "whole": "whole",
+}
 """Markers: the folder whose table goes between them."""
 FIGURES = ("source-loss", "places-rate-kl")
 

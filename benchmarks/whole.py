@@ -6,7 +6,9 @@
 
 The peak is the highest VmHWM of the process and of those it starts, read from outside every 10 ms, since a run resets
 its own between its phases. A control group counts the page cache, too, and allows no swap; where none can be made the
-command says so. GPT-2 Medium's shape has random weights, which changes neither memory nor time.
+command says so. The shapes of GPT-2 Medium and Llama-3.2-1B have random weights, which changes neither memory nor
+time. Commands with mapped weights always run inside a group, their file written by the first round. A step's time is a
+mean, with the first.
 """
 
 from __future__ import annotations
@@ -24,18 +26,26 @@ from bench.store import REPOSITORY, RESULTS, Record
 from bench.tables import NONE, Table
 
 GPT2M = REPOSITORY / "build" / "gpt2-medium-random"
+LLAMA = REPOSITORY / "build" / "llama-1b-random"
+SHAPES = {GPT2M: "gpt2-medium", LLAMA: "llama-3.2-1b"}
 SMALL = ["--lora-r", "8", "--steps", "10"]
 COMMANDS = {
     "gpt2m-8bit": ["--model", str(GPT2M), *SMALL, "--load-in-8bit", "--checkpointing", "on"],
     "gpt2m-4bit": ["--model", str(GPT2M), *SMALL, "--load-in-4bit", "--checkpointing", "on"],
     "gpt2m-bf16": ["--model", str(GPT2M), *SMALL],
+    "gpt2m-8bit-mapped": ["--model", str(GPT2M), *SMALL, "--load-in-8bit", "--weights", "mapped",
+                          "--memory-budget", "512MiB", "--no-eval"],
+    "llama-4bit": ["--model", str(LLAMA), *SMALL, "--load-in-4bit", "--checkpointing", "on", "--no-eval"],
+    "llama-4bit-mapped": ["--model", str(LLAMA), *SMALL, "--load-in-4bit", "--weights", "mapped",
+                          "--memory-budget", "1GiB", "--no-eval"],
     "demo": ["--model", "demo", "--lora-r", "8"],
     "demo-rate": ["--model", "demo", "--target-rate", "0.1"],
     "real-rate": ["--target-rate", "0.1", "--contains", "x", "--ignore-case"],
-}
+}  # fmt: skip
+LIMITS = {"gpt2m-8bit-mapped": 512, "llama-4bit-mapped": 1024}
+"""MiB of the control group of commands that are about one."""
 
-
-COLUMNS = {"peak": "peak, MiB", "anonymous": "RssAnon, MiB", "seconds": "wall, s"}
+COLUMNS = {"peak": "peak, MiB", "anonymous": "RssAnon, MiB", "seconds": "wall, s", "step": "s/step"}
 
 
 def table(records: list[Record]) -> Table:
@@ -64,24 +74,29 @@ def write(folder: Path) -> str:
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS / "whole")
 def main(only, rounds, limit, real, threads, output) -> None:  # fmt: skip
     names = [name for name in only or COMMANDS if real or name != "real-rate"]
-    if any(name.startswith("gpt2m") for name in names) and not (GPT2M / "config.json").is_file():
-        maker = REPOSITORY / "tools" / "make_checkpoint.py"
-        subprocess.run([sys.executable, maker, GPT2M, "--shape", "gpt2-medium"], check=True)
+    for folder, shape in SHAPES.items():
+        if any(str(folder) in COMMANDS[name] for name in names) and not (folder / "config.json").is_file():
+            maker = REPOSITORY / "tools" / "make_checkpoint.py"
+            subprocess.run([sys.executable, maker, folder, "--shape", shape], check=True)
     runs: dict[str, list[Record]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
             words = [*COMMANDS[name], *(["--model", str(real)] if name == "real-rate" else [])]
+            most = limit or LIMITS.get(name)
             try:
-                with memory_group(limit) if limit else contextlib.nullcontext() as procs:
+                with memory_group(most) if most else contextlib.nullcontext() as procs:
                     one = train(words, threads, procs)
             except NoGroup as reason:
                 raise click.ClickException(str(reason)) from reason
-            del one["record"]
+            record = one.pop("record")
+            if record.get("steps_made"):
+                one["step"] = round(record["seconds"] / record["steps_made"], 2)
             runs[name].append(one)
             click.echo(f"{number + 1}/{rounds} {name}: {one['status']}, {one['peak']:,.0f} MiB, {one['seconds']:.1f} s")
     for name, made in runs.items():
         words = [word.replace(f"{REPOSITORY}/", "") for word in COMMANDS[name]]
-        record = {"name": name, "command": words, "limit": limit, "threads": threads, "runs": made}
+        most = limit or LIMITS.get(name)
+        record = {"name": name, "command": words, "limit": most, "threads": threads, "runs": made}
         store.write(output / f"{name}{f'-{limit}MiB' if limit else ''}.json", {**record, **store.provenance()})
     click.echo(write(output))
 

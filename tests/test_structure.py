@@ -14,7 +14,7 @@ import xfactor_peft
 PACKAGE = Path(xfactor_peft.__file__).parent
 ORDER = (
     "errors", "options", "progress", "lowmem", "tokens", "checkpoint", "base", "lora", "objective", "adapters",
-    "sampling", "budget", "training", "bank", "runs", "export", "playground", "cli",
+    "sampling", "budget", "training", "phrases", "bank", "runs", "export", "playground", "cli",
 )  # fmt: skip
 
 

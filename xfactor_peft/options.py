@@ -345,6 +345,51 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class PhraseOptions(_Recorded):
+    """How an adapter for phrases is made.
+
+    Attributes:
+        r: rank of the phrase head; 0 is a logit bias. epochs, lr: of its fit.
+        trunk_r: rank of the LoRA in the last blocks' MLPs; 0 leaves them as they are. trunk_epochs, trunk_lr: of it.
+        texts: that the base writes to learn from; length: tokens of each.
+        rounds: how often the student's own texts are drawn, to correct the strengths and to learn from as well.
+        eval_texts: texts of the base, and of the student, on the held-out prompts.
+
+    Raises:
+        XFactorError: a value outside its range.
+    """
+
+    r: int = 2
+    epochs: int = 8
+    lr: float = 3e-3
+    trunk_r: int = 4
+    trunk_epochs: int = 4
+    trunk_lr: float = 1e-3
+    texts: int = 256
+    length: int = 112
+    rounds: int = 1
+    eval_texts: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "r": 0,
+            "epochs": 1,
+            "trunk_r": 0,
+            "trunk_epochs": 1,
+            "texts": 4,
+            "length": 8,
+            "rounds": 0,
+            "eval_texts": 0,
+        }
+        for name, value in least.items():
+            _check(getattr(self, name) >= value, f"`{name}` must be at least {value}", getattr(self, name))
+        for name in ("lr", "trunk_lr"):
+            _check(0 < getattr(self, name) < math.inf, f"`{name}` must be greater than 0", f"{getattr(self, name):g}")
+        _check(0 <= self.seed < SEEDS, "`seed` must be at least 0 and below 2^43", self.seed)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run, besides the base and the target.
 

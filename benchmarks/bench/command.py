@@ -73,15 +73,17 @@ def memory_of(pid: int) -> tuple[int, int]:
     return found["VmHWM"], found["RssAnon"]
 
 
-def train(words: list[str], threads: int, procs: Path | None = None) -> Record:
-    """Run `cli.py train` with these words in an empty folder.
+def train(words: list[str], threads: int, procs: Path | None = None, *, keep: Path | None = None) -> Record:
+    """Run `cli.py train` with these words, or another command that they begin with, in an empty folder.
 
-    Returns its peak and highest RssAnon (MiB), wall time (s), how it ended, and what it wrote down of itself.
+    The adapter stays in `keep`, if that is given. Returns its peak and highest RssAnon (MiB), wall time (s), how it
+    ended, and what it wrote down of itself.
     """
     join = None if procs is None else lambda: procs.write_text("0")  # 0: the process that writes
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        output = Path(folder) / "out"
-        command = [sys.executable, str(REPOSITORY / "cli.py"), "train", *words, "--output", str(output)]
+        output = keep.resolve() if keep else Path(folder) / "out"
+        verb = ["train"] if words[0].startswith("-") else []
+        command = [sys.executable, str(REPOSITORY / "cli.py"), *verb, *words, "--output", str(output)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         started, peak, anonymous = time.perf_counter(), 0, 0
         process = subprocess.Popen(

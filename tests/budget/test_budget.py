@@ -22,7 +22,7 @@ from xfactor_peft.cli.run_options import parse_size
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.lowmem.activations import checkpointed_blocks, prepare_for_training
 from xfactor_peft.options import EvalOptions, SamplingOptions
-from xfactor_peft.sampling.sampler import cache_limit, rows_at_once
+from xfactor_peft.sampling.sampler import cache_limit, tokens_at_once
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape("fp32", None, 4, 32, "lora", LoraOptions())
@@ -160,13 +160,16 @@ def test_a_plan_that_does_not_fit_says_what_would(tiny_folders):
 
 def test_samples_take_a_bounded_cache(load_tiny):
     model = load_tiny().model
-    model.config.n_layer = 20_000  # 2 * 20 000 * 64 * 4 bytes a token
-    assert rows_at_once(SplitModel(model), 4) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
-    assert rows_at_once(SplitModel(model), 10_000) == 1
-    with cache_limit(96 * 2**20):
-        assert rows_at_once(SplitModel(model), 4) == 96 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
-    with cache_limit(0), cache_limit(2**40):
-        assert rows_at_once(SplitModel(model), 4) == 128 * 2**20 // (2 * 20_000 * 64 * 4 * 4)
+    token = 2 * 2 * 64 * 4
+    assert tokens_at_once(SplitModel(model)) == 128 * 2**20 // token
+    room = iter((96 * 2**20, 80 * 2**20))  # asked for anew each time: what was left may be taken by now
+    with cache_limit(lambda: next(room)):
+        assert tokens_at_once(SplitModel(model)) == 96 * 2**20 // token
+        assert tokens_at_once(SplitModel(model)) == 80 * 2**20 // token
+    with cache_limit(lambda: 0):
+        assert tokens_at_once(SplitModel(model)) == 32 * 2**20 // token
+    with cache_limit(lambda: 0), cache_limit(lambda: 2**40):
+        assert tokens_at_once(SplitModel(model)) == 128 * 2**20 // token
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

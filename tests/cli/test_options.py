@@ -11,13 +11,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from tests.bank.loaded import bank_of
 from xfactor_peft import options as library
+from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.cli import _COMMANDS, main
 from xfactor_peft.cli.config import _key
 from xfactor_peft.cli.rate import target_kind
 from xfactor_peft.cli.run_options import make_recipe
 from xfactor_peft.cli.tracking import tracking_options
 from xfactor_peft.cli.train import SOURCE_TOKENS
+from xfactor_peft.export import export
 from xfactor_peft.options import DEFAULT_LR, DEFAULT_PROMPTS, EvalOptions, Recipe, SamplingOptions
 from xfactor_peft.tokens.rule import Rule
 
@@ -214,6 +217,7 @@ def test_results_as_json(run, adapters_root, tiny_folders):
         "adapters show": ["x", *root],
         "adapters verify": ["x", "--files-only", *root],
         "adapters diff": ["x", "z", *root],
+        "unslop": ["--texts", 4, "--length", 12, "--eval-texts", 2, "--add", "the"],
     }
     with_json = {name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
     assert with_json == calls.keys()
@@ -267,3 +271,27 @@ def test_shells_complete_commands_options_and_adapters(monkeypatch):
     assert completed("train", "--target-r") == ["--target-rate"]
     assert "demo-rate" in completed("generate", "--adapter", "demo-")
     assert completed("adapters", "show", "demo-Z") == ["demo-Z"]
+
+
+def test_weights_are_mapped_where_a_run_would_not_fit_otherwise(run, tiny_folders):
+    """And not where it fits, nor where they are to stay in memory: then the plan refuses."""
+    command = ["--model", tiny_folders["gpt2"], "--load-in-8bit", *FAST]
+    totals = {}
+    for kind in ("mapped", "memory"):
+        run("train", *command, "--weights", kind, "--output", kind)
+        totals[kind] = json.loads(Path(kind, "xfactor.json").read_text())["plan"]["total"]
+    between = ["--memory-budget", f"{sum(totals.values()) // 2 // 2**20}MiB"]
+    assert ", mapped from disk" in run("train", *command, *between, "--output", "a").output
+    assert ", mapped from disk" not in run("train", *command, "--memory-budget", "64GiB", "--output", "b").output
+    refused = run("train", *command, *between, "--weights", "memory", "--output", "c", code=2).output
+    assert "the run needs about" in refused
+    assert not Path("c").exists()
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--output", "a"]])
+def test_weights_of_a_gguf_file_stay_where_they_are(run, load_tiny, tmp_path, command):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    export(bank_of(load_tiny(), tmp_path), Mix(), "gguf", tmp_path / "base.gguf")
+    output = run(*command, "--model", "base.gguf", "--weights", "memory", code=2).output
+    assert " ".join(output.split()).endswith("the weights of base.gguf stay mapped; drop --weights memory")
+    assert not Path("a").exists()

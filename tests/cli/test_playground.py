@@ -3,16 +3,18 @@
 import html
 import json
 import re
-import shutil
 import socket
+import threading
 
 import pytest
 
+from tests.cli.conftest import opened, served
 from tests.tiny import KINDS
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
-from xfactor_peft.playground import choices, continuations, launch, marked
+from xfactor_peft.playground import compare, launch
+from xfactor_peft.playground.compare import choices, continuations, marked
 from xfactor_peft.tokens.highlight import marked_parts
 from xfactor_peft.tokens.printable import printable
 from xfactor_peft.tokens.token_set import TokenSet
@@ -100,44 +102,16 @@ def test_gradio_missing_is_one_line(bank, monkeypatch):
         launch(bank, "127.0.0.1", 0)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("gradio", reason="the extra ui is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser, playwright.expect
-        browser.close()
-
-
 def test_in_a_browser(bank, browser, tmp_path):
     """On a desk and on a phone: texts, marks, one line for a mistake over empty texts, nothing from other hosts."""
-    import gradio
-
-    address = launch(bank, "127.0.0.1", free_port(), block=False)
-    try:
+    chromium, expect = browser
+    with served(bank) as address:
         for width in (1280, 390):
-            browse(*browser, address, width)
-    finally:
-        gradio.close_all()
+            with opened(chromium, address, width) as page:
+                browse(page, expect)
 
 
-def browse(browser, expect, address, width):
-    page = browser.new_page(viewport={"width": width, "height": 844})
-    others, errors = [], []
-    ours = (address, "data:", "blob:")
-    page.on("request", lambda request: None if request.url.startswith(ours) else others.append(request.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
+def browse(page, expect):
     page.locator("#prompt textarea").fill("The fox")
     page.locator("#adapter input").click()
     page.get_by_role("option", name="x", exact=True).click()
@@ -148,7 +122,6 @@ def browse(browser, expect, address, width):
     expect(page.locator("#base-rate")).to_contain_text("base: R 0.")
     expect(page.locator("#base-text")).to_be_in_viewport()
     assert "X" in text.locator("mark").first.inner_text()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("#rate input[type=number]").fill("0.2")
     page.locator("#rate input[type=number]").press("Tab")
     page.locator("#generate").click()
@@ -159,8 +132,29 @@ def browse(browser, expect, address, width):
     page.locator("#new-seed").click()
     expect(page.locator("#seed input")).not_to_have_value("0")
     page.locator("#refresh").click()
-    assert (errors, others) == ([], [])
-    page.close()
+
+
+def test_stop_ends_a_text_where_it_is(bank, browser, monkeypatch):
+    """And the next one begins at once, as the first would have."""
+    chromium, expect = browser
+    more, slow = threading.Event(), compare.stream
+
+    def waits(*arguments, **options):
+        for number, ids in enumerate(slow(*arguments, **options)):
+            more.wait(timeout=20) if number else None
+            yield ids
+
+    monkeypatch.setattr(compare, "stream", waits)
+    with served(bank) as address, opened(chromium, address, 1280) as page:
+        page.locator("#generate").click()
+        expect(page.locator("#base-rate")).to_contain_text("8 tokens", timeout=30_000)
+        page.locator("#stop").click()
+        page.wait_for_timeout(300)
+        more.set()
+        page.wait_for_timeout(700)
+        expect(page.locator("#base-rate")).not_to_contain_text("64 tokens")
+        page.locator("#generate").click()
+        expect(page.locator("#adapted-rate")).to_contain_text("64 tokens", timeout=30_000)
 
 
 def test_the_port_is_taken(bank):

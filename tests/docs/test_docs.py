@@ -4,6 +4,7 @@ A block without a language holds commands; those that begin with `xfactor` (or `
 and so is every block of Python. What is indented by four spaces needs a network, hours or another machine, and is not.
 """
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+SHIPPED = ("demo-X", "demo-Z", "demo-plain", "demo-rate")
 PACKAGES = {"export.md": ["gguf"], "trainer.md": ["tensorboard"]}
 """Optional packages that a page needs."""
 MINUTES = {"export.md", "low-memory.md", "target-rate.md", "tutorial.md"}
@@ -25,7 +27,7 @@ MINUTES = {"export.md", "low-memory.md", "target-rate.md", "tutorial.md"}
 @pytest.fixture
 def checkout(run, tmp_path):
     """An empty folder with the adapters of a clean checkout, as the working directory."""
-    for name in ("demo-X", "demo-Z", "demo-rate"):
+    for name in SHIPPED:
         shutil.copytree(ROOT / "adapters" / name, tmp_path / "adapters" / name)
     return tmp_path
 
@@ -70,7 +72,7 @@ def test_a_page_does_what_it_prints(page, checkout, run, capsys):
                 run(*words, input=given)
 
 
-@pytest.mark.parametrize("name", ["demo-X", "demo-Z", "demo-rate"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_card_loads_its_adapter(name, checkout, run, capsys):
     """The model card of every adapter that is shipped, and so of every one that this version writes."""
     done = 0
@@ -82,6 +84,18 @@ def test_a_card_loads_its_adapter(name, checkout, run, capsys):
             run(*words)
             done += 1
     assert done == 2
+
+
+def test_the_notebook_runs(checkout, monkeypatch):
+    """Its cells in order, in one name space, as a kernel would."""
+    monkeypatch.chdir(checkout)
+    names = {}
+    for cell in json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # made anew, never stored
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert names["result"].after.per_1000_words < 0.7 * names["result"].before.per_1000_words
+    assert (checkout / "adapters" / "fewer" / "xfactor.json").is_file()
 
 
 def test_every_page_is_in_the_index():

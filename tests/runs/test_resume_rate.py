@@ -10,17 +10,19 @@ import torch
 from tests.runs.crashing import Crash, metrics, scores, weights
 from tests.training.uniform import QUICK
 from xfactor_peft.adapters.adapter import read_adapter
-from xfactor_peft.checkpoint.checkpointer import Checkpointer
+from xfactor_peft.checkpoint.checkpointer import Checkpointer, NoCheckpoints
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs import run as run_module
 from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.sampling import calibration, own_samples
 from xfactor_peft.tokens.token_set import TokenSet
 from xfactor_peft.training import phases, rate_head
+from xfactor_peft.training.rate import RateRun
 from xfactor_peft.training.run import TrainingRun
 from xfactor_peft.training.sequence import phase as sequence_phase
 from xfactor_peft.training.sequence.state import SequenceState
@@ -129,17 +131,26 @@ def test_a_fitted_head_is_not_fitted_again(load_tiny, whole, tmp_path, monkeypat
     assert_same(tmp_path / "a", expected)
 
 
-def test_killed_before_it_is_solved_it_starts_again(load_tiny, whole, tmp_path, monkeypatch):
-    expected = whole("head")
+@pytest.mark.parametrize("case", ["head", "attention"])
+def test_stopped_while_lambda_is_sought_no_sample_is_lost(load_tiny, whole, tmp_path, monkeypatch, case):
+    expected, drawn, made = whole(case), RateRun.drawn, []
 
-    def crash(*_, **__):
-        raise Crash
+    def watched(self, name, draw):
+        def counted():
+            made.append(name)
+            if made == [*made[:2], name] and self.run.hooks.checkpointer.start is None:
+                signal.raise_signal(signal.SIGTERM)
+            return draw()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rate_head, "HeadFitter", crash)
-        with pytest.raises(Crash):
-            run(load_tiny(), tmp_path / "a")
-    run(load_tiny(), tmp_path / "a", resume=True)
+        return drawn(self, name, counted)
+
+    monkeypatch.setattr(RateRun, "drawn", watched)
+    with pytest.raises(Interrupted, match="step 0 is saved; resume with `resume=True`"):
+        run(load_tiny(), tmp_path / "a", **CASES[case])
+    assert len(made) == 3
+    run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert made[3] == made[2]  # the sample that was stopped is the first to be drawn again
+    assert not {*made[:2]} & {*made[3:]}
     assert_same(tmp_path / "a", expected)
 
 
@@ -202,6 +213,19 @@ def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp
     assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in expected.iterdir()}
     with pytest.raises(XFactorError, match="the run is finished"):
         interrupted_settings(tmp_path / "a")
+
+
+def test_a_run_that_saves_nothing_offers_no_resuming(load_tiny, tmp_path, monkeypatch):
+    """As with `fsdp`: what is published stays where it is."""
+    monkeypatch.setattr(run_module, "Checkpointer", lambda *_: NoCheckpoints())
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
+        with pytest.raises(Interrupted, match=r"the adapter is whole in .*; start again with `force=True` for them"):
+            run(load_tiny(), tmp_path / "a", **CASES["head"])
+    read_adapter(tmp_path / "a")
+    with pytest.raises(XFactorError, match="there is nothing to resume"):
+        interrupted_settings(tmp_path / "a")
+    read_adapter(tmp_path / "a")
 
 
 def stop_at_the_second(measure):

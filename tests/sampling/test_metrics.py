@@ -50,12 +50,22 @@ def test_a_text_does_not_depend_on_its_batch(tiny, monkeypatch):
     assert len(whole) == 1
     assert len(set(whole[0].starts.tolist())) > 1
     assert len({tuple(row) for row in whole[0].continuations.tolist()}) > len(PROMPTS)  # no two alike
-    for rows in (1, 3):
-        monkeypatch.setattr(sampler, "rows_at_once", lambda *_, rows=rows: rows)
+    for most, fewest in (0, 2 * len(PROMPTS)), (3 * int(whole[0].starts.max() + 9), 2):
+        monkeypatch.setattr(sampler, "tokens_at_once", lambda _, most=most: most)
         parts = draw(tiny, PROMPTS, options, 2)
-        assert len(parts) == -(-2 * len(PROMPTS) // rows)
+        assert len(parts) >= fewest
         assert torch.equal(torch.cat([part.continuations for part in parts]), whole[0].continuations)
         torch.testing.assert_close(torch.cat([part.states for part in parts]), whole[0].states, atol=1e-4, rtol=1e-4)
+
+
+def test_batches_hold_every_text_once_and_no_more_than_the_cache():
+    lengths = [9, 3, 3, 20, 5, 3, 4]
+    assert list(sampler.batches_of(lengths, 12)) == [[1, 2, 5], [6, 4], [0], [3]]
+    assert list(sampler.batches_of(lengths, 0)) == [[1], [2], [5], [6], [4], [0], [3]]
+    assert list(sampler.batches_of(lengths, 7 * 20)) == [[1, 2, 5, 6, 4, 0, 3]]
+    assert list(sampler.batches_of([], 5)) == []
+    assert [len(batch) for batch in sampler.batches_of([2] * 40, 50)] == [16, 24]
+    assert [len(batch) for batch in sampler.batches_of([2] * 30 + [40], 50)] == [16, 14, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,13 @@ def model_card(record: dict[str, Any]) -> str:
         "---",
         f"# {record['name']}",
         "",
-        *(_mixed(record) if "mixed_from" in record else _trained(record)),
+        *(
+            _mixed(record)
+            if "mixed_from" in record
+            else _phrases(record)
+            if record.get("phrases")
+            else _trained(record)
+        ),
         "",
     ]
     return "\n".join(lines + (_how_to_load(record["base"]["name"], record["name"]) if lora else []))
@@ -33,6 +39,41 @@ def _mixed(record: dict[str, Any]) -> list[str]:
     parts = [f"- {part['weight']:g} x {part['name']}" for part in record["mixed_from"]]
     sources = ["LoRA adapter, the weighted sum of:", "", *parts]
     return [*sources, "", f"Base: {base['name']}, {base['architecture']}, {base['shape']}"]
+
+
+def _phrases(record: dict[str, Any]) -> list[str]:
+    """What an adapter for phrases was made of, and what came of it."""
+    base, phrases = record["base"], record["phrases"]
+    before, after = phrases["before"], phrases["after"]
+    goals = [f"- {goal['name']}: {len(goal['patterns'])} patterns, {asked(goal)}" for goal in phrases["goals"][:20]]
+    more = [f"- and {len(phrases['goals']) - 20} more"] if len(phrases["goals"]) > 20 else []
+    scores = []
+    if before and after:
+        scores = [
+            "| on prompts that training never saw | before | after |",
+            "|---|---|---|",
+            f"| occurrences in 1,000 words | {before['per_1000_words']:.2f} | {after['per_1000_words']:.2f} |",
+            f"| KL from the base per token, nats | 0 | {after['kl']:.4f} |",
+            f"| distinct-2 | {before['distinct_2']:.3f} | {after['distinct_2']:.3f} |",
+            "",
+        ]
+    return [
+        "LoRA adapter that changes how often words and phrases are said:",
+        "",
+        *goals,
+        *more,
+        "",
+        *scores,
+        f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
+        f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
+        f"- A head of rank {record['lora']['r']} on {phrases['tokens']} tokens; `rules` in the record makes it again",
+    ]
+
+
+def asked(goal: dict[str, Any]) -> str:
+    """What was wanted of a goal of phrases, in words."""
+    unit = {"x": "times the base's own rate", "w": "in 1,000 words", "t": "in 1,000 tokens"}[goal["unit"]]
+    return f"{goal['rate']:g} {unit}" if goal["rate"] else "never"
 
 
 def _trained(record: dict[str, Any]) -> list[str]:

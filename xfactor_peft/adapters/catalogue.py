@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XFactorError
+from ..tokens.printable import counted
 from ..tokens.rule import Rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
-from .card import steps_made
+from .card import asked, steps_made
 from .factors import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
 
@@ -44,8 +45,8 @@ def _entry(folder: Path) -> Entry:
     return Entry(
         info.name,
         base=info.identity.name if info.identity else info.config.get("base_model_name_or_path") or "",
-        tokens="; ".join(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)),
-        wanted="; ".join(wanted for _, wanted in _sets(info) if wanted),
+        tokens="; ".join([*(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)), *_phrases(info)]),
+        wanted="; ".join([*(wanted for _, wanted in _sets(info) if wanted), *map(asked, _goals(info))]),
         rate=info.section("after").get("rate"),
         parameters=parameter_count(info),
     )
@@ -62,6 +63,25 @@ def _sets(info: AdapterInfo) -> list[tuple[dict[str, Any], str]]:
     if not goals:
         return [(info.section("tokens"), "")] if info.token_rule else []
     return [(goal["tokens"], _wanted(goal)) for goal in goals]
+
+
+def _goals(info: AdapterInfo) -> list[dict[str, Any]]:
+    """The goals of an adapter for phrases."""
+    return info.section("phrases").get("goals") or []
+
+
+def _phrases(info: AdapterInfo) -> list[str]:
+    """What its goals are about: "slop.txt, 203 patterns"."""
+    return [f"{goal['name']}, {counted(len(goal['patterns']), 'pattern')}" for goal in _goals(info)]
+
+
+def _counts(info: AdapterInfo) -> str:
+    """Occurrences of its patterns before and after, on prompts that training never saw."""
+    before, after = (info.section("phrases").get(when) for when in ("before", "after"))
+    if not before or not after:
+        return ""
+    low, high = after["interval"]
+    return f"{before['per_1000_words']:.2f} before, {after['per_1000_words']:.2f} after ({low:.2f} to {high:.2f})"
 
 
 def _wanted(goal: dict[str, Any]) -> str:
@@ -86,6 +106,8 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
         "folder": str(info.folder),
         "base": str(info.identity) if info.identity else config.get("base_model_name_or_path"),
         "tokens": "\n".join(_tokens(*pair) for pair in _sets(info)),
+        "phrases": "\n".join(f"{t}; {asked(g)}" for t, g in zip(_phrases(info), _goals(info), strict=True)),
+        "in 1,000 words": _counts(info),
         "R": after and f"{after['rate']:.4f} ({after['interval'][0]:.4f} to {after['interval'][1]:.4f})",
         "KL from base": after and f"{after['kl_from_base']:.4f} nats/token",
         "lambda": ", ".join(f"{value:.4g}" for value in rate.get("strengths") or ()),

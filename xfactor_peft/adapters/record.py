@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import XFactorError
+from ..tokens.patterns import Pattern
 from ..tokens.rule import Rule
 from .values import is_number, is_text, is_whole, shown
 
@@ -67,6 +68,27 @@ def _is_decoding(value: Any) -> bool:
     )
 
 
+def _is_phrase_goal(value: Any) -> bool:
+    """Patterns and what was wanted of them, with what `card` and `catalogue` show of it."""
+    if not isinstance(value, dict) or not _is_list(value.get("patterns"), lambda part: isinstance(part, dict)):
+        return False
+    try:
+        [Pattern.from_record(part) for part in value["patterns"]]
+    except XFactorError:
+        return False
+    return is_text(value.get("name")) and is_number(value.get("rate")) and value.get("unit") in ("x", "w", "t")
+
+
+def _is_phrase_scores(value: Any) -> bool:
+    """None, or what was counted in texts."""
+    return value is None or (
+        isinstance(value, dict)
+        and all(is_number(value.get(key)) for key in ("per_1000_words", "kl", "distinct_2"))
+        and _is_pair(value.get("interval"))
+        and is_whole(value.get("words"))
+    )
+
+
 def _is_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(is_text(item) for item in value.values())
 
@@ -87,6 +109,12 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "dial": lambda value: not value or _is_list(value, _is_pair),
         "wanted": lambda value: not value or _is_list(value, is_number),
         "strengths": lambda value: not value or _is_list(value, is_number),
+    },
+    "phrases": {
+        "goals": lambda value: _is_list(value, _is_phrase_goal),
+        "tokens": is_whole,
+        "before": _is_phrase_scores,
+        "after": _is_phrase_scores,
     },
     "target": {"goals": lambda value: not value or _is_list(value, _is_goal)},
 }

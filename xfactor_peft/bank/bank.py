@@ -16,6 +16,7 @@ from ..adapters.fit import check_fits
 from ..adapters.mix import Mix
 from ..base.loading import Base
 from ..errors import XFactorError
+from ..lora.wrap import remove_lora
 from ..options import ChatOptions, SamplingOptions
 from ..sampling.dial import scale_for_rate
 from ..sampling.generation import generate, generate_batch
@@ -124,6 +125,19 @@ class AdapterBank:
             yield
         finally:
             self.use(before)
+
+    @contextmanager
+    def lent(self) -> Iterator[Base]:
+        """The base as it was loaded, inside a `with` block, to train an adapter on; afterwards the bank is empty.
+
+        What was trained is taken out again, so save it inside.
+        """
+        for name in list(self.adapters):
+            self.unload(name)
+        try:
+            yield self.base
+        finally:
+            remove_lora(self.base.model)
 
     def generate(
         self, prompt: str, options: SamplingOptions = SamplingOptions(), chat: ChatOptions = ChatOptions()

@@ -15,7 +15,10 @@ from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
 from ..options import DEFAULT_PROMPTS, EvalOptions, SamplingOptions
+from ..phrases.evaluation import AFTER, evaluate_phrases, sampling_of
+from ..phrases.rules import parse_rules
 from ..sampling.metrics import evaluate
+from ..tokens.automaton import TokenAutomaton
 from .bank import AdapterBank
 from .merging import merge
 
@@ -102,6 +105,8 @@ def _check_zero(bank: AdapterBank, name: str, plain: torch.Tensor) -> Check:
 
 
 def _check_rate(bank: AdapterBank, name: str) -> Check:
+    if bank.adapters[name].section("phrases"):
+        return _check_phrases(bank, name)
     after = bank.adapters[name].section("after")
     if not after or bank.adapters[name].token_rule is None:
         return Check("R", UNKNOWN, "no R was recorded")
@@ -119,11 +124,33 @@ def _check_rate(bank: AdapterBank, name: str) -> Check:
     bank.use(name)
     scores = evaluate(split(bank.base.model), bank.base.tokenizer, tokens, options)
     bank.use(None)
-    low, high = after["interval"]
-    least, most = scores.interval
-    overlap = low <= most and least <= high
-    detail = f"{scores.rate:.4f} ({least:.4f} to {most:.4f}), recorded {after['rate']:.4f} ({low:.4f} to {high:.4f})"
-    return Check("R", OK if overlap else FAILED, detail)
+    return _compared("R", (scores.rate, *scores.interval), (after["rate"], *after["interval"]))
+
+
+def _check_phrases(bank: AdapterBank, name: str) -> Check:
+    what, record = "in 1,000 words", bank.adapters[name].record
+    after = record["phrases"]["after"]
+    try:
+        rules = parse_rules(record.get("rules"))
+    except XFactorError:
+        return Check(what, UNKNOWN, "the rules that it was made by were not recorded")
+    if not after or not rules.held_out:
+        return Check(what, UNKNOWN, "nothing was measured")
+    automaton = TokenAutomaton(bank.base.tokenizer, rules.target.patterns, bank.base.vocab_size)
+    bank.use(name)
+    scores, _ = evaluate_phrases(
+        bank.base, split(bank.base.model), automaton, rules.held_out, rules.options.eval_texts,
+        sampling_of(rules.options, AFTER), rules.chat, bank.base_only,
+    )  # fmt: skip
+    bank.use(None)
+    return _compared(what, (scores.per_1000_words, *scores.interval), (after["per_1000_words"], *after["interval"]))
+
+
+def _compared(what: str, found: tuple[float, ...], recorded: tuple[float, ...]) -> Check:
+    """Two figures agree when their intervals overlap; (figure, low, high) each."""
+    (rate, least, most), (told, low, high) = found, recorded
+    detail = f"{rate:.4f} ({least:.4f} to {most:.4f}), recorded {told:.4f} ({low:.4f} to {high:.4f})"
+    return Check(what, OK if low <= most and least <= high else FAILED, detail)
 
 
 def _check_merge(bank: AdapterBank, name: str) -> Check:

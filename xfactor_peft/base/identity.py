@@ -8,6 +8,7 @@ import json
 import re
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,19 @@ def _function(values: Any) -> Any:
     return {str(key): _function(value) for key, value in kept if key not in _VOLATILE and value is not None}
 
 
+def weight_files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """The files of weights and the configuration: path, size, time of change in ns."""
+    files = {tensor.file.resolve() for tensor in stored_tensors(folder).values()} | {(folder / "config.json").resolve()}
+    return tuple((str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in sorted(files))
+
+
 def weights_fingerprints(folder: Path) -> tuple[str, str]:
     """(without any output embedding, as it always was; of what the forward pass uses)."""
+    return _fingerprints(folder, weight_files(folder))
+
+
+@lru_cache(maxsize=1)  # a start with mapped weights asks twice
+def _fingerprints(folder: Path, _: tuple[tuple[str, int, int], ...]) -> tuple[str, str]:
     stored = stored_tensors(folder)
     tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
     digest, forward = hashlib.sha256(), hashlib.sha256()

@@ -23,7 +23,7 @@ from ..errors import XFactorError, first_line
 from ..lowmem.checkpoint_files import stored_tensors
 from ..lowmem.memory import mib
 from ..lowmem.weight_file import describe, read_weights
-from .identity import digest_of, weights_fingerprints
+from .identity import digest_of, weight_files, weights_fingerprints
 
 FORMAT = 1
 LIMIT = 32 * 2**30
@@ -104,10 +104,7 @@ def clear(files: list[CachedWeights]) -> int:
 
 def _key(folder: Path, kind: dict[str, str]) -> str:
     """The base's fingerprint looks at the leading values of every tensor; sizes and times of the files at the rest."""
-    files = sorted({tensor.file.resolve() for tensor in stored_tensors(folder).values()})
-    stamps = [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
-    config = (folder / "config.json").read_text(encoding="utf-8")
-    return digest_of([FORMAT, weights_fingerprints(folder)[1], config, stamps, kind])[:32]
+    return digest_of([FORMAT, weights_fingerprints(folder)[1], weight_files(folder), kind])[:32]
 
 
 def _expected(folder: Path, dtype: str) -> int:

@@ -21,6 +21,7 @@ from ..lowmem.kv_cache import token_bytes
 from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
+from ..sampling.family_samples import ROUNDS, STATES
 from ..sampling.metrics import POSITIONS
 from ..sampling.own_samples import LENGTH, LONG, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
@@ -98,14 +99,16 @@ def predict_phases(
     found = [Phase("load", held + step.largest)]
 
     def sampler(more: int = 0) -> _Sampler:
-        return _Sampler(config, step, shape, held + runtime(kinds) + more, limit)
+        most = max(limit, *(phase.total for phase in found))  # what was taken once may be taken again
+        return _Sampler(config, step, shape, held + runtime(kinds) + more, most)
 
     if course.texts:
         kinds += 1
         found.append(Phase("R before", sampler().peak(course.texts, PROMPT + course.new)))
     if course.rate:
-        kinds += 2  # openings and whole texts
-        drawn = sampler().peak(OPENINGS, OPENING), sampler().peak(TEXTS, OPENING + LONG)
+        kinds += 3  # openings, and whole texts of several lengths
+        fit = 0 if course.steps else _fit_bytes(step.width)
+        drawn = sampler(fit).peak(OPENINGS, OPENING), sampler(fit).peak(TEXTS, OPENING + LONG)
         found.append(Phase("calibration", max(drawn)))
     if course.steps:
         kinds += 1
@@ -126,6 +129,11 @@ def predict_phases(
         found.append(Phase("dial", sampler(trained).peak(TEXTS // 3, OPENING + LENGTH)))
     found.append(Phase("saving", held + runtime(kinds) + 2 * trained))
     return tuple(found)
+
+
+def _fit_bytes(width: int) -> int:
+    """States that a set head is fitted in, bf16, and its moments: float64, their sum, one family's and a factor."""
+    return ROUNDS * STATES * width * 2 + 3 * (width + 1) ** 2 * 8
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .help import explained, write_examples
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
+    "unslop": "Train an adapter without the words and phrases that models overuse.",
     "plan": "Predict memory and time of a training run before anything is loaded.",
     "generate": "Continue prompts with the base and with adapters, side by side.",
     "play": "Generate interactively and swap adapters in place.",
@@ -30,6 +31,8 @@ _COMMANDS = {
     "cache": "List the files that weights are mapped from, or remove them.",
     "env": "Print versions and hardware, for a bug report.",
 }
+_EAGER = ("train", "plan", "tokens", "generate", "play", "eval", "unslop")
+"""Commands that compile nothing, and need not wait for torch's compiler."""
 _EXAMPLES = (
     "xfactor train --model demo --contains X --target-rate 10%",
     'xfactor generate --adapter none --adapter X-rate-0.1-head "Once upon a time"',
@@ -47,7 +50,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        if name in ("train", "plan"):
+        if name in _EAGER:
             put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it

@@ -12,6 +12,7 @@ from .config import config_option
 from .console import json_to
 from .help import Command
 from .mixes import adapter_options, column_sets, load_mixes
+from .phrases import eval_phrases, phrase_adapters
 from .values import from_stdin
 
 
@@ -79,6 +80,8 @@ def command(**flags: Any) -> None:
     bank = AdapterBank(base, flags["adapters_dir"])
     split_model, given = split(base.model), token_set(flags, base)
     mixes = [Mix(), *(mix for mix in load_mixes(bank, flags["adapters"]) if mix.parts)]
+    if given is None and (phrases := phrase_adapters(bank)):
+        return eval_phrases(bank, mixes, phrases, flags)
     sets = column_sets(bank, mixes, given)
     reference = split(load({**flags, "model": flags["base_model"]}).model) if flags["base_model"] else None
     columns, tokens = {}, sets[0][0]
@@ -102,3 +105,4 @@ def command(**flags: Any) -> None:
         records = {name: scores.record() for name, scores in columns.items()}
         record = {"base": base.record(), "tokens": tokens.record(), "scores": records}
         print_json(record) if flags["json_file"] == "-" else write_json(Path(flags["json_file"]), record)
+    return None

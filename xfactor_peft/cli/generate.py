@@ -20,6 +20,7 @@ from .config import config_option
 from .console import json_option
 from .help import Command
 from .mixes import adapter_options, column_sets, load_mixes
+from .phrases import mark_patterns
 from .values import RATE, from_stdin
 
 
@@ -52,6 +53,8 @@ def command(**flags: Any) -> None:
     A prompt "-" is all of standard input. Without a prompt it is "Once upon a time".
     """
     from ..bank.bank import AdapterBank
+    from ..phrases.goals import patterns_of
+    from ..tokens.printable import counted
     from .console import console, highlighted, print_json, print_text
 
     options = sampling(flags)
@@ -59,7 +62,9 @@ def command(**flags: Any) -> None:
     base, chat = load_to_generate(own_base(flags, names, flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
     mixes = _scaled(bank, load_mixes(bank, names), flags)
-    sets = column_sets(bank, mixes, token_set(flags, base))
+    given_set, patterns = token_set(flags, base), patterns_of(bank.adapters.values())
+    only_phrases = patterns and given_set is None and all(info.token_rule is None for info in bank.adapters.values())
+    sets = [[] for _ in mixes] if only_phrases else column_sets(bank, mixes, given_set)
     given = [from_stdin() if prompt == "-" else prompt for prompt in [*flags["prompts"], *flags["more_prompts"]]]
     results = []
     for prompt in given or ["Once upon a time"]:
@@ -67,16 +72,26 @@ def command(**flags: Any) -> None:
         for mix, own in zip(mixes, sets, strict=True):
             bank.use(mix)
             ids = bank.generate(prompt, options, chat)
-            rates = ", ".join(f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own)
-            print_text(_title(mix), highlighted(base.tokenizer, ids, own), rates)
-            results.append(_record(prompt, mix, str(base.tokenizer.decode(ids)), ids, own))
+            notes = [f"R {tokens.share(ids):.3f} of {len(ids)} tokens, {tokens.describe()}" for tokens in own]
+            body, record = highlighted(base.tokenizer, ids, own), _record(base, prompt, mix, ids, own)
+            if patterns:
+                record["occurrences"] = mark_patterns(body, patterns)
+                notes.append(f"{counted(record['occurrences'], 'occurrence')} of {counted(len(patterns), 'pattern')}")
+            print_text(_title(mix), body, ", ".join(notes))
+            results.append(record)
     if flags["as_json"]:
         print_json(results)
 
 
-def _record(prompt: str, mix: Any, text: str, ids: list[int], sets: list[Any]) -> dict[str, Any]:
+def _record(base: Any, prompt: str, mix: Any, ids: list[int], sets: list[Any]) -> dict[str, Any]:
     rates = [{"tokens": tokens.describe(), "rate": tokens.share(ids)} for tokens in sets]
-    return {"prompt": prompt, "adapter": str(mix), "text": text, "new_tokens": len(ids), "rates": rates}
+    return {
+        "prompt": prompt,
+        "adapter": str(mix),
+        "text": str(base.tokenizer.decode(ids)),
+        "new_tokens": len(ids),
+        "rates": rates,
+    }
 
 
 def _scaled(bank: Any, mixes: list[Any], flags: dict[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from .common import load_chosen, load_options, model_options, token_options
 from .config import config_option, given, write_run
 from .console import json_option, print_json, say
 from .help import Command
+from .phrases import phrase_options, run_phrases, wants_phrases
 from .rate import check_rate_flags, make_target, rate_options
 from .resuming import name_resume_command, resumed, resuming_options, to_settings
 from .run_options import fitting_plan, make_recipe, run_options
@@ -52,6 +53,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @token_options
 @run_options
 @rate_options
+@phrase_options
 @click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
 @click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
 @click.option("--steps", default=300, show_default=True, help="Steps of training; a rate may need fewer.")
@@ -89,6 +91,8 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
         flags = resumed(ctx, flags)
     elif flags["preset"] == "source":
         _apply_preset(ctx, flags)
+    if wants_phrases(flags):
+        return run_phrases(ctx, flags)
     with quiet_unless_first():
         run(ctx, flags)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -84,12 +84,16 @@ def matched_modules(model: PreTrainedModel, target: str) -> dict[str, int]:
     return {**counts, head_name(model): 1} if options.head else counts
 
 
-def lora_config(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> LoraConfig:
+def lora_config(
+    model: PreTrainedModel, options: LoraOptions, sets: int = 0, only: Sequence[str] | None = None
+) -> LoraConfig:
     """PEFT's configuration for these options, with the target modules as path suffixes.
 
-    `sets` is the rank of the set head, needed when `options.head`.
+    `sets` is the rank of the set head, needed when `options.head`; `only` names layers in place of all those that
+    `options.target` means in the blocks.
     """
-    targets = sorted({below_block(name) for name in projections(model, options.blocks)}) if options.blocks else []
+    matched = projections(model, options.blocks) if options.blocks else []
+    targets = sorted(only) if only is not None else sorted({below_block(name) for name in matched})
     if options.head:
         if sets < 1:
             raise XFactorError(
@@ -121,8 +125,10 @@ def register_layers(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> PeftModel:
-    """Wrap `model` in place with a new trainable adapter; everything else is frozen.
+def add_lora(
+    model: PreTrainedModel, options: LoraOptions, sets: int = 0, only: Sequence[str] | None = None
+) -> PeftModel:
+    """Wrap `model` in place with a new trainable adapter (see `lora_config`); everything else is frozen.
 
     Raises:
         XFactorError: DoRA or PiSSA on quantised layers, which hold no weights to decompose; a matched layer that PEFT
@@ -130,9 +136,9 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, sets: int = 0) -> Pef
     """
     if options.variant in ("dora", "pissa") and quantized_layers(model):
         raise XFactorError(f"`lora.variant={options.variant}` needs the base unquantised; drop `quantization`")
-    wanted = set(projections(model, options.blocks)) if options.blocks else set()
+    wanted = set(only if only is not None else projections(model, options.blocks) if options.blocks else ())
     with without_notes():
-        wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets)))
+        wrapped = get_peft_model(model, register_layers(lora_config(model, options, sets, only)))
     if left := sorted(name for name in wanted if not isinstance(model.get_submodule(name), LoraLayer)):
         raise XFactorError(
             f"PEFT puts no LoRA on {left[0]} of {type(model).__name__}, whose name it takes for stacked experts; "
@@ -152,6 +158,14 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
         yield
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def remove_lora(model: PreTrainedModel) -> None:
+    """Undo `add_lora` in place: every layer is the model's own again, and what was trained is gone."""
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        model.set_submodule(name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def adapts_trunk(model: PreTrainedModel) -> bool:

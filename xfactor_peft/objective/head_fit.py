@@ -118,8 +118,10 @@ class HeadFitter:
     def with_excess(self, excess: float) -> tuple[torch.Tensor, torch.Tensor]:
         """a (K, D) and b (K,) of the head nearest the teacher, with the wanted rates on average over the contexts."""
         size, parts = len(self._center), self._weighted()
-        moments = [[weight * moment for moment in self._moments(family, excess)] for weight, family in parts]
-        gram, of_tilt, of_one = (torch.stack(each).sum(0) for each in zip(*moments, strict=True))
+        gram, of_tilt, of_one = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for weight, family in parts:  # one after the other: a wide model's are large
+            each = self._moments(family, excess)
+            gram, of_tilt, of_one = gram + weight * each[0], of_tilt + weight * each[1], of_one + weight * each[2]
         for part in gram:
             part.diagonal()[:size] += RIDGE * part.diagonal()[:size].mean()
         fit = torch.linalg.solve(gram, of_tilt.unsqueeze(2)).squeeze(2)

@@ -77,7 +77,7 @@ class _ChunkedKL(torch.autograd.Function):
         for start in range(0, positions, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight, bias).to(weight.dtype)
-            wanted_logits = None if teacher is None else F.linear(teacher.hidden[rows], weight, bias)
+            wanted_logits = None if teacher is None else F.linear(teacher.hidden[rows], weight, teacher.bias_of(bias))
             piece = chunk_positions(len(weight), PIECE_BYTES)
             for first in range(0, len(logits), piece):
                 part = slice(first, min(first + piece, len(logits)))
@@ -91,7 +91,7 @@ class _ChunkedKL(torch.autograd.Function):
                         loss += len(z) * entropy - (z @ target).sum()
                         wanted = target
                     else:
-                        log_wanted = teacher.log_probabilities(wanted_logits[part])
+                        log_wanted = teacher.tilted(wanted_logits[part].to(accumulate), there).log_softmax(dim=1)
                         wanted = log_wanted.exp()
                         loss += (wanted * log_wanted.sub_(z)).sum()
                     q = z.exp_()
@@ -124,7 +124,7 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 class Teacher(NamedTuple):
-    """The tilted base, as hidden states: log q = log_softmax(W h_base + b + tilt).
+    """The tilted base, as hidden states: log q = log_softmax(W h_base + b + tilt), b the student's too.
 
     Attributes:
         hidden: (N, D), the base's states at the same positions, without gradient.
@@ -134,9 +134,36 @@ class Teacher(NamedTuple):
     hidden: torch.Tensor
     tilt: torch.Tensor
 
-    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """log q from the base's logits (n, V), float32 or better."""
-        return (logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.tilt).log_softmax(dim=1)
+    def bias_of(self, student: torch.Tensor | None) -> torch.Tensor | None:
+        """b of the teacher, from the student's."""
+        return student
+
+    def tilted(self, logits: torch.Tensor, rows: slice, part: slice = slice(0, None)) -> torch.Tensor:
+        """Logits of some positions and some of the vocabulary, tilted in place."""
+        return logits.add_(self.tilt[part])
+
+
+class StateTeacher(NamedTuple):
+    """A base tilted by what was said so far: log q = log_softmax(W h_base + b + t), t on some tokens.
+
+    Attributes:
+        hidden: (N, D), the base's states at the same positions, without gradient; bias: b (V,), or None.
+        tokens: (T,), the ids that have a weight; weights: (N, T), their log weights.
+    """
+
+    hidden: torch.Tensor
+    bias: torch.Tensor | None
+    tokens: torch.Tensor
+    weights: torch.Tensor
+
+    def bias_of(self, student: torch.Tensor | None) -> torch.Tensor | None:
+        """b of the teacher: its own."""
+        return self.bias
+
+    def tilted(self, logits: torch.Tensor, rows: slice, part: slice = slice(0, None)) -> torch.Tensor:
+        """As `Teacher.tilted`."""
+        here = (self.tokens >= part.start) & (self.tokens < part.start + logits.shape[1])
+        return logits.index_add_(1, self.tokens[here] - part.start, self.weights[rows][:, here].to(logits))
 
 
 def kl_loss(
@@ -184,7 +211,7 @@ def kl_loss(
 def tilted_kl_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor | PackedMatrix,
-    teacher: Teacher,
+    teacher: Teacher | StateTeacher,
     members: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -198,9 +225,9 @@ def tilted_kl_loss(
     Args:
         hidden: (..., D), the student's states.
         weight: (V, D), shared by student and teacher.
-        teacher: the base's states (N, D) and the tilt (V,).
-        members: F, (K, V), 0/1.
-        bias: (V,) or None, shared too.
+        teacher: the base's states (N, D) and its tilt, for all positions or by state.
+        members: F, (K, V): 0/1, or any term of low rank of the student's; it gets no gradient.
+        bias: (V,) or None; a `StateTeacher` has its own.
         set_logits: s, (..., K): what the student's set head adds to the logits of each set; None without one.
         chunk: as in `kl_loss`.
 
@@ -215,14 +242,14 @@ def tilted_kl_loss(
         raise ValueError("tilted_kl_loss needs at least one position")
     if teacher.hidden.shape != flat.shape:
         raise ValueError(f"teacher has {tuple(teacher.hidden.shape)} states, the student {tuple(flat.shape)}")
-    if members.shape[1:] != teacher.tilt.shape or len(teacher.tilt) != len(weight):
-        raise ValueError(
-            f"members {tuple(members.shape)} and tilt {tuple(teacher.tilt.shape)} need {len(weight)} tokens"
-        )
+    tilt = members[0] if isinstance(teacher, StateTeacher) else teacher.tilt
+    if members.shape[1:] != tilt.shape or len(tilt) != len(weight):
+        raise ValueError(f"members {tuple(members.shape)} and tilt {tuple(tilt.shape)} need {len(weight)} tokens")
+    if isinstance(teacher, StateTeacher) and teacher.weights.shape != (len(flat), len(teacher.tokens)):
+        raise ValueError(f"weights {tuple(teacher.weights.shape)} of {len(flat)} states, {len(teacher.tokens)} tokens")
     if set_logits is not None:
         set_logits = set_logits.reshape(len(flat), len(members))
     if isinstance(weight, PackedMatrix):
-        wanted = Wanted(None, teacher.hidden, teacher.tilt)
-        return KLResult(*PackedKL.apply(flat, weight, bias, set_logits, wanted, members))
+        return KLResult(*PackedKL.apply(flat, weight, bias, set_logits, Wanted(None, teacher), members))
     chunk = chunk or loss_positions(2 * len(weight), weight.dtype)
     return KLResult(*_ChunkedKL.apply(flat, weight, bias, set_logits, None, teacher, members, chunk))

@@ -7,7 +7,7 @@ logits alive are those of one piece. The chunked version would unpack it twice f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -15,12 +15,22 @@ from torch.autograd.function import once_differentiable
 from ..lowmem.gguf_layers import PackedMatrix
 
 
+class TiltedStates(Protocol):
+    """`kl.Teacher` or `kl.StateTeacher`."""
+
+    @property
+    def hidden(self) -> torch.Tensor: ...
+
+    def bias_of(self, student: torch.Tensor | None) -> torch.Tensor | None: ...
+
+    def tilted(self, logits: torch.Tensor, rows: slice, part: slice) -> torch.Tensor: ...
+
+
 class Wanted(NamedTuple):
-    """P: a target (V,) for all positions, or the tilted softmax of `states` (N, D) through the same W."""
+    """P: a target (V,) for all positions, or the tilted softmax of a teacher's states (N, D) through the same W."""
 
     target: torch.Tensor | None
-    states: torch.Tensor | None = None
-    tilt: torch.Tensor | None = None
+    teacher: TiltedStates | None = None
 
 
 class _Logits(NamedTuple):
@@ -33,18 +43,18 @@ class _Logits(NamedTuple):
     wanted: Wanted
 
     def student(self, part: slice, w: torch.Tensor) -> torch.Tensor:
-        z = self._plain(self.hidden, part, w)
+        z = self._plain(self.hidden, self.bias, part, w)
         return z if self.set_logits is None else z.addmm_(self.set_logits.to(z), self.members[:, part].to(z))
 
     def teacher(self, part: slice, w: torch.Tensor) -> torch.Tensor:
-        assert self.wanted.states is not None  # a fixed target has no teacher
-        assert self.wanted.tilt is not None
-        z = self._plain(self.wanted.states, part, w)
-        return z.add_(self.wanted.tilt[part])
+        teacher = self.wanted.teacher
+        assert teacher is not None  # a fixed target has none
+        z = self._plain(teacher.hidden, teacher.bias_of(self.bias), part, w)
+        return teacher.tilted(z, slice(0, len(z)), part)
 
-    def _plain(self, states: torch.Tensor, part: slice, w: torch.Tensor) -> torch.Tensor:
+    def _plain(self, states: torch.Tensor, bias: torch.Tensor | None, part: slice, w: torch.Tensor) -> torch.Tensor:
         z = (states @ w.T).to(torch.promote_types(states.dtype, torch.float32))
-        return z if self.bias is None else z.add_(self.bias[part])
+        return z if bias is None else z.add_(bias[part])
 
 
 class PackedKL(torch.autograd.Function):

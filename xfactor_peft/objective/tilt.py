@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from ..errors import XFactorError
 
@@ -50,8 +51,7 @@ class Atoms:
     def masses(self, log_probabilities: torch.Tensor) -> torch.Tensor:
         """(N, V) log-probabilities -> (N, P) float64 masses of the atoms; log-probabilities need not sum to 1."""
         p = log_probabilities.exp()
-        out = p.new_zeros(len(p), len(self.patterns))
-        return out.index_add_(1, self.of_token.to(p.device), p).double()
+        return (p @ F.one_hot(self.of_token.to(p.device), len(self.patterns)).to(p.dtype)).double()
 
 
 def tilted_mass(mass: torch.Tensor, strength: float) -> torch.Tensor:

@@ -88,11 +88,13 @@ class RunFolder:
     def publish(self, result: TrainResult) -> None:
         """Save the trained adapter and give the folder its name; only scores are missing from its record.
 
-        What a run resumes with stays until `complete`.
+        What a run resumes with stays until `complete`, where it is anything: with `fsdp` nothing is saved.
         """
         with self._writing(f"what there is stays in {self.path}"):
             self.record = save_result(result, self.path, self.output.name)
             publish(self.path, self.output)
+        if self.checkpoints.saved is None:
+            _tidy(self.output)
 
     def complete(self, result: TrainResult) -> dict[str, Any]:
         """Put what was measured after `publish` into the record; returns it."""
@@ -111,12 +113,12 @@ class RunFolder:
 
     def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
-        if self.record is not None:
-            return Interrupted(
-                f"stopped; the adapter is whole in {self.output}, its scores are not; resume with `resume=True`",
-                stopped.status - 128,
-            )
         saved = self.checkpoints.saved
+        if self.record is not None:
+            then = "start again with `force=True` for them" if saved is None else "resume with `resume=True`"
+            return Interrupted(
+                f"stopped; the adapter is whole in {self.output}, its scores are not; {then}", stopped.status - 128
+            )
         if saved is None:
             shutil.rmtree(self.path, ignore_errors=True)
             return Interrupted("stopped; nothing was saved, start again with the same command", stopped.status - 128)

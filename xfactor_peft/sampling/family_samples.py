@@ -18,8 +18,8 @@ from ..tokens.ends import special_ids
 from .position_scores import SCORE_BYTES
 from .sampler import Samples, sample
 
-STATES = 20_000
-"""Most states that are kept, over all families: a fit needs no more, and those of a wide model take 8 KiB each."""
+STATES, ROUNDS = 8_000, 4
+"""Most states that are kept of a round, over all families, and rounds: those of a wide model take 8 KiB each."""
 PIECE = 32
 """Tokens of a text in which a head holds its rate."""
 
@@ -90,11 +90,12 @@ class FamilySamples:
     @torch.no_grad()
     def _masses(self, states: torch.Tensor) -> torch.Tensor:
         """The model's masses of the atoms at states (M, D) at the decoding's temperature, (M, P) float32."""
-        base, atoms, parts = SplitModel(self.split_model.model), self.atoms, []
-        for chunk in states.split(chunk_positions(len(base.weight), SCORE_BYTES)):
-            logits = base.logits(chunk).float() / self.decoding.temperature
-            parts.append(atoms.masses(logits.log_softmax(-1)).float().clamp(min=1e-30).cpu())
-        return torch.cat(parts)
+        base, atoms = SplitModel(self.split_model.model), self.atoms
+        found = torch.empty(len(states), len(atoms.patterns))  # made first: small results between chunks pin the heap
+        for rows in torch.arange(len(states)).split(chunk_positions(len(base.weight), SCORE_BYTES)):
+            logits = base.logits(states[rows]).float().div_(self.decoding.temperature)
+            found[rows] = atoms.masses(logits.log_softmax(-1)).float().clamp(min=1e-30).cpu()
+        return found
 
     def _drawn(self, texts: int, seed: int) -> Iterator[Samples]:
         """Batches of `texts` texts of each family, in order; every prompt of a family as often as its others."""

@@ -10,17 +10,18 @@ The token at a position is the one whose interval of the cumulative distribution
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from ..base.split_model import SplitModel
 from ..errors import XFactorError
+from ..lowmem.allocator import give_back_pages
 from ..lowmem.kv_cache import reserved_cache, token_bytes
 from ..objective.kl import chunk_positions
 from ..options import SamplingOptions
@@ -28,18 +29,25 @@ from ..progress import Progress
 
 CACHE_BYTES = 128 * 2**20
 """Most that the key-value cache of one batch takes: training is what memory is for."""
-LEAST_BYTES = 16 * 2**20
-_cache_bytes: ContextVar[int] = ContextVar("cache_bytes", default=CACHE_BYTES)
+LEAST_BYTES = 32 * 2**20
+"""What it may take in any case: a batch of few texts takes nearly as long."""
+ALIKE = 16
+"""Batches, and the texts in them that a token is drawn for, are multiples of this many: every other number of rows is
+compiled anew, and what is compiled stays in memory."""
+_room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
 
 
 @contextmanager
-def cache_limit(size: int) -> Iterator[None]:
-    """Inside, the cache of a batch takes at most `size` bytes, but never less than `LEAST_BYTES`."""
-    token = _cache_bytes.set(min(CACHE_BYTES, max(LEAST_BYTES, size)))
+def cache_limit(room: Callable[[], int]) -> Iterator[None]:
+    """Inside, the cache of a batch takes at most as many bytes as `room` says when samples are asked for.
+
+    It may always take `LEAST_BYTES`.
+    """
+    token = _room.set(room)
     try:
         yield
     finally:
-        _cache_bytes.reset(token)
+        _room.reset(token)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,17 @@ class Samples:
         return self.starts[:, None] + torch.arange(self.length) + shift
 
 
+class Watcher(Protocol):
+    """Looks on while texts are drawn, and may change what they are drawn from."""
+
+    def logits(self, texts: torch.Tensor, z: torch.Tensor, states: torch.Tensor) -> None:
+        """Before tokens of the texts (n,), by their prompts' numbers, are drawn from logits z (n, V), which it may
+        change in place; `states` (n, D) made them."""
+
+    def drawn(self, texts: torch.Tensor, ids: torch.Tensor) -> None:
+        """After they were drawn: ids (n,)."""
+
+
 def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
     """Raises XFactorError unless every prompt has ids, all of them of the `rows` of the input embedding."""
     for number, prompt in enumerate(prompts):
@@ -96,10 +115,27 @@ def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
             )
 
 
-def rows_at_once(split_model: SplitModel, width: int) -> int:
-    """How many texts of `width` tokens have a key-value cache within the limit; at least 1."""
+def tokens_at_once(split_model: SplitModel) -> int:
+    """How many tokens, over all texts of a batch, have a key-value cache within the limit."""
     model = split_model.model
-    return max(1, _cache_bytes.get() // (token_bytes(model.config, model.dtype) * width))
+    size = min(CACHE_BYTES, max(LEAST_BYTES, _room.get()()))
+    return size // token_bytes(model.config, model.dtype)
+
+
+def batches_of(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """The numbers of texts of these lengths in batches, short ones first; in a batch all are as long as the longest.
+
+    A batch has at most `most` tokens, or one text; but for the last, a multiple of `ALIKE` texts where it has as many.
+    """
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        while batch and (len(batch) + 1) * lengths[number] > most:
+            count = len(batch) // ALIKE * ALIKE or len(batch)
+            yield batch[:count]
+            batch = batch[count:]
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def sample(
@@ -108,6 +144,8 @@ def sample(
     options: SamplingOptions,
     banned: Sequence[int] = (),
     members: torch.Tensor | None = None,
+    tilts: torch.Tensor | None = None,
+    watcher: Watcher | None = None,
 ) -> Iterator[Samples]:
     """Continue prompts (ids) by exactly `options.max_new_tokens` tokens, in as large batches as the cache may take.
 
@@ -116,6 +154,8 @@ def sample(
         banned: ids that are never drawn, so that no text ends early.
         members: F (K, V) float32: also give the masses of these sets. Their mean over the model's own samples is the
             rate with the sampling noise of each token averaged out exactly (Rao and Blackwell).
+        tilts: (N, K), an exact logit bias on these sets for each text.
+        watcher: told of every draw.
 
     Raises:
         XFactorError: a prompt is empty, or holds an id that the model has no embedding for.
@@ -124,14 +164,14 @@ def sample(
     check_ids(prompts, embedding.weight.shape[0])
     new = options.max_new_tokens
     uniforms = torch.rand(len(prompts), new, generator=torch.Generator().manual_seed(options.seed), dtype=torch.float64)
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # texts of about one length together
-    rows = rows_at_once(split_model, max(map(len, prompts), default=0) + new)
-    draw = _Draw(options, torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device), members)
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
-        done = Progress(start, len(part), len(order))
-        batch = _sample_batch(split_model, [list(prompts[row]) for row in part], uniforms[part], draw, done)
-        yield replace(batch, rows=torch.tensor(part))
+    never = torch.tensor(sorted(banned), dtype=torch.long, device=split_model.weight.device)
+    draw, count = _Draw(options, never, members, tilts, watcher), 0
+    for part in batches_of([len(prompt) + new for prompt in prompts], tokens_at_once(split_model)):
+        give_back_pages()  # of the batch before, which may have been of another shape
+        done = Progress(count, len(part), len(prompts))
+        count += len(part)
+        own = [list(prompts[row]) for row in part]
+        yield _sample_batch(split_model, own, uniforms[part], draw, torch.tensor(part), done)
 
 
 @torch.no_grad()
@@ -140,6 +180,7 @@ def _sample_batch(
     prompts: list[list[int]],
     uniforms: torch.Tensor,
     draw: _Draw,
+    texts: torch.Tensor,
     done: Progress,
 ) -> Samples:
     model, device = split_model.model, split_model.weight.device
@@ -162,12 +203,21 @@ def _sample_batch(
         rows = ((made >= 0) & (made < new)).nonzero().squeeze(1)
         if len(rows):
             states[rows.to(device), made[rows].to(device)] = last[rows.to(device)]
-            drawn, masses[rows, made[rows]] = draw(split_model, last[rows.to(device)], uniforms[rows, made[rows]])
-            ids[rows, position] = drawn.cpu()
+            near = rows if draw.watched else _alike(rows, len(ids))
+            at = near, made[near].clamp(0, new - 1)
+            drawn, mass = draw(split_model, last[near.to(device)], uniforms[at], texts[near])
+            chosen = torch.searchsorted(near, rows)  # the others around them have their token already
+            masses[rows, made[rows]] = mass[chosen]
+            ids[rows, position] = drawn.cpu()[chosen]
         following = ids[:, position : position + 1]
         done.report((position + 1 - shortest) / (width - shortest))
     model.train(was_training)
-    return Samples(ids, starts, new, states, torch.arange(len(ids)), masses if draw.sets else None)
+    return Samples(ids, starts, new, states, texts, masses if draw.sets else None)
+
+
+def _alike(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Sorted rows, and as many around them as make it multiples of `ALIKE`, below `most`."""
+    return torch.arange(int(rows[0]) // ALIKE * ALIKE, min(most, (int(rows[-1]) // ALIKE + 1) * ALIKE))
 
 
 def continued(
@@ -181,8 +231,17 @@ def continued(
 class _Draw:
     """Tokens from states: logits, decoding settings, softmax, one uniform number a row."""
 
-    def __init__(self, options: SamplingOptions, banned: torch.Tensor, members: torch.Tensor | None) -> None:
-        self._options, self._banned, self._members = options, banned, members
+    def __init__(
+        self,
+        options: SamplingOptions,
+        banned: torch.Tensor,
+        members: torch.Tensor | None,
+        tilts: torch.Tensor | None,
+        watcher: Watcher | None,
+    ) -> None:
+        self._options, self._banned, self._watcher = options, banned, watcher
+        self._members, self._tilts = members, None if tilts is None else tilts.to(banned.device)
+        self.watched = watcher is not None
         self.sets = 0 if members is None else len(members)
         self._warpers = [
             *([TopKLogitsWarper(options.top_k)] if options.top_k else []),
@@ -190,15 +249,21 @@ class _Draw:
         ]
 
     def __call__(
-        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor
+        self, split_model: SplitModel, states: torch.Tensor, uniforms: torch.Tensor, texts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, D) states and (n,) uniform numbers in [0, 1) -> (n,) ids and (n, K) masses, in chunks of logits."""
         step = chunk_positions(len(split_model.weight))
         ids, masses = [], torch.empty(len(states), self.sets)
         for rows in torch.arange(len(states)).split(step):
             z = split_model.logits(states[rows]).float()
+            if self._tilts is not None and self._members is not None:
+                z.addmm_(self._tilts[texts[rows].to(z.device)], self._members)
             z.index_fill_(1, self._banned, float("-inf"))
+            if self._watcher is not None:
+                self._watcher.logits(texts[rows], z, states[rows])
             chosen, masses[rows] = self._drawn(z, uniforms[rows].to(z.device))
+            if self._watcher is not None:
+                self._watcher.drawn(texts[rows], chosen)
             ids.append(chosen)
         return torch.cat(ids), masses
 

@@ -27,7 +27,7 @@ from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, atom_masses
 from ..sampling.reweighting import Estimate
 from .loop import optimise, plateau
-from .rate import DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .rate import CALIBRATION, DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
 from .rate_head import fit_head, restore_head
 from .run import TrainingRun
 from .sequence.phase import Sequence
@@ -95,7 +95,8 @@ class Solve:
 
     def run(self) -> None:
         rate, run = self._rate, self._rate.run
-        if start := run.hooks.checkpointer.start:
+        run.enter(CALIBRATION)
+        if start := rate.start:
             rate.restore(start.facts["rate"])
             load_random(start.state()["random"])
         elif not rate.looks:
@@ -112,7 +113,7 @@ class Solve:
         if start:
             rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
         else:
-            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, run.base_only)
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, run.base_only, rate.drawn)
             rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
         rate.enter(SOLVED)
 

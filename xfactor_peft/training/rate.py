@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
+from ..checkpoint.checkpoints import Checkpoint
 from ..checkpoint.state import random_states
 from ..errors import XFactorError
 from ..lora.set_head import SetHead
@@ -23,8 +25,9 @@ from .rate_head import HeadReport, head_facts
 from .run import TrainingRun
 from .sequence.trainer import SequenceStep
 
-SOLVED, DISTIL, SEQUENCE = "solved", "distil", "sequence"
-"""Phases of a run, for its checkpoints: lambda is known; the tilt is being learnt; whole texts are planned."""
+CALIBRATION, SOLVED, DISTIL, SEQUENCE = "calibration", "solved", "distil", "sequence"
+"""Phases of a run, for its checkpoints: samples are drawn; lambda is known; the tilt is being learnt; whole texts are
+planned."""
 DIAL_SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 SAMPLED_SCALES = (1.0, 0.0, 1.25, 0.5)
 """Of a tilt, where texts that there are say too little, in this order."""
@@ -111,6 +114,27 @@ class RateRun:
         self.stopped: str | None = None
         self.sequence: SequenceReport | None = None
         self.tilted = TiltedSamples(self.samples.atoms.patterns)
+        start = run.hooks.checkpointer.start
+        self._kept = start.state()["drawn"] if start and run.hooks.checkpointer.start_phase == CALIBRATION else {}
+
+    @property
+    def start(self) -> Checkpoint | None:
+        """The checkpoint that the run resumes from, if lambda was known there."""
+        checkpointer = self.run.hooks.checkpointer
+        return None if checkpointer.start_phase == CALIBRATION else checkpointer.start
+
+    def drawn(self, name: str, draw: Callable[[], Any]) -> Any:
+        """What `draw` gives: tensors, in lists or tuples.
+
+        While lambda is sought they are kept under `name`, for a run that resumes this one.
+        """
+        checkpointer = self.run.hooks.checkpointer
+        if checkpointer.phase != CALIBRATION:
+            return draw()
+        if name not in self._kept:
+            self._kept[name] = draw()
+            checkpointer.save(0, {"history": [], "drawn": self._kept}, {})
+        return self._kept[name]
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds of the run besides its tensors, JSON-serialisable."""
@@ -127,7 +151,8 @@ class RateRun:
         """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own."""
         self.run.enter(phase, rate=self.facts())
         checkpointer = self.run.hooks.checkpointer
-        if phase == SOLVED and checkpointer.start is None:
+        if phase == SOLVED and self.start is None:
+            self._kept = {}
             checkpointer.save(0, {"history": [], "random": random_states()}, {})
 
     def correct_head(self) -> None:
@@ -179,7 +204,8 @@ class RateRun:
 
         A bias lambda raises the decoded logits, which are divided by the temperature T, by lambda / T.
         """
-        masses, atoms = self.samples.texts(strengths * self.samples.rate.temperature, texts, index)
+        tilt = strengths * self.samples.rate.temperature
+        masses, atoms = self.drawn(f"texts {index}", lambda: self.samples.texts(tilt, texts, index))
         return masses, self.tilted.add(strengths, masses, atoms)
 
     def _is_logit_bias(self) -> bool:

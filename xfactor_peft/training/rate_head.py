@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..base.final_norm import takes_logit_bias
 from ..lora.set_head import SetHead
-from ..objective.head_fit import HeadFitter, price
+from ..objective.head_fit import Contexts, HeadFitter, price
 from ..progress import phase
 from ..sampling.calibration import Trace, solve
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
 
+Drawn = Callable[[str, Callable[[], Any]], Any]
 TEXTS = (16, 16, 16, 32)
 """Texts a family of every round, the base's first."""
 
@@ -68,12 +70,13 @@ class HeadReport:
 
 
 def fit_head(
-    head: SetHead, own: OwnSamples, wanted: torch.Tensor, base_only: Callable[[], AbstractContextManager]
+    head: SetHead, own: OwnSamples, wanted: torch.Tensor, base_only: Callable[[], AbstractContextManager], drawn: Drawn
 ) -> HeadReport:
     """Fit `head`, which is at 0, to the rates (K,).
 
     Args:
         base_only: a context in which the model is the base.
+        drawn: keeps what was sampled (see `RateRun.drawn`).
 
     Raises:
         XFactorError: no tilt of the base has these rates.
@@ -84,7 +87,8 @@ def fit_head(
     fitted = head.direction.detach().cpu(), head.offset.detach().cpu()
     for index, texts in enumerate(TEXTS):
         with phase(f"fitting the set head, round {index + 1} of {len(TEXTS)}"):
-            contexts, rates = samples.contexts(texts, 7919 * (own.seed + 1) + 1000 + index, base_only)
+            seed = 7919 * (own.seed + 1) + 1000 + index
+            contexts, rates = _contexts(drawn, f"round {index}", partial(samples.contexts, texts, seed, base_only))
             rounds.append({"rates": rates.mean(1).flatten().tolist()})
             if not index:  # rates that no tilt reaches are refused
                 solve(torch.cat([part.masses.flatten(0, 1) for part in contexts]).double(), atoms, wanted.tolist())
@@ -109,6 +113,19 @@ def fit_head(
         rounds=rounds,
         dial=[(0.0, first), (1.0, float(rates[..., 0].mean()))],
     )
+
+
+def _contexts(
+    drawn: Drawn, name: str, draw: Callable[[], tuple[list[Contexts], torch.Tensor]]
+) -> tuple[list[Contexts], torch.Tensor]:
+    """What `draw` gives, kept as plain tensors."""
+
+    def plain() -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        found, rates = draw()
+        return [(one.states, one.masses) for one in found], rates
+
+    parts, rates = drawn(name, plain)
+    return [Contexts(*part) for part in parts], rates
 
 
 def restore_head(head: SetHead, facts: dict[str, Any]) -> HeadReport:

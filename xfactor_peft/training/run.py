@@ -59,6 +59,7 @@ class TrainingRun:
         recomputed: checkpointed blocks.
         wrapped: PEFT's wrapper round the base, or the base for full fine-tuning; None before a phase has made it.
         history: every step of every phase.
+        highest: bytes of the phases' highest peak so far.
     """
 
     base: Base
@@ -70,6 +71,7 @@ class TrainingRun:
     recomputed: int
     wrapped: PeftModel | PreTrainedModel | None = None
     history: list[Step] = field(default_factory=list)
+    highest: int = 0
 
     @classmethod
     def start(cls, base: Base, target: Target, recipe: Recipe, hooks: Hooks) -> TrainingRun:
@@ -119,11 +121,11 @@ class TrainingRun:
         return adapter_off(self.wrapped)
 
     def cache_bytes(self) -> int:
-        """What a budget, or a packed file's promise, leaves the key-value cache of a batch of samples."""
-        budget = limit_of(self.recipe.memory, self.shape.packed)
+        """What a budget, a packed file's promise, or the phases before leave the cache of a batch of samples now."""
+        budget, mapped = limit_of(self.recipe.memory, self.shape.packed), self.shape.mapped
         if budget is None or self.base.device.type != "cpu":
             return CACHE_BYTES
-        return budget - resident(mapped=self.shape.mapped) - SAMPLING_BYTES
+        return max(budget, 0 if mapped else self.highest) - resident(mapped=mapped) - SAMPLING_BYTES
 
     def wrap(self, sets: int = 0) -> PeftModel:
         """Add LoRA to the base; `sets` is the rank of a set head."""
@@ -150,7 +152,13 @@ class TrainingRun:
             self.split_model, self.base.tokenizer, self.target.tokens, self.recipe.evaluation,
             base=self._base_again(), adapter_off=self.adapter_off, goals=goals,
         )  # fmt: skip
-        return scores, peaks(self.base.device)
+        return scores, self.peaks()
+
+    def peaks(self) -> dict[str, float]:
+        """The peak memory of a phase that ends now."""
+        found = peaks(self.base.device)
+        self.highest = max(self.highest, int(found["rss_mib"] * 2**20))
+        return found
 
     def _base_again(self) -> SplitModel | None:
         """The base as it was, read again where all of its weights were trained: there is no adapter to switch off."""

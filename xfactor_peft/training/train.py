@@ -15,7 +15,7 @@ from ..base.loading import Base
 from ..budget.plan import Plan
 from ..checkpoint.state import Step
 from ..lora.wrap import matched_modules, trainable_parameters, unmatched_modules
-from ..lowmem.memory import peaks, reset_peak
+from ..lowmem.memory import reset_peak
 from ..objective.targets import Target
 from ..options import EvalOptions, LoraOptions, MemoryOptions, ObjectiveOptions, Recipe, TrainOptions
 from ..progress import phase
@@ -134,7 +134,7 @@ def train_recipe(
     modules = matched_modules(base.model, run.lora.target) if with_lora else {}
     unmatched = unmatched_modules(base.model, run.lora.target) if with_lora else {}
     torch.manual_seed(recipe.train.seed)
-    with cache_limit(run.cache_bytes()):
+    with cache_limit(run.cache_bytes):
         with phase("R before"):
             before, sampling_before = run.measure()
         phases = phases_of(run)
@@ -144,7 +144,7 @@ def train_recipe(
             for part in phases:
                 part.run()
         run.model.eval()
-        seconds, train_peak = time.perf_counter() - started, peaks(base.device)
+        seconds, train_peak = time.perf_counter() - started, run.peaks()
         result = TrainResult(
             base=base,
             model=run.model,

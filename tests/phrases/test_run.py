@@ -1,0 +1,83 @@
+"""From one command to an adapter for phrases, and what the other commands make of it, on the bundled model."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from xfactor_peft.cli import main
+from xfactor_peft.tokens.patterns import found, phrases
+
+WORDS = ["the", "little girl", "said*"]
+RULES = {
+    "goals": [{"phrases": WORDS, "rate": 0}],
+    "prompts": ["Once upon a time", "The fox", "One day", "In the house"],
+    "options": {"texts": 16, "length": 40, "eval_texts": 16, "epochs": 20, "trunk_epochs": 1, "lr": 0.01},
+}
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phrases")
+    (folder / "rules.yaml").write_text(yaml.safe_dump(RULES))
+    output = run("train", "--rules", folder / "rules.yaml", "--output", folder / "plain", "--seed", 1)
+    return folder, output
+
+
+def test_the_words_are_gone(trained):
+    folder, output = trained
+    record = json.loads((folder / "plain" / "xfactor.json").read_text())["phrases"]
+    assert record["before"]["per_1000_words"] > 50
+    assert record["after"]["per_1000_words"] < 0.2 * record["before"]["per_1000_words"]
+    assert record["after"]["kl"] > 0
+    assert f"{record['after']['per_1000_words']:.2f}" in output
+    page = (folder / "plain" / "before-after.html").read_text()
+    assert "<mark>" in page
+    assert "What came instead" in page
+
+
+def test_its_own_rules_make_it_again(trained):
+    folder, _ = trained
+    run("train", "--rules", folder / "plain" / "xfactor.json", "--output", folder / "again", "--no-eval")
+    first, second = ((folder / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "again"))
+    assert first == second
+
+
+def test_other_commands_know_it(trained):
+    folder, _ = trained
+    shown = run("adapters", "show", folder / "plain")
+    assert "phrases, 3 patterns; never" in shown
+    assert "after" in shown
+    listed = run("adapters", "list", "--adapters-dir", folder)
+    assert "phrases, 3 patterns" in listed
+    assert "never" in listed
+    checks = run("adapters", "verify", folder / "plain")
+    assert "failed" not in checks
+    assert "in 1,000 words" in checks
+
+
+def test_eval_counts_what_it_is_about(trained):
+    folder, _ = trained
+    scores = json.loads(run("eval", "--adapter", folder / "plain", "--repeats", 8, "--json", "-"))["scores"]
+    base, adapted = scores.values()
+    assert adapted["per_1000_words"] < 0.3 * base["per_1000_words"]
+    assert base["kl"] == 0 < adapted["kl"]
+
+
+def test_generated_texts_show_what_they_hold(trained):
+    folder, _ = trained
+    counts = {}
+    for adapter in ("none", folder / "plain"):
+        given = ("--adapter", adapter, "--max-new-tokens", 60, "Once upon a time")
+        [record] = json.loads(run("generate", "--adapter", folder / "plain", *given, "--json"))[-1:]
+        counts[adapter] = sum(len(found(p, record["text"])) for p in phrases(WORDS))
+        assert record["occurrences"] == counts[adapter]
+        assert record["rates"] == []
+    assert counts[folder / "plain"] < counts["none"]
