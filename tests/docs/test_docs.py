@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 SHIPPED = ("demo-X", "demo-Z", "demo-plain", "demo-rate")
 PACKAGES = {"export.md": ["gguf"], "trainer.md": ["tensorboard"]}
 """Optional packages that a page needs."""
-MINUTES = {"export.md", "low-memory.md", "target-rate.md", "tutorial.md"}
+MINUTES = {"export.md", "low-memory.md", "phrases.md", "target-rate.md", "tutorial.md"}
 """Pages of ten seconds to minutes, since they do what a user would: run by `make docs`, left out of the quick suite."""
 
 

@@ -30,8 +30,8 @@ class Policy:
 def problem():
     tokenizer = demo_tokenizer()
     automaton = TokenAutomaton(tokenizer, (Pattern("*abc*", ignore_case=False),), len(tokenizer))
-    letter = {raw: i for i, raw in automaton.bytes.items() if raw in (b"a", b"b", b"c", b" ")}
-    ids = torch.tensor([[letter[bytes([c])] for c in b" ab ababc "]])
+    letter = {raw: i for i, raw in automaton.bytes.items() if raw in (b"a", b"b", b"c", b" ", b"\xe2")}
+    ids = torch.tensor([[letter[bytes([c])] for c in b" ab ababc ab\xe2 "]])  # a row is empty amid a character
     states = np.array([automaton.run(ids[0].tolist())[0][:-1]])
     policy = Policy(automaton.vocab_size)
     policy.bias[list(letter.values())] += 7
@@ -63,6 +63,7 @@ def test_weights_are_those_of_the_text_itself(problem, strength):
         row, (average, _) = automaton.row(state), values.row(state)
         gains = [float(p[t, i]) * ((w if i == came else average[n]) - 1) for n, i in enumerate(row.ids)]
         following = 1.0 + sum(gains) if inside(state) else 1.0
+    assert any(not len(automaton.row(int(state)).ids) for state in texts.states[0])
     found = weights_along(policy, texts, values)[0]
     np.testing.assert_allclose(found, expected[::-1], atol=1e-4)
     average = np.array(
