@@ -74,7 +74,7 @@ class Arms:
     def ban_of_first(self, seed: int) -> Record:
         return self.scored(self.draw(seed, self.count, tilt=_Constant(first_tokens(self.automaton))))
 
-    def preference(self, seed: int, *, texts: int = 256, rank: int = 8, lr: float = 2e-4, beta: float = 0.1) -> Record:
+    def preference(self, seed: int, *, texts: int = 256, rank: int = 8, lr: float = 3e-5, beta: float = 0.1) -> Record:
         """Leaves the base changed: the last arm."""
         pairs = list(_pairs(self.policy, self.automaton, self.draw(seed, texts, self.fit)))
         torch.manual_seed(seed)
