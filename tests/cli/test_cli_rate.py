@@ -13,7 +13,7 @@ def test_a_rate_from_flags_to_text(run, tiny_folders):
     flat = " ".join(run("train", *model, "--target-rate", "0.2", *BRIEF).output.split())
     for words in (
         "wanted rate 0.2", "set head: rank 1 on lm_head", "no training steps: the set head is solved",
-        "wanted R → sampled R: 0.2 →",
+        "wanted R 0.2, sampled 0.",
         "nothing is left to learn", "x that of one constant", "openings", "short", "dial, scale: R",
         "KL: mass + inside + outside", "saved to adapters/X-rate-0.2-head",
     ):  # fmt: skip

@@ -71,6 +71,7 @@ def test_what_is_selected_is_marked_in_whole_words():
     assert marked_with("", "—", "0", TEXTS) == "chars:— = 0"
     assert marked_with("", "colour*", "0", TEXTS) == "colour* = 0"
     assert marked_with("", "unseen", "0", TEXTS) == "unseen = 0"
+    assert marked_with("", "sea", "0", ["research"]) == "sea = 0"  # typed, and in no text
     with pytest.raises(XFactorError, match="select a word"):
         marked_with("", "  ", "0", TEXTS)
 
@@ -248,7 +249,7 @@ def test_a_round_in_a_browser(load_tiny, browser, tmp_path, short):
         expect(marks).to_have_value("*e* = 0")  # the next round starts from here
         people.write_text("We see the sea. " * 300)
         page.locator("#like input[type=file]").set_input_files(people)
-        expect(marks).to_have_value(re.compile(r"^\*e\* = 1250\.\d+/1000w$"))
+        expect(marks).to_have_value("*e* = 1250/1000w")
         page.locator("#show").click()
         expect(page.locator("#texts .pair.alone .sample")).to_have_count(len(PROMPTS), timeout=30_000)
         expect(page.locator("#teach-problem .problem")).to_have_count(0)

@@ -41,7 +41,7 @@ def short():
         patch.setattr(calibration, "ROUNDS", (8, 16))
         patch.setattr(own_samples, "LENGTH", 16)
         patch.setattr(sequence_phase, "CHECK_TEXTS", 8)
-        patch.setattr(rate_head, "TEXTS", (16, 16))
+        patch.setattr(rate_head, "TEXTS", (4, 4, 8))
         yield
 
 

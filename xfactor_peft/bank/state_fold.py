@@ -11,6 +11,7 @@ What is lost, b (u h - 1) on the logits of the sets, is known in every context, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,8 @@ def fold_by_states(base: Base, bias: torch.Tensor) -> StateFold:
     length = min(LENGTH, tokens_left(base, 1) // 2)
     prompts = encode(base, bundled(FIT), length)
     samples = FamilySamples(base, split(base.model), members, prompts, SamplingOptions(length))
-    contexts, _ = samples.contexts(TEXTS, 11, torch.zeros(len(prompts), len(values)))
-    fold = _solved(Contexts.join(contexts), samples.atoms, values.double().cpu())
+    contexts, _ = samples.contexts(TEXTS, 11)
+    fold = _solved(contexts, samples.atoms, values.double().cpu())
     missed = (fold.rates_after - fold.rates).abs()
     if (missed > MOST_MISSED * fold.rates + 1e-4).any():
         raise XFactorError(
@@ -77,8 +78,9 @@ def fold_by_states(base: Base, bias: torch.Tensor) -> StateFold:
     return fold
 
 
-def _solved(contexts: Contexts, atoms: Atoms, values: torch.Tensor) -> StateFold:
-    h, m = contexts.states.double(), contexts.masses.double()
+def _solved(families: Sequence[Contexts], atoms: Atoms, values: torch.Tensor) -> StateFold:
+    h = torch.cat([family.states.flatten(0, 1) for family in families]).double()
+    m = torch.cat([family.masses.flatten(0, 1) for family in families]).double()
     mass = m @ atoms.patterns
     v = (mass * (1 - mass)) @ values.square()
     gram = (v[:, None] * h).T @ h

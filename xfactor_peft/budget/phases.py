@@ -21,11 +21,10 @@ from ..lowmem.kv_cache import token_bytes
 from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
-from ..sampling.family_samples import STATES
+from ..sampling.family_samples import ROUNDS, STATES
 from ..sampling.metrics import POSITIONS
-from ..sampling.own_samples import LENGTH, OPENINGS, TEXTS
+from ..sampling.own_samples import LENGTH, LONG, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
-from ..sampling.prompt_families import FIT, bundled
 from ..sampling.sampler import CACHE_BYTES, LEAST_BYTES
 from .dry_run import Shape, StepMemory
 from .memory_model import block_workspace, predict, runtime, scratch_bytes
@@ -109,7 +108,7 @@ def predict_phases(
     if course.rate:
         kinds += 3  # openings, and whole texts of several lengths
         fit = 0 if course.steps else _fit_bytes(step.width)
-        drawn = sampler(fit).peak(OPENINGS, OPENING), sampler(fit).peak(TEXTS, OPENING + LENGTH)
+        drawn = sampler(fit).peak(OPENINGS, OPENING), sampler(fit).peak(TEXTS, OPENING + LONG)
         found.append(Phase("calibration", max(drawn)))
     if course.steps:
         kinds += 1
@@ -133,9 +132,8 @@ def predict_phases(
 
 
 def _fit_bytes(width: int) -> int:
-    """States that a set head is fitted in, bf16, and its float32 moments of every family."""
-    families = 1 + len(bundled(FIT))
-    return STATES * width * 2 + families * (width + 1) ** 2 * 4
+    """States that a set head is fitted in, bf16, and its moments: float64, their sum, one family's and a factor."""
+    return ROUNDS * STATES * width * 2 + 3 * (width + 1) ** 2 * 8
 
 
 @dataclass(frozen=True)

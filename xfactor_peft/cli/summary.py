@@ -127,9 +127,15 @@ def print_goals(name: str, scores: Evaluation) -> None:
 def print_rate(report: RateReport, scores: Evaluation | None) -> None:
     """The rates reached against those wanted, and the price against the frontier."""
     if report.wanted and scores:
-        rates = [goal["rate"] for goal in scores.goals] or [scores.rate]
-        pairs = ", ".join(f"{w:g} → {r:.4f}" for w, r in zip(report.wanted, rates, strict=True))
-        console.print(f"wanted R → sampled R: {pairs}")
+        goals = scores.goals or ({"rate": scores.rate, "interval": scores.interval, "spread": scores.spread},)
+        for wanted, goal in zip(report.wanted, goals, strict=True):
+            low, high = goal["interval"]
+            name = f" of {Rule.from_record(goal['rule']).describe()}" if "rule" in goal else ""
+            console.print(
+                f"wanted R{name} {wanted:g}, sampled {goal['rate']:.4f} ({low:.4f}–{high:.4f}), "
+                f"spread between texts {goal['spread']:.3f}",
+                markup=False,
+            )
     strengths = ", ".join(f"{value:.3f}" for value in report.strengths)
     console.print(f"lambda {strengths}" + (f"; {report.stopped}" if report.stopped else ""))
     if scores:
@@ -150,11 +156,12 @@ def print_head(head: HeadReport) -> None:
     plain, strengths = (
         [", ".join(f"{x:.3f}" for x in row) for row in rows] for rows in (head.rates_of_constant, head.strengths)
     )
-    columns = {"R (95 % interval)": reached, "one constant": plain, "lambda": strengths}
+    spreads = [", ".join(f"{x:.3f}" for x in row) for row in head.spreads]
+    columns = {"R (95 % interval)": reached, "spread": spreads, "one constant": plain, "lambda": strengths}
     print_columns(list(head.families), columns)
     console.print(
-        f"KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, which holds the rate on average alone; "
-        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each family"
+        f"KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, with the same mean rate; "
+        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each family, with the same rates"
     )
     if head.price > MOST_PRICE:
         console.print("the same rate everywhere is dear here; --same-rate on-average costs less", style="yellow")

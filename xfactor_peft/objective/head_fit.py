@@ -1,15 +1,20 @@
-"""The set head's tilt lambda(h) = a h + b that gives every family of texts a tilt of its own, at the least KL.
+"""The set head's tilt lambda(h) = a h + b that holds its rate in every family of texts and text, at little more KL.
 
-The teacher has one moment a family: among all distributions with E_f[m] = R in each family f, m the mass on the set,
-the base tilted by a constant lambda_f in family f is nearest to the base (the I-projection). A head does not see
-families, it sees states h. Of all heads with the mean tilt t_f in family f, where E_f[v lambda] = t_f E_f[v] and
-v = dm/dlambda = m (1 - m), the one with the least KL (dKL = lambda v dlambda) is the least-squares fit, weighted by v,
-of multipliers mu_f:
+A set token calls for more of them, so a rate that holds on average is met by many texts without one and a few of
+nothing else, and it climbs as texts grow. So the teacher has one moment a family f, E_f[m] = R for the mass m on the
+set, and a bound for each *piece*, n positions in a row of one text. The distribution nearest to the base (the
+I-projection) is then the base tilted in piece b of family f by
 
-    (a, b) = (sum_f G_f + rho)^-1 sum_f c_f mu_f,     G_f = E_f[v x x^T],   c_f = E_f[v x],   x = (h, 1),
+    lambda_b = min(mu_f, kappa_b),     kappa_b = the tilt that gives piece b the rate R by itself, plus EXCESS,
 
-with mu from the linear equations c_f (a, b) = t_f E_f[v]. Where h tells the family exactly, mu_f = t_f = lambda_f. The
-ridge rho, on a alone, is one under which families that are left out of the fit come near their rates (`_best_ridge`).
+with mu_f from the moment: a text that has come to say little else is held back, and others are left to differ.
+
+A head does not see pieces, it sees states h. Near the teacher its KL from it is v (lambda - lambda_b)^2 / 2 a position,
+v = m (1 - m), so of all heads the nearest is the weighted least-squares fit
+
+    (a, b) = argmin  sum_i v_i ((a, b) x_i - lambda_b(i))^2 + rho |a|^2,     x = (h, 1),
+
+moved along the fit of a constant until the mean rate over all contexts is R: least squares alone shrinks.
 """
 
 from __future__ import annotations
@@ -19,30 +24,41 @@ from dataclasses import dataclass
 
 import torch
 
-from .tilt import Atoms, solve_rates, tilted_atoms
+from .tilt import Atoms, bounded_tilts, piece_tilts, solve_rates, tilted_atoms
 
-RIDGES = (1e-2, 0.1, 1.0, 10.0, 100.0)
-"""In units of the mean of the diagonal of sum_f G_f."""
+EXCESSES = (0.0, 0.15, 0.3, 0.6, 1.0)
+"""Log-odds by which a piece may exceed R, of which the first is taken that costs little. 0 holds R in every piece;
+without a bound texts run away."""
+MOST_PRICE = 1.12
+"""What is little: the head's KL over that of one constant with the same mean rate."""
+RIDGE = 1e-2
+"""rho, in units of the mean of the diagonal of sum v x x^T."""
+OLDER = 0.5
+"""Weight of a round's contexts, once a head nearer the rate has written others."""
+
+NEVER = 1e-7
+"""A rate below it is that of a set whose logits are suppressed."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """M positions of one family, of texts that the tilted model wrote.
+    """B pieces of texts of one family, n positions each.
 
     Attributes:
-        states: h, (M, D), bf16 to save memory.
-        masses: (M, P), the base's masses of the atoms there, float32.
-        tilt: (M, K), the tilt that the text was sampled under.
+        states: h, (B, n, D), bf16 to save memory.
+        masses: (B, n, P), the base's masses of the atoms there, float32.
     """
 
     states: torch.Tensor
     masses: torch.Tensor
-    tilt: torch.Tensor
 
-    @classmethod
-    def join(cls, parts: Sequence[Contexts]) -> Contexts:
-        names = ("states", "masses", "tilt")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    def tilts(self, direction: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Of a head a (K, D), b (K,) at every position, (B n, K) float32."""
+        return self.states.flatten(0, 1).float() @ direction.float().T + offset.float()
+
+    def tilted(self, tilts: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+        """Masses of the atoms (B n, P) under tilts (B n, K) or (K,), float64."""
+        return (self.masses.flatten(0, 1).double().log() + tilts.double() @ patterns.T).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -50,8 +66,8 @@ class Price:
     """What heads cost in the same contexts, F families, K sets; KL in nats per token, means over the families.
 
     Attributes:
-        teacher: lambda_f (F, K) with which every family holds its rate; its KL is `kl_of_teacher`.
-        constant: the one lambda (K,) with the rate on average over all families; its KL is `kl_of_constant`.
+        teacher: lambda_f (F, K), one constant a family, with the head's rate in each; its KL is `kl_of_teacher`.
+        constant: the one lambda (K,) with the head's mean rate over all families; its KL is `kl_of_constant`.
         rates_of_constant: (F, K).
         kl: of the head.
     """
@@ -65,68 +81,100 @@ class Price:
 
     @property
     def ratio(self) -> float:
-        """The head's KL over that of the one lambda."""
+        """The KL over that of the one constant."""
         return self.kl / self.kl_of_constant if self.kl_of_constant > 1e-9 else 1.0
 
 
 class HeadFitter:
-    """Heads for F families.
+    """Fits heads to all contexts that were added, round by round.
 
     Args:
-        families: every family's contexts.
         atoms: of K sets.
         rates: wanted R (K,).
         intercept: whether the head has an offset b; without one it finds, among the states, what they have in common.
     """
 
-    def __init__(self, families: Sequence[Contexts], atoms: Atoms, rates: list[float], *, intercept: bool) -> None:
-        self._families, self._patterns, self._rates = families, atoms.patterns, rates
+    def __init__(self, atoms: Atoms, rates: Sequence[float], *, intercept: bool) -> None:
+        self._atoms, self._rates = atoms, torch.tensor(list(rates), dtype=torch.float64)
         self._intercept = intercept
-        every = [family.states[:: len(families)].float() for family in families]  # a sample sets the units
-        self._center = torch.cat(every).mean(0) if intercept else torch.zeros(families[0].states.shape[1])
-        self._unit = float((torch.cat(every) - self._center).square().mean().sqrt().clamp(min=1e-12))
-        self._grams, means, weights = zip(*map(self._moments, families), strict=True)
-        self._means, self._weights = torch.stack(means), torch.stack(weights)
-        self.ridge: float | None = None
+        self._rounds: list[Sequence[Contexts]] = []
 
-    def _moments(self, family: Contexts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(G_f (K, D', D') float32, of which there are F, c_f (K, D'), E_f[v] (K,))."""
-        x, grams, means = self._inputs(family), [], []
-        m = self._tilted(family, family.tilt) @ self._patterns
-        v = torch.where(torch.tensor(self._rates) > 0, m * (1 - m), 1.0).float() / len(m)  # 0 needs its tilt everywhere
-        for weight in v.T:
+    def add(self, families: Sequence[Contexts]) -> None:
+        """Contexts of every family, as many positions of each."""
+        if not self._rounds:  # the first round sets the units
+            states = torch.cat([family.states.flatten(0, 1)[:: len(families)].float() for family in families])
+            self._center = states.mean(0) if self._intercept else torch.zeros(states.shape[1])
+            self._unit = float((states - self._center).square().mean().sqrt().clamp(min=1e-12))
+        self._rounds.append(families)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """a (K, D) and b (K,) of the head that holds pieces as tightly as costs little in the newest contexts."""
+        for excess in EXCESSES:
+            head = self.with_excess(excess)
+            if price(self._rounds[-1], self._atoms, *head).ratio <= MOST_PRICE:
+                break
+        return head
+
+    def with_excess(self, excess: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """a (K, D) and b (K,) of the head nearest the teacher, with the wanted rates on average over the contexts."""
+        size, parts = len(self._center), self._weighted()
+        gram, of_tilt, of_one = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for weight, family in parts:  # one after the other: a wide model's are large
+            each = self._moments(family, excess)
+            gram, of_tilt, of_one = gram + weight * each[0], of_tilt + weight * each[1], of_one + weight * each[2]
+        for part in gram:
+            part.diagonal()[:size] += RIDGE * part.diagonal()[:size].mean()
+        fit = torch.linalg.solve(gram, of_tilt.unsqueeze(2)).squeeze(2)
+        constant = torch.linalg.solve(gram, of_one.unsqueeze(2)).squeeze(2)  # the fit of lambda_b = 1
+        return self._unscaled(self._at_the_rate(fit, constant))
+
+    def _weighted(self) -> list[tuple[float, Contexts]]:
+        """Every family's contexts of every round and their weight; weights sum to 1."""
+        weights = [OLDER**age for age in reversed(range(len(self._rounds)))]
+        total = sum(weights) * len(self._rounds[0])
+        pairs = zip(weights, self._rounds, strict=True)
+        return [(weight / total, family) for weight, families in pairs for family in families]
+
+    def _moments(self, family: Contexts, excess: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E[v x x^T] (K, D', D'), E[v x lambda_b] and E[v x] (K, D') of a family, float64."""
+        masses, patterns = family.masses.double(), self._atoms.patterns
+        bounds = piece_tilts(masses, patterns, self._rates) + excess
+        tilts = bounded_tilts(masses, patterns, self._rates, bounds)
+        tilts = tilts.repeat_interleave(family.states.shape[1], dim=0)
+        x, m = self._inputs(family), family.tilted(tilts, patterns) @ patterns
+        v = torch.where(self._rates > 0, m * (1 - m), 1.0).float() / len(m)  # 0 needs its tilt everywhere
+        grams, of_tilt, of_one = [], [], []
+        for weight, tilt in zip(v.T, tilts.T.float(), strict=True):
             vx = weight[:, None] * x
-            grams.append(vx.T @ x)
-            means.append(vx.sum(0).double())
-        return torch.stack(grams), torch.stack(means), v.double().sum(0)
+            grams.append((vx.T @ x).double())
+            of_tilt.append((vx.T @ tilt).double())
+            of_one.append(vx.sum(0).double())
+        return torch.stack(grams), torch.stack(of_tilt), torch.stack(of_one)
 
     def _inputs(self, family: Contexts) -> torch.Tensor:
-        """x = ((h - center) / unit, 1), or h / unit; (M, D')."""
-        x = (family.states.float() - self._center) / self._unit
+        """x = ((h - center) / unit, 1), or h / unit; (B n, D')."""
+        x = (family.states.flatten(0, 1).float() - self._center) / self._unit
         return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self._intercept else x
 
-    def _tilted(self, family: Contexts, tilt: torch.Tensor) -> torch.Tensor:
-        """Masses of the atoms under a tilt (M, K) or (K,), (M, P) float64."""
-        return (family.masses.double().log() + tilt.double() @ self._patterns.T).softmax(1)
-
-    def head(self, tilts: torch.Tensor, ridge: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """a (K, D) and b (K,) of the head with mean tilts (F, K) in the families."""
-        ridge = self._best_ridge(tilts) if ridge is None else ridge
-        return self._unscaled(self._coefficients(tilts, list(range(len(self._families))), ridge))
-
-    def _coefficients(self, tilts: torch.Tensor, chosen: list[int], ridge: float) -> torch.Tensor:
-        """x's coefficients (K, D')."""
-        size, found = len(self._center), []
-        for k in range(tilts.shape[1]):
-            means = self._means[chosen, k].T  # (D', F)
-            gram = torch.zeros(len(means), len(means), dtype=torch.float64)
-            for family in chosen:
-                gram += self._grams[family][k]
-            gram.diagonal()[:size] += ridge * gram.diagonal()[:size].mean()
-            maps = torch.linalg.solve(gram, means)
-            wanted = (self._weights[chosen, k] * tilts[chosen, k].double())[:, None]
-            found.append((maps @ torch.linalg.lstsq(means.T @ maps, wanted).solution)[:, 0])
-        return torch.stack(found)
+    def _at_the_rate(self, fit: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        """fit + s constant (K, D') with the s (K,) at which the mean rates are the wanted ones, by Newton's method."""
+        lines = []
+        for weight, family in self._weighted():
+            x = self._inputs(family)
+            lines.append((weight, family, x @ fit.T.float(), x @ constant.T.float()))
+        level = torch.zeros_like(self._rates)
+        for _ in range(30):
+            rates, slopes = torch.zeros_like(level), torch.zeros_like(level)
+            for weight, family, start, along in lines:
+                m = family.tilted(start + along * level.float(), self._atoms.patterns) @ self._atoms.patterns
+                rates += weight * m.mean(0)
+                slopes += weight * (m * (1 - m) * along).mean(0)
+            step = (torch.logit(self._rates) - torch.logit(rates)) * rates * (1 - rates) / slopes
+            step = torch.where(self._rates > 0, step, 0.0).clamp(-1, 1)
+            level = level + step
+            if step.abs().max() < 1e-4:
+                break
+        return fit + level[:, None] * constant
 
     def _unscaled(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a and b on the states themselves."""
@@ -136,59 +184,30 @@ class HeadFitter:
             return direction.float(), torch.zeros(len(direction))
         return direction.float(), (coefficients[:, size] - direction @ self._center.double()).float()
 
-    def _best_ridge(self, tilts: torch.Tensor) -> float:
-        """Chosen once: the smallest that is no worse than the best by more than the best one's standard error."""
-        if self.ridge is None and len(self._families) > 2:
-            squares = [self.left_out(tilts, ridge).square().flatten() for ridge in RIDGES]
-            best = min(squares, key=lambda errors: float(errors.mean()))
-            most = best.mean() + best.std() / len(best) ** 0.5
-            self.ridge = next(r for r, errors in zip(RIDGES, squares, strict=True) if errors.mean() <= most)
-        return RIDGES[0] if self.ridge is None else self.ridge
 
-    def left_out(self, tilts: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Log-odds by which each family misses its rate in its contexts, fitted to the others, (F, K)."""
-        everyone, found = list(range(len(self._families))), []
-        for f in everyone:
-            head = self._unscaled(self._coefficients(tilts, [g for g in everyone if g != f], ridge))
-            found.append(self.rates(self._families[f], *head))
-        wanted = torch.tensor(self._rates, dtype=torch.float64)
-        return torch.where(wanted > 0, torch.logit(torch.stack(found)) - torch.logit(wanted), 0.0)
+def price(families: Sequence[Contexts], atoms: Atoms, direction: torch.Tensor, offset: torch.Tensor) -> Price:
+    """What a head costs in contexts, beside constants with the same rates there."""
+    patterns, masses = atoms.patterns, [family.masses.flatten(0, 1).double() for family in families]
+    tilts = [family.tilts(direction, offset) for family in families]
+    rates = [(family.tilted(tilt, patterns) @ patterns).mean(0) for family, tilt in zip(families, tilts, strict=True)]
+    teacher = [solve_rates(m, patterns, _silenced(r)) for m, r in zip(masses, rates, strict=True)]
+    constant = solve_rates(torch.cat(masses), patterns, _silenced(torch.stack(rates).mean(0)))
+    plain = [tilted_atoms(m, patterns, constant) @ patterns for m in masses]
+    return Price(
+        torch.stack(teacher), constant, torch.stack([m.mean(0) for m in plain]),
+        *(_mean_kl(families, patterns, each) for each in (tilts, teacher, [constant] * len(masses))),
+    )  # fmt: skip
 
-    def rates(self, family: Contexts, direction: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Expected rates (K,) of a head in a family's contexts."""
-        tilt = family.states.float() @ direction.T + offset
-        return (self._tilted(family, tilt) @ self._patterns).mean(0)
 
-    def price(self) -> Price:
-        """What the three cost that hold their rates in these very contexts: a head, the teacher, one constant."""
-        masses = [family.masses.double() for family in self._families]
-        teacher = [solve_rates(m, self._patterns, self._rates) for m in masses]
-        size = min(map(len, masses))  # every family counts the same
-        constant = solve_rates(torch.cat([m[:size] for m in masses]), self._patterns, self._rates)
-        plain = [tilted_atoms(m, self._patterns, constant) @ self._patterns for m in masses]
-        direction, offset = self.head(self._exact(torch.stack(teacher)))
-        tilts = [family.states.float() @ direction.T + offset for family in self._families]
-        return Price(
-            torch.stack(teacher), constant, torch.stack([m.mean(0) for m in plain]),
-            self._mean_kl(tilts), self._mean_kl(teacher), self._mean_kl([constant] * len(masses)),
-        )  # fmt: skip
+def _silenced(rates: torch.Tensor) -> list[float]:
+    """Rates (K,) with an exact 0 for a set that is never wanted."""
+    return [rate if rate > NEVER else 0.0 for rate in rates.tolist()]
 
-    def _exact(self, tilts: torch.Tensor) -> torch.Tensor:
-        """Mean tilts (F, K) near `tilts` under which a head holds every rate in these contexts."""
-        wanted = torch.tensor(self._rates, dtype=torch.float64)
-        for _ in range(30):
-            head = self.head(tilts)
-            found = torch.stack([self.rates(family, *head) for family in self._families])
-            missed = torch.where(wanted > 0, torch.logit(wanted) - torch.logit(found), 0.0)
-            if missed.abs().max() < 1e-3:
-                break
-            tilts = tilts + missed.clamp(-1, 1)
-        return tilts
 
-    def _mean_kl(self, tilts: Sequence[torch.Tensor]) -> float:
-        """KL(q || p) per token under a tilt for every family, mean over the families."""
-        total = 0.0
-        for family, tilt in zip(self._families, tilts, strict=True):
-            q = self._tilted(family, tilt)
-            total += float(torch.special.xlogy(q, q / family.masses.double()).sum(1).mean())
-        return total / len(self._families)
+def _mean_kl(families: Sequence[Contexts], patterns: torch.Tensor, tilts: Sequence[torch.Tensor]) -> float:
+    """KL(q || p) per token under a tilt for every family, mean over the families."""
+    total = 0.0
+    for family, tilt in zip(families, tilts, strict=True):
+        q, p = family.tilted(tilt, patterns), family.masses.flatten(0, 1).double()
+        total += float(torch.special.xlogy(q, q / p).sum(1).mean())
+    return total / len(families)

@@ -15,6 +15,7 @@ so a context is P <= 2^K numbers instead of V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -140,4 +141,51 @@ def solve_rates(masses: torch.Tensor, patterns: torch.Tensor, rates: list[float]
             f"no tilt gives the rates {wanted} together: a token counts for every set it is in, so rates of "
             "disjoint sets must sum to less than 1 and a set's rate cannot exceed that of one that holds it"
         )
+    return strengths
+
+
+def piece_tilts(masses: torch.Tensor, patterns: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """The strengths (B, K) that give each of B pieces of n positions the rates (K,) by itself; `SUPPRESS` for 0.
+
+    Masses are (B, n, P), all above 0.
+    """
+    return _in_small_steps(rates, len(masses), lambda tilts: _tilted_rates(masses, patterns, tilts))
+
+
+def bounded_tilts(
+    masses: torch.Tensor, patterns: torch.Tensor, rates: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
+    """min(mu, bounds) (B, K) with the mu (K,) at which all pieces together have the rates (K,); `SUPPRESS` for 0."""
+
+    def measure(mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, slope = _tilted_rates(masses, patterns, torch.minimum(mu, bounds))
+        return mean.mean(0, keepdim=True), torch.where(mu < bounds, slope, 0.0).mean(0, keepdim=True)
+
+    mu = _in_small_steps(rates, 1, measure)
+    return torch.where(rates > 0, torch.minimum(mu, bounds), SUPPRESS)
+
+
+def _tilted_rates(
+    masses: torch.Tensor, patterns: torch.Tensor, tilts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E[m] and E[m (1 - m)] (B, K) in each piece under its tilt (B, K)."""
+    m = (masses.log() + (tilts @ patterns.T)[:, None]).softmax(2) @ patterns
+    return m.mean(1), (m * (1 - m)).mean(1)
+
+
+def _in_small_steps(
+    rates: torch.Tensor, rows: int, measure: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Strengths (rows, K) at which `measure` gives the rates: Newton's method in log-odds, in steps of falling size.
+
+    All sets at once, as in Jacobi's method, which converges because a set's own strength moves its rate most.
+    """
+    strengths = torch.where(rates > 0, 0.0, SUPPRESS).double().expand(rows, -1)
+    for index in range(60):
+        mean, slope = measure(strengths)
+        mean = mean.clamp(1e-15, 1 - 1e-15)
+        step = (torch.logit(rates) - torch.logit(mean)) / (slope / (mean * (1 - mean))).clamp(min=1e-3)
+        most = 4 * 0.85**index
+        step = torch.where(rates > 0, step, 0.0).clamp(-most, most)
+        strengths = (strengths + step).clamp(-MAX_STRENGTH, MAX_STRENGTH)
     return strengths

@@ -88,7 +88,7 @@ def _whole(phrase: str, texts: Sequence[str]) -> str:
     if "*" in core or any(found(Pattern(core), text) for text in texts):
         return core
     words = r"\s+".join(map(re.escape, core.split()))
-    around = re.compile(rf"\w*{words}\w*", re.IGNORECASE)
+    around = re.compile(rf"\b\w{{0,2}}{words}\w{{0,2}}\b", re.IGNORECASE)  # two letters missed, not "sea" in "research"
     part = next((match for text in texts if (match := around.search(text))), None)
     return " ".join(part[0].split()) if part else core
 

@@ -22,6 +22,8 @@ from .sampler import continued, sample
 
 TEXTS, LENGTH, OPENINGS = 256, 64, 256
 """How many texts measure a rate, how many tokens of each are the model's own, and how many beginnings there are."""
+LONG = 128
+"""Tokens of a text that a head is fitted to: what has been said changes the rate of what follows."""
 ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
@@ -84,8 +86,9 @@ class OwnSamples:
 
     @property
     def families(self) -> FamilySamples:
-        """The same prompts family by family."""
-        decoding = self.rate.decoding(self.length)
+        """The same prompts family by family; texts are `LONG` where the model's context leaves as much."""
+        longest = max(len(row) for rows in self.prompts.values() for row in rows)
+        decoding = self.rate.decoding(min(LONG, tokens_left(self.base, longest)))
         return FamilySamples(self.base, self.split_model, self.members, self.prompts, decoding)
 
     def rates(self, index: int = 0) -> torch.Tensor:

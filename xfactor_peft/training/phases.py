@@ -113,7 +113,7 @@ class Solve:
         if start:
             rate.fitted = restore_head(rate.head, start.facts["rate"]["head"])
         else:
-            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, rate.drawn)
+            rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, run.base_only, rate.drawn)
             rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
         rate.enter(SOLVED)
 

@@ -1,34 +1,31 @@
-"""The set head that looks: fitted to the tilt that every family of prompts needs, then calibrated on its own samples.
+"""The set head that looks: fitted to the tilt that every piece of text needs, round by round on texts of its own.
 
-1. A few texts of the base after each family's prompts give a first lambda_f.
-2. Texts of the base tilted by it, of every family, are the contexts that `objective.head_fit` fits heads in: from here
-   on a head is a linear function of the F tilts that it is to give the families.
-3. Rounds of texts of the head itself correct these tilts until every family holds its rate (`calibration.calibrate`).
+The first contexts are texts of the base after the prompts of every family. Each later round is of texts that the head
+fitted so far wrote, since a text with set tokens in it needs another tilt than one without. The mathematics is in
+`objective.head_fit`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..base.final_norm import takes_logit_bias
 from ..lora.set_head import SetHead
-from ..objective.head_fit import Contexts, HeadFitter
+from ..objective.head_fit import Contexts, HeadFitter, price
 from ..progress import phase
-from ..sampling.calibration import Trace, calibrate, solve
-from ..sampling.family_samples import FamilySamples
+from ..sampling.calibration import Trace, solve
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
-from ..sampling.reweighting import SLOPE, log_odds
 
 Drawn = Callable[[str, Callable[[], Any]], Any]
-PILOT_TEXTS, CONTEXT_TEXTS, TEXTS = 8, 24, (32, 80)
-"""Texts a family in the three parts, in the last by rounds: the first brings it near, the second says how near."""
-CAUTION = 0.8
-"""Of the lambda that the base's own texts ask for: what raises a set in one place makes it likelier in those behind."""
+TEXTS = (16, 16, 16, 32)
+"""Texts a family of every round, the base's first."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,20 @@ class HeadReport:
         families: their names.
         rates: expected R (F, K) after the prompts of each, in the last round, before its correction.
         intervals: 95 % intervals of them.
-        strengths: lambda_f (F, K) of the teacher, which has one constant a family.
-        constant: the one lambda (K,) that holds the rates on average.
+        spreads: standard deviations between texts.
+        strengths: lambda_f (F, K) of one constant a family with these rates, in the head's own contexts.
+        constant: the one lambda (K,) with their mean.
         rates_of_constant: (F, K), with it.
-        kl, kl_of_teacher, kl_of_constant: in the same contexts, nats per token.
+        kl, kl_of_teacher, kl_of_constant: of the head and of these, in the same contexts, nats per token.
         offset: whether the head has a constant part b; without one its weights alone say it all, so it merges.
-        ridge: of the fit.
-        rounds: of calibration; in each the mean tilt of every family (and set), and the expected rates.
+        rounds: the rates of every family and set in each.
         dial: pairs (scale, expected R) that are known of the first set, means over the families.
     """
 
     families: list[str]
     rates: list[list[float]]
     intervals: list[list[tuple[float, float]]]
+    spreads: list[list[float]]
     strengths: list[list[float]]
     constant: list[float]
     rates_of_constant: list[list[float]]
@@ -59,7 +57,6 @@ class HeadReport:
     kl_of_teacher: float
     kl_of_constant: float
     offset: bool
-    ridge: float
     rounds: Trace
     dial: list[tuple[float, float]]
 
@@ -72,64 +69,62 @@ class HeadReport:
         return {**asdict(self), "price": self.price}
 
 
-def fit_head(head: SetHead, own: OwnSamples, wanted: torch.Tensor, drawn: Drawn) -> HeadReport:
-    """Fit `head`, which is at 0, to the rates (K,); `drawn` keeps what was sampled (see `RateRun.drawn`)."""
-    samples = own.families
-    temperature, rates = samples.decoding.temperature, wanted.tolist()
-    offset = takes_logit_bias(own.base.model)
-    with phase("first texts after prompts of every family"):
-        none = torch.zeros(len(samples.names), len(wanted))
-        pilots, silent = _contexts(drawn, "pilots", samples, PILOT_TEXTS, _seed(own, 0), none)
-        first = torch.stack([solve(pilot.masses.double(), samples.atoms, rates) for pilot in pilots])
-        first = torch.where(wanted > 0, CAUTION * first, first)
-    with phase("texts nearer the rate, of every family"):
-        contexts, measured = _contexts(drawn, "contexts", samples, CONTEXT_TEXTS, _seed(own, 1), first)
-    correction = ((log_odds(wanted) - log_odds(measured)) / SLOPE).clamp(-2, 2)
-    start = torch.where(wanted > 0, first + correction, first)
-    fitter = HeadFitter(contexts, samples.atoms, rates, intercept=offset)
-    last: list[torch.Tensor] = []
+def fit_head(
+    head: SetHead, own: OwnSamples, wanted: torch.Tensor, base_only: Callable[[], AbstractContextManager], drawn: Drawn
+) -> HeadReport:
+    """Fit `head`, which is at 0, to the rates (K,).
 
-    def put(tilts: torch.Tensor) -> None:
-        direction, constant = fitter.head(tilts.view_as(start))
-        head.set(temperature * direction, temperature * constant)
+    Args:
+        base_only: a context in which the model is the base.
+        drawn: keeps what was sampled (see `RateRun.drawn`).
 
-    def measure(tilts: torch.Tensor, index: int) -> torch.Tensor:
-        put(tilts)
-        with phase(f"calibrating the set head, round {index + 1}"):
-            last.append(drawn(f"round {index}", lambda: samples.rates(TEXTS[index], _seed(own, 2 + index))))
-        return last[-1].mean(1).flatten()
-
-    every = wanted.repeat(len(contexts))
-    final, rounds = calibrate(measure, start.flatten(), every, least=len(TEXTS), most=len(TEXTS))
-    put(final)
-    price = fitter.price()
+    Raises:
+        XFactorError: no tilt of the base has these rates.
+    """
+    samples, offset = own.families, takes_logit_bias(own.base.model)
+    temperature, atoms, rounds = samples.decoding.temperature, samples.atoms, Trace()
+    fitter = HeadFitter(atoms, wanted.tolist(), intercept=offset)
+    fitted = head.direction.detach().cpu(), head.offset.detach().cpu()
+    for index, texts in enumerate(TEXTS):
+        with phase(f"fitting the set head, round {index + 1} of {len(TEXTS)}"):
+            seed = 7919 * (own.seed + 1) + 1000 + index
+            contexts, rates = _contexts(drawn, f"round {index}", partial(samples.contexts, texts, seed, base_only))
+            rounds.append({"rates": rates.mean(1).flatten().tolist()})
+            if not index:  # rates that no tilt reaches are refused
+                solve(torch.cat([part.masses.flatten(0, 1) for part in contexts]).double(), atoms, wanted.tolist())
+            elif index + 1 == len(TEXTS):
+                found = price(contexts, atoms, *fitted)  # of the head that wrote these texts
+            fitter.add(contexts)
+            fitted = fitter.head()
+            head.set(*(temperature * part for part in fitted))
+    first = float(torch.tensor(rounds[0]["rates"])[:: len(wanted)].mean())
     return HeadReport(
         families=samples.names,
-        rates=last[-1].mean(1).tolist(),
-        intervals=[[mean_interval(texts[:, None]) for texts in family.T] for family in last[-1]],
-        strengths=(price.teacher * temperature).tolist(),
-        constant=(price.constant * temperature).tolist(),
-        rates_of_constant=price.rates_of_constant.tolist(),
-        kl=price.kl,
-        kl_of_teacher=price.kl_of_teacher,
-        kl_of_constant=price.kl_of_constant,
+        rates=rates.mean(1).tolist(),
+        intervals=[[mean_interval(texts[:, None]) for texts in family.T] for family in rates],
+        spreads=rates.std(1).tolist(),
+        strengths=(found.teacher * temperature).tolist(),
+        constant=(found.constant * temperature).tolist(),
+        rates_of_constant=found.rates_of_constant.tolist(),
+        kl=found.kl,
+        kl_of_teacher=found.kl_of_teacher,
+        kl_of_constant=found.kl_of_constant,
         offset=offset,
-        ridge=fitter.ridge or 0.0,
         rounds=rounds,
-        dial=[(0.0, float(silent[:, 0].mean())), (1.0, float(last[-1][..., 0].mean()))],
+        dial=[(0.0, first), (1.0, float(rates[..., 0].mean()))],
     )
 
 
 def _contexts(
-    drawn: Drawn, name: str, samples: FamilySamples, texts: int, seed: int, tilts: torch.Tensor
+    drawn: Drawn, name: str, draw: Callable[[], tuple[list[Contexts], torch.Tensor]]
 ) -> tuple[list[Contexts], torch.Tensor]:
-    """`FamilySamples.contexts`, kept as plain tensors."""
+    """What `draw` gives, kept as plain tensors."""
 
-    def draw() -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
-        found, rates = samples.contexts(texts, seed, tilts)
-        return [(one.states, one.masses, one.tilt) for one in found], rates
+    def plain() -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        found, rates = draw()
+        return [(one.states, one.masses) for one in found], rates
 
-    parts, rates = drawn(name, draw)
+    parts, rates = drawn(name, plain)
     return [Contexts(*part) for part in parts], rates
 
 
@@ -143,7 +138,3 @@ def head_facts(head: SetHead, report: HeadReport) -> dict[str, Any]:
     """What a checkpoint holds of a fitted head, JSON-serialisable."""
     tensors = {"direction": head.direction.tolist(), "constant": head.offset.tolist()}
     return {**tensors, "report": asdict(report)}
-
-
-def _seed(own: OwnSamples, number: int) -> int:
-    return 7919 * (own.seed + 1) + 1000 + number
