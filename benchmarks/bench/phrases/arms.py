@@ -105,7 +105,7 @@ class _Completing:
             z[torch.from_numpy(np.flatnonzero(states == state))[:, None], self._known[state]] = BANNED
 
     def _completing(self, state: int) -> np.ndarray:
-        """Which tokens complete a pattern from a state, (V,) bool; those that its row does not name, as from another."""
+        """Which tokens complete a pattern from a state, (V,) bool."""
         row, whole = self._automaton.row(state), self._automaton.automaton.ending
         empty = np.zeros(self._automaton.vocab_size, dtype=bool)
         found = empty if row.reference is None else self._completing(row.reference)
