@@ -33,8 +33,8 @@ def test_every_phase_of_a_rate_counts_up(tiny):
     first = [
         "R before",
         "drawing openings",
-        "first texts after prompts of every family",
-        "texts nearer the rate, of every family",
+        "fitting the set head, round 1 of 4",
+        "fitting the set head, round 2 of 4",
     ]
     assert list(found)[: len(first)] == first
     assert "R after" in found

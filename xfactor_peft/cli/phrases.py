@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OWN = ("phrases", "script", "chars", "rules", "rates_from")
 _ALSO = {
     "goals", "prompts", "model", "revision", "offline", "dtype", "device", "load_in_8bit", "load_in_4bit",
-    "quant_backend", "lora_r", "lr", "seed", "no_eval", "output", "force", "as_json",
+    "quant_backend", "lora_r", "lr", "seed", "no_eval", "output", "force", "as_json", "config",
 }  # fmt: skip
 """Options of `train` that a run for phrases heeds; every other one is refused."""
 _BASE = ("dtype", "device", "load_in_8bit", "load_in_4bit", "quant_backend")

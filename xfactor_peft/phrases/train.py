@@ -31,7 +31,7 @@ from ..tokens.automaton import TokenAutomaton
 from .ban import BAN, Proof, ban
 from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
 from .goals import PhraseTarget
-from .head import PhraseHead, chosen_tokens, fit, joined, mean_kl, positions
+from .head import PhraseHead, Positions, chosen_tokens, fit, joined, mean_kl, positions
 from .scores import PhraseScores, decoded, risen, words_of
 from .solving import Solved, enriching, per_pattern, solve
 from .texts import Texts
@@ -114,17 +114,19 @@ class _Run:
     def learn(self, values: Values, *, first: bool) -> dict[str, Any]:
         """The student fitted to the teacher on all texts so far: the head at first, then the last blocks."""
         parts = [positions(self.head, self.policy, lesson.texts, values) for lesson in self.lessons]
-        at = joined([part for part, _ in parts])
         entry: dict[str, Any] = {}
-        if first:
-            self.head.start(at)
         if first or not self.options.trunk_r:
-            fit(self.head, at, epochs=self.options.epochs, lr=self.options.lr, seed=self.options.seed)
-            entry["kl_from_teacher"], entry["kl_of_teacher"] = mean_kl(self.head, at)
+            entry |= self._fit(joined([part for part, _ in parts]), start=first)
         if self.options.trunk_r:
             lessons = [lesson.taught(*part) for lesson, part in zip(self.lessons, parts, strict=True)]
             entry["trunk"] = train_trunk(self.model, self.policy, self.head, lessons, self.options)
         return entry
+
+    def _fit(self, at: Positions, *, start: bool) -> dict[str, Any]:
+        if start:
+            self.head.start(at)
+        fit(self.head, at, epochs=self.options.epochs, lr=self.options.lr, seed=self.options.seed)
+        return dict(zip(("kl_from_teacher", "kl_of_teacher"), mean_kl(self.head, at), strict=True))
 
     def student_lesson(self, number: int) -> tuple[Lesson, np.ndarray]:
         """Texts of the student, to be learnt from as well, with the base's states; and their goals' rates."""
