@@ -270,7 +270,8 @@ def others(folder: Path) -> Table:
 def write(folder: Path) -> str:
     """Write the tables of the records in `folder` beside them; returns the first."""
     first = store.write_text(folder / "table.md", table(folder).markdown() + "\n")
-    store.write_text(folder / "others.md", others(folder).markdown(aligned=False) + "\n")
+    if (alone := others(folder)).rows:
+        store.write_text(folder / "others.md", alone.markdown(aligned=False) + "\n")
     return first
 
 

@@ -363,7 +363,7 @@ class PhraseOptions(_Recorded):
     epochs: int = 8
     lr: float = 3e-3
     trunk_r: int = 4
-    trunk_epochs: int = 4
+    trunk_epochs: int = 2
     trunk_lr: float = 1e-3
     texts: int = 256
     length: int = 112

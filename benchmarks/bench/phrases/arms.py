@@ -74,7 +74,7 @@ class Arms:
     def ban_of_first(self, seed: int) -> Record:
         return self.scored(self.draw(seed, self.count, tilt=_Constant(first_tokens(self.automaton))))
 
-    def preference(self, seed: int, *, texts: int = 256, rank: int = 8, lr: float = 2e-4, beta: float = 0.1) -> Record:
+    def preference(self, seed: int, *, texts: int = 256, rank: int = 8, lr: float = 3e-5, beta: float = 0.1) -> Record:
         """Leaves the base changed: the last arm."""
         pairs = list(_pairs(self.policy, self.automaton, self.draw(seed, texts, self.fit)))
         torch.manual_seed(seed)
@@ -96,16 +96,21 @@ class _Completing:
     """No token that completes a pattern, whatever would follow (a `texts.Tilt`)."""
 
     def __init__(self, automaton: TokenAutomaton) -> None:
-        self._automaton = automaton
+        self._automaton, self._known = automaton, {}
 
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
-        for state in np.unique(states):
-            row, whole = self._automaton.row(int(state)), self._automaton.automaton.ending
-            completes = [
-                bool(ended or whole(int(after))) for ended, after in zip(row.ended, row.following, strict=True)
-            ]
-            ids = torch.from_numpy(row.ids[completes])
-            z[torch.from_numpy(np.flatnonzero(states == state))[:, None], ids] = BANNED
+        for state in np.unique(states).tolist():
+            if state not in self._known:
+                self._known[state] = torch.from_numpy(np.flatnonzero(self._completing(state)))
+            z[torch.from_numpy(np.flatnonzero(states == state))[:, None], self._known[state]] = BANNED
+
+    def _completing(self, state: int) -> np.ndarray:
+        """Which tokens complete a pattern from a state, (V,) bool."""
+        row, whole = self._automaton.row(state), self._automaton.automaton.ending
+        empty = np.zeros(self._automaton.vocab_size, dtype=bool)
+        found = empty if row.reference is None else self._completing(row.reference)
+        found[row.ids] = [bool(e or whole(int(s))) for e, s in zip(row.ended, row.following, strict=True)]
+        return found
 
 
 class _Constant:
