@@ -17,6 +17,7 @@ import torch
 from ..base.split_model import SplitModel
 from ..lowmem.gguf_layers import PackedMatrix
 from ..objective.tilt import SUPPRESS
+from ..tokens.automaton import places_in
 from .texts import Texts
 from .values import Values
 
@@ -50,12 +51,9 @@ def _parts(policy: SplitModel, texts: Texts, values: Values) -> tuple[np.ndarray
         if row.waiting:
             ahead[at] = np.nan
             continue
-        if not len(row.ids):  # nothing that could come matters here: g is 1
-            continue
         p = probabilities(policy, texts, at, row.ids)
         gain = p * (values.row(int(state))[0] - 1)
-        place = np.searchsorted(row.ids, came)
-        hit = (place < len(row.ids)) & (row.ids[np.minimum(place, len(row.ids) - 1)] == came)
+        place, hit = places_in(row.ids, came)
         own = np.arange(len(came))[hit], place[hit]
         ahead[at] = 1 + gain.sum(1)
         ahead[at[0][hit], at[1][hit]] -= gain[own] + p[own]

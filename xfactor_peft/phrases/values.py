@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..objective.tilt import SUPPRESS
-from ..tokens.automaton import TokenAutomaton
+from ..tokens.automaton import TokenAutomaton, places_in
 
 SWEEPS = 8
 """Of the recursion; an occurrence under way has seldom more tokens left."""
@@ -87,10 +87,6 @@ class Statistics:
             if row.waiting:
                 seen.no_word += mass[self._no_word].sum()
 
-    @property
-    def positions(self) -> float:
-        return sum(seen.count for seen in self.visits.values())
-
 
 class Values:
     """g and w for given strengths.
@@ -128,14 +124,11 @@ class Values:
     def log_weights(self, state: int, ids: np.ndarray) -> np.ndarray:
         """log w(state, i) for sorted ids, float32."""
         row, out = self.automaton.row(state), np.zeros(len(ids), np.float32)
-        if not len(ids):
-            return out
         if row.reference is not None:
             out += self.log_weights(row.reference, ids)
             if row.waiting:
                 out[~self.automaton.begins_word[ids]] += np.log(self.factor(row.waiting))
-        place = np.searchsorted(ids, row.ids)
-        hit = (place < len(ids)) & (ids[np.minimum(place, len(ids) - 1)] == row.ids)
+        place, hit = places_in(ids, row.ids)
         out[place[hit]] = np.log(np.maximum(self.row(state)[0][hit], np.exp(SUPPRESS)))
         return np.maximum(out, SUPPRESS)
 

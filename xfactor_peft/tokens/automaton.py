@@ -41,6 +41,11 @@ class Row:
     ended: np.ndarray
 
 
+def places_in(row: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where each of `ids` stands in a sorted row, whether it does); either may be empty."""
+    return np.searchsorted(row, ids), np.isin(ids, row)
+
+
 class TokenAutomaton:
     """Patterns over the texts that a vocabulary spells.
 
