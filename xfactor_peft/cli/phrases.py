@@ -12,7 +12,7 @@ import click
 from ..errors import XFactorError
 from .common import Command, apply_options, load, sampling
 from .config import given, write_run
-from .console import MEMBER_STYLE, console, print_json, say
+from .console import MEMBER_STYLE, console, print_columns, print_json, say
 from .values import from_stdin
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..phrases.goals import PhraseGoal
     from ..phrases.reference import Measured
     from ..phrases.rules import Rules
+    from ..phrases.scores import PhraseScores
     from ..phrases.train import PhraseResult
     from ..tokens.patterns import Pattern
 
@@ -121,22 +122,24 @@ def _print_next(result: PhraseResult, output: Path, flags: dict[str, Any]) -> No
 
 
 def _print_summary(result: PhraseResult) -> None:
-    from rich.table import Table
-
     if result.proof:
         say(f"{len(result.proof.banned):,} tokens are banned; no sequence of the others spells what is to come never "
             f"(all {result.proof.checked:,} others were looked at)")  # fmt: skip
     before, after = result.before, result.after
     if before is None or after is None:
         return
-    table = Table("on held-out prompts", "base", "adapter")
-    low, high = after.interval
-    table.add_row("occurrences in 1,000 words", f"{before.per_1000_words:.2f}",
-                  f"{after.per_1000_words:.2f} ({low:.2f} to {high:.2f})")  # fmt: skip
-    table.add_row("KL from the base, nats a token", "0", f"{after.kl:.4f}")
-    table.add_row("distinct-2", f"{before.distinct_2:.3f}", f"{after.distinct_2:.3f}")
-    console.print(table)
+    console.print("on held-out prompts:")
+    _print_scores({"base": before, "adapter": after})
     console.print("risen most: " + ", ".join(f"{word} ({a} to {b})" for word, a, b in result.risen[:10]))
+
+
+def _print_scores(columns: dict[str, PhraseScores]) -> None:
+    rows = {
+        "in 1,000 words (95 % interval)": lambda s: "{:.2f} ({:.2f} to {:.2f})".format(s.per_1000_words, *s.interval),
+        "KL from base, nats/token": lambda s: f"{s.kl:.4f}",
+        "distinct-2": lambda s: f"{s.distinct_2:.3f}",
+    }
+    print_columns(list(rows), {name: [show(s) for show in rows.values()] for name, s in columns.items()})
 
 
 def mark_patterns(text: Text, patterns: Sequence[Pattern]) -> int:
@@ -174,7 +177,6 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     from ..sampling.prompt_families import read_families
     from ..tokens.automaton import TokenAutomaton
     from ..tokens.printable import counted
-    from .console import print_columns
     from .summary import decoding_text
 
     if flags["frontier"] or flags["base_model"]:
@@ -191,12 +193,7 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
         name, off = (str(mix), bank.base_only) if mix.parts else (bank.base.choice.name, None)
         columns[name], _ = evaluate_phrases(bank.base, policy, automaton, prompts, count, decoding, rules.chat, off)
     console.print(counted(len(patterns), "pattern"))
-    rows = {
-        "in 1,000 words (95 % interval)": lambda s: "{:.2f} ({:.2f} to {:.2f})".format(s.per_1000_words, *s.interval),
-        "KL from base, nats/token": lambda s: f"{s.kl:.4f}",
-        "distinct-2": lambda s: f"{s.distinct_2:.3f}",
-    }
-    print_columns(list(rows), {name: [show(s) for show in rows.values()] for name, s in columns.items()})
+    _print_scores(columns)
     settings = {**decoding.record(), "prompts": len(prompts), "repeats": flags["repeats"]}
     console.print(decoding_text(settings), style="dim")
     if path := flags["json_file"]:
