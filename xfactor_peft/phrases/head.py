@@ -211,14 +211,12 @@ def fit(
     *,
     epochs: int,
     lr: float = 3e-3,
-    decay: float = 0.0,
     size: int = 1024,
     seed: int = 0,
 ) -> list[float]:
     """Adam on the weighted mean of KL(q || student); the loss of each epoch."""
     generator = torch.Generator().manual_seed(seed)
-    groups = [{"params": [head.a, head.b], "weight_decay": decay}, {"params": [head.offset], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     steps = max(1, epochs * -(-len(at.state) // size))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []

@@ -38,6 +38,15 @@ class Texts:
     log_z: torch.Tensor
     kl: torch.Tensor
 
+    def whole(self, rows: Sequence[int]) -> list[torch.Tensor]:
+        """Ids of some of the texts, with their prompts."""
+        return [torch.cat([torch.tensor(self.prompts[row]), self.ids[row]]) for row in rows]
+
+    def predicting(self, states: torch.Tensor, ids: list[torch.Tensor]) -> torch.Tensor:
+        """Of states (n, W, D) of a forward pass over `whole` texts, those that predict the drawn tokens, (n L, D)."""
+        length = self.ids.shape[1]
+        return torch.cat([row[len(one) - length - 1 : len(one) - 1] for row, one in zip(states, ids, strict=True)])
+
     def counts(self, automaton: TokenAutomaton) -> np.ndarray:
         """Occurrences of every pattern in every text, (N, K)."""
         rows = zip(self.ids.tolist(), self.states[:, 0].tolist(), strict=True)
@@ -128,8 +137,6 @@ def draw(
 
 def states_of(policy: SplitModel, texts: Texts, rows: torch.Tensor) -> torch.Tensor:
     """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
-    ids = [torch.cat([torch.tensor(texts.prompts[i]), texts.ids[i]]) for i in rows.tolist()]
+    ids = texts.whole(rows.tolist())
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # on the right: nothing before it sees it
-    hidden = policy.hidden(padded.to(policy.weight.device))
-    length = texts.ids.shape[1]
-    return torch.cat([hidden[row, len(one) - length - 1 : len(one) - 1] for row, one in enumerate(ids)])
+    return texts.predicting(policy.hidden(padded.to(policy.weight.device)), ids)

@@ -81,7 +81,7 @@ class Lesson:
 
     def __init__(self, texts: Texts, upper: UpperBlocks) -> None:
         self.texts, self._upper = texts, upper
-        self.ids = [torch.cat([torch.tensor(p), ids]) for p, ids in zip(texts.prompts, texts.ids, strict=True)]
+        self.ids = texts.whole(range(len(texts.ids)))
         parts = [self.ids[first : first + TEXTS] for first in range(0, len(self.ids), TEXTS)]
         self.entering = [states for part in parts for states in upper.entering(part)]
 
@@ -93,8 +93,7 @@ class Lesson:
     def hidden(self, rows: Sequence[int]) -> torch.Tensor:
         """The model's states that predict the drawn tokens of some of the texts, (n L, D)."""
         ids, entering = ([every[row] for row in rows] for every in (self.ids, self.entering))
-        states, length = self._upper.hidden(ids, entering), self.texts.ids.shape[1]
-        return torch.cat([states[n, len(one) - length - 1 : len(one) - 1] for n, one in enumerate(ids)])
+        return self.texts.predicting(self._upper.hidden(ids, entering), ids)
 
 
 @torch.no_grad()
