@@ -93,10 +93,12 @@ class _Run:
         sampling = sampling_of(self.options, number)
         return draw_texts(self.base, self.policy, self.automaton, self.prompts, count, sampling, self.chat, **how)
 
-    def evaluate(self, prompts: Sequence[str], *, adapted: bool) -> tuple[PhraseScores, Texts]:
+    def evaluate(self, prompts: Sequence[str], *, adapted: bool) -> tuple[PhraseScores, list[str]]:
+        """Scores, and the texts that were scored."""
         off = partial(adapter_off, self.model) if adapted else None
         count, sampling = self.options.eval_texts, sampling_of(self.options, AFTER if adapted else BEFORE)
-        return evaluate_phrases(self.base, self.policy, self.automaton, prompts, count, sampling, self.chat, off)
+        found = evaluate_phrases(self.base, self.policy, self.automaton, prompts, count, sampling, self.chat, off)
+        return found[0], decoded(self.base.tokenizer, found[1])
 
     def values(self, solved: Solved) -> Values:
         return Values(self.statistics, per_pattern(self.target, solved.strengths))
@@ -163,7 +165,7 @@ def train_phrases(
     measured = bool(held_out and options.eval_texts)
     if measured:
         with phase("measuring the base"):
-            before, first = run.evaluate(held_out, adapted=False)
+            before, old = run.evaluate(held_out, adapted=False)
     if learns:
         rounds, solved = _learnt(run)
     else:
@@ -177,9 +179,8 @@ def train_phrases(
     result = PhraseResult(base, run.model, target, options, solved, len(run.head.tokens), proof, rounds=rounds)
     if measured:
         with phase("measuring the adapter"):
-            after, second = run.evaluate(held_out, adapted=True)
+            after, new = run.evaluate(held_out, adapted=True)
         result.before, result.after = before, after
-        old, new = decoded(base.tokenizer, first), decoded(base.tokenizer, second)
         result.risen, result.samples = risen(old, new), list(zip(held_out, old, new, strict=False))
     result.seconds = time.perf_counter() - started
     return result
