@@ -43,16 +43,9 @@ def fields_of(config):
     return {**fields, "rope.freq_base": rope["rope_theta"]}
 
 
-def write_gguf(path, model, changed=None, more=()):
-    """`model` as a GGUF file in float32, with llama.cpp's names and its sums in Gemma's norms."""
-    config = model.config
-    family = config.model_type.removesuffix("_text")
-    import gguf
-
-    writer, tokenizer = gguf.GGUFWriter(path, family), tiny_tokenizer()
-    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for name, value in {**fields_of(config), **(changed or {})}.items():
-        kinds[type(value)](f"{family}.{name}", value)
+def byte_level(writer):
+    """The tiny tokenizer."""
+    tokenizer = tiny_tokenizer()
     tokens = [text for text, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     merges = tokenizer.backend_tokenizer.model.__getstate__()
     writer.add_tokenizer_model("gpt2")
@@ -63,6 +56,19 @@ def write_gguf(path, model, changed=None, more=()):
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
+
+
+def write_gguf(path, model, changed=None, more=(), vocabulary=byte_level):
+    """`model` as a GGUF file in float32, with llama.cpp's names and its sums in Gemma's norms."""
+    config = model.config
+    family = config.model_type.removesuffix("_text")
+    import gguf
+
+    writer = gguf.GGUFWriter(path, family)
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in {**fields_of(config), **(changed or {})}.items():
+        kinds[type(value)](f"{family}.{name}", value)
+    vocabulary(writer)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         value = parameter.detach() + (family == "gemma3" and name.endswith("norm.weight"))
