@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz_gguf.py --count 1000 --json benchmarks/results/reliability/fuzz_gguf.json
 
-Tiny random models (GPT-2, Llama) with matrices in Q8_0 and Q4_1. Every case is read in a process of its own, since a
-crash is one of the things looked for. What has to happen is known for each kind of mutation:
+Tiny random models (GPT-2, Llama, Gemma 3) with matrices in Q8_0 and Q4_1. Every case is read in a process of its own,
+since a crash is one of the things looked for. What has to happen is known for each kind of mutation:
 
     header, counts, truncated, offsets, shapes, sizes    refused, or the same logits as before
     types, fields, tokens, bytes                         refused, or a whole model with finite logits
@@ -25,6 +25,7 @@ import click
 import torch
 from bench import store, tiny  # noqa: F401 (tiny puts the tests' models within reach)
 
+from tests.base.gguf_models import random_model, write_gguf
 from tests.tiny import tiny_model_folder
 from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
@@ -172,10 +173,13 @@ def apart(path: Path, kind: str, expected: torch.Tensor) -> str:
 
 def sources(folder: Path) -> list[Source]:
     found = []
-    for kind in ("gpt2", "llama"):
-        tiny_model_folder(kind, folder / kind)
-        bank = AdapterBank(load_base(resolve_model(str(folder / kind)), LoadOptions("fp32")), folder)
-        export(bank, Mix(), "gguf", folder / "plain.gguf", force=True)
+    for kind in ("gpt2", "llama", "gemma3"):
+        if kind == "gemma3":
+            write_gguf(folder / "plain.gguf", random_model(kind))
+        else:
+            tiny_model_folder(kind, folder / kind)
+            bank = AdapterBank(load_base(resolve_model(str(folder / kind)), LoadOptions("fp32")), folder)
+            export(bank, Mix(), "gguf", folder / "plain.gguf", force=True)
         plain, path = read_gguf(folder / "plain.gguf"), folder / f"{kind}.gguf"
         changed = {
             name: packed(tensor, tensor.unpacked(torch.float32), BY_NAME["Q4_1" if "ffn" in name else "Q8_0"])

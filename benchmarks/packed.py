@@ -2,6 +2,7 @@
 
     python benchmarks/packed.py logits --model FILE.gguf --adapter FOLDER --text PROSE.txt     one JSON a format
     python benchmarks/packed.py rates --model FILE.gguf --adapter FOLDER                       one JSON an adapter
+    python benchmarks/packed.py decoding --model FILE.gguf                                     tokens a second of both
     python benchmarks/packed.py shape --model FILE.gguf --output build/llama-1b.Q4_K.gguf    Llama-3.2-1B's, random
     python benchmarks/packed.py format --model FILE.gguf Q8_0 --output FILE.Q8_0.gguf
     python benchmarks/packed.py whole NAME --model MODEL --allowance 550 -- --lora-r 8 --steps 10   the literal command
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import torch
 from bench import store
+from bench.packed import decoding as by_decoding
 from bench.packed import logits as by_logits
 from bench.packed import rates as by_rates
 from bench.packed import whole as by_whole
@@ -69,6 +71,16 @@ def rates(model: Path, adapter: Path, scales: str, texts: int, tokens: int) -> N
 
 
 @main.command()
+@click.option("--model", type=_FILE, required=True)
+@click.option("--tokens", default=128, show_default=True, help="Of each text.")
+def decoding(model: Path, tokens: int) -> None:
+    """Tokens a second here and in llama.cpp's server, one text and several at a time."""
+    record = {"model": model.name, **by_decoding.measure(model, tokens), **store.provenance()}
+    store.write(FOLDER / f"decoding-{model.stem}.json", record)
+    click.echo(by_decoding.table([record]))
+
+
+@main.command()
 @click.option("--model", type=_FILE, required=True, help="Whose tokenizer it takes.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), required=True)
 def shape(model: Path, output: Path) -> None:
@@ -105,7 +117,8 @@ def report() -> None:
     """Tables of what is stored."""
     records = store.read_all(FOLDER)
     for name, module, kind in (
-        ("logits", by_logits, "kl"), ("rates", by_rates, "rates"), ("whole", by_whole, "run"),
+        ("logits", by_logits, "kl"), ("rates", by_rates, "rates"), ("decoding", by_decoding, "decoding"),
+        ("whole", by_whole, "run"),
     ):  # fmt: skip
         text = module.table([record for record in records if kind in record])
         (FOLDER / f"{name}.md").write_text(text + "\n", encoding="utf-8")

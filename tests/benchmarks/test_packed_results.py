@@ -8,7 +8,15 @@ import pytest
 from bench.store import REPOSITORY, RESULTS, read_all
 
 
-@pytest.mark.parametrize(("name", "kind"), [("logits", "kl"), ("rates", "rates"), ("whole", "run")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("logits", "kl"),
+        ("rates", "rates"),
+        ("decoding", "decoding"),
+        ("whole", "run"),
+    ],
+)
 def test_gguf_files_here_and_in_llama_cpp(name, kind):
     """The tables beside the results, and the same in docs/gguf.md."""
     pytest.importorskip("gguf", reason="the extra gguf is not installed")

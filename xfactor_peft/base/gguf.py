@@ -39,6 +39,13 @@ _GPT2_BLOCK = {
     "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
     "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
+_GEMMA3_BLOCK = {
+    **_BLOCK, "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_NAMES = {"gpt2": (_GPT2_TOP, "transformer.h", _GPT2_BLOCK), "gemma3": (_TOP, "model.layers", _GEMMA3_BLOCK)}
+"""What is outside of the blocks, where they are, and what is in one; the other families are as `_USUAL`."""
+_USUAL = (_TOP, "model.layers", _BLOCK)
 _FREQUENCIES = "rope_freqs.weight"
 _NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
@@ -54,7 +61,7 @@ def load_gguf(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     filled = set()
     for tensor in file.tensors.values():
-        if tensor.name != _FREQUENCIES:
+        if tensor.name != _FREQUENCIES or file.architecture in _NAMES:  # which know no such factors
             filled.add(_place(model, file, tensor, dtype))
     if config.tie_word_embeddings:
         embedding = cast(GgufEmbedding, model.get_input_embeddings())
@@ -90,6 +97,8 @@ def _place(model: PreTrainedModel, file: GgufFile, tensor: PackedTensor, dtype: 
     if len(shape) == 1 or name == "transformer.wpe.weight":
         value = tensor.unpacked(dtype)
         pairs = _pairs(file, module_path)
+        if file.architecture == "gemma3":  # which adds 1 to its norms' weights; the file has the sums
+            value = tensor.unpacked(torch.float32).sub_(1).to(dtype)
         if pairs:  # a bias in llama.cpp's order of rows
             value = value.view(pairs, -1, 2).transpose(1, 2).reshape(-1)
         setattr(module, kind, nn.Parameter(value, requires_grad=False))
@@ -97,7 +106,7 @@ def _place(model: PreTrainedModel, file: GgufFile, tensor: PackedTensor, dtype: 
     matrix = PackedMatrix(tensor.data, tensor.form, shape[1], dtype, _pairs(file, module_path))
     new: nn.Module
     if isinstance(module, nn.Embedding):
-        new = GgufEmbedding(matrix, module.padding_idx)
+        new = GgufEmbedding(matrix, module.padding_idx, getattr(module, "scalar_embed_scale", None))
     else:
         new = GgufLinear(matrix, from_conv1d=conv1d)
         new.bias = cast(torch.nn.Parameter, module.bias)
@@ -111,14 +120,13 @@ def module_name(file: GgufFile, name: str) -> str:
     Raises:
         XFactorError: it is no tensor of this family.
     """
-    gpt2 = file.architecture == "gpt2"
+    top, blocks, inner = _NAMES.get(file.architecture, _USUAL)
     match = _NAME.fullmatch(name)
     if match:
         block, part, kind = match["block"], match["part"], match["kind"]
-        table = (_GPT2_BLOCK if gpt2 else _BLOCK) if block else (_GPT2_TOP if gpt2 else _TOP)
+        table = inner if block else top
         if part in table:
-            path = f"{'transformer.h' if gpt2 else 'model.layers'}.{block}." if block else ""
-            return f"{path}{table[part]}.{kind}"
+            return f"{blocks}.{block}.{table[part]}.{kind}" if block else f"{table[part]}.{kind}"
     raise XFactorError(f"{file.path}: the tensor {name!r} is not known of {file.architecture} models")
 
 

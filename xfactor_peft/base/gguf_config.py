@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from ..errors import XFactorError
 from ..lowmem.gguf_file import GgufFile
@@ -29,14 +30,22 @@ _GPT2_SIZES = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+_GEMMA3_SIZES = {**_SIZES, "attention.sliding_window": "sliding_window"}
 _NEEDED = {"block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"}
-_POSITIVE = {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base"}
+_POSITIVE = {
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.freq_base_swa",
+    "rope.scaling.factor",
+}  # fmt: skip
 _ALSO = {"vocab_size", "rope.dimension_count", "rope.freq_base", "attention.value_length", "rope.scaling.type"}
+_GEMMA3_ALSO = {"rope.scaling.factor", "rope.freq_base_swa", "attention.sliding_window_pattern"}
+_PERIOD, _LARGEST = 6, 62
+"""Gemma 3: every sixth block sees the whole text; the one with 62 blocks, 27B, has a scale of attention of its own."""
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, str]]] = {
     "gpt2": (GPT2Config, _GPT2_SIZES),
     "llama": (LlamaConfig, _SIZES),
     "qwen2": (Qwen2Config, _SIZES),
     "qwen3": (Qwen3Config, _SIZES),
+    "gemma3": (Gemma3TextConfig, _GEMMA3_SIZES),
 }
 """ggml's architectures that are read, with their sizes' names here. Mistral's files call themselves llama."""
 
@@ -67,11 +76,31 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     if family == "llama":
         values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         values["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    config = kind(**values)
-    config.architectures = [
-        f"{kind.__name__.removesuffix('Config')}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}"
-    ]
+    if family == "gemma3":
+        values |= _gemma3(fields, values)
+    try:
+        config = kind(**values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        why = str(error).strip().splitlines()[-1].strip()
+        raise XFactorError(f"{file.path}: its sizes do not fit together: {why}; the file is damaged") from error
+    name = kind.__name__.removesuffix("Config").removesuffix("Text")
+    config.architectures = [f"{name}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}"]
     return config
+
+
+def _gemma3(fields: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp has of Gemma 3 in its code: which blocks see a window, their positions, attention's scale."""
+    whole, factor = values["rope_parameters"], _exact(fields.get("rope.scaling.factor", 1.0))
+    if factor != 1:
+        whole = {**whole, "rope_type": "linear", "factor": factor}
+    local = {"rope_type": "default", "rope_theta": _exact(fields.get("rope.freq_base_swa", 1e4))}
+    blocks, heads = values["num_hidden_layers"], values["num_attention_heads"]
+    period = fields.get("attention.sliding_window_pattern", _PERIOD) if "sliding_window" in values else 1
+    return {
+        "rope_parameters": {"full_attention": whole, "sliding_attention": local},
+        "layer_types": ["sliding_attention" if i % period else "full_attention" for i in range(1, blocks + 1)],
+        "query_pre_attn_scalar": values["hidden_size"] // heads if blocks == _LARGEST else values["head_dim"],
+    }
 
 
 def _check(file: GgufFile, fields: dict[str, Any], names: dict[str, str]) -> None:
@@ -82,13 +111,17 @@ def _check(file: GgufFile, fields: dict[str, Any], names: dict[str, str]) -> Non
 
     for key in sorted(_NEEDED - fields.keys()):
         refuse(key, "is missing; the file is damaged")
+    also = _ALSO | _GEMMA3_ALSO if family == "gemma3" else _ALSO
+    scalings = ("none", "linear") if "rope.scaling.factor" in also else ("none",)
     checks: dict[str, Callable[[Any], bool]] = {
-        "rope.scaling.type": lambda v: v == "none",
+        "rope.scaling.type": lambda v: v in scalings,
+        "rope.scaling.factor": lambda v: fields.get("rope.scaling.type", "linear") == "linear",
+        "attention.sliding_window_pattern": lambda v: isinstance(v, int) and 0 < v < 2**24,
         "rope.dimension_count": lambda v: v == _width(fields) or family == "gpt2",
         "attention.value_length": lambda v: v == _width(fields),
     }
     for key, value in fields.items():
-        if key not in names and key not in _ALSO:
+        if key not in names and key not in also:
             refuse(key, "is a field that is not known here, so the model would be another")
         if key in _NEEDED and not (isinstance(value, int) and 0 < value < 2**24):
             refuse(key, f"is {str(value)[:60]}, not a size of one kind for all blocks")

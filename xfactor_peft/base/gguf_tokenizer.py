@@ -1,4 +1,5 @@
-"""The tokenizer in a GGUF file: byte-level BPE, its way to split text, control and added tokens, chat template."""
+"""The tokenizer in a GGUF file: byte-level BPE with its way to split text, or SentencePiece's pieces; control and added
+tokens; the chat template."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import XFactorError
 from ..lowmem.gguf_file import GgufFile, read_gguf
+from .gguf_pieces import pieces
 
-_CONTROL, _USER = 3, 4
+_UNKNOWN, _CONTROL, _USER = 2, 3, 4
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -45,18 +47,21 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
     fields = {
         key.removeprefix("tokenizer.ggml."): v for key, v in file.fields.items() if key.startswith("tokenizer.ggml.")
     }
-    pre = fields.get("pre", "default")
-    if fields.get("model") != "gpt2" or pre not in SPLITS:
+    model, pre = fields.get("model"), fields.get("pre", "default")
+    if model not in ("gpt2", "llama") or pre not in (SPLITS if model == "gpt2" else ("default",)):
         raise XFactorError(
-            f"{file.path} has a tokenizer of the kind {fields.get('model')!r}, {pre!r}; read here is byte-level BPE "
-            f"(gpt2) that splits text as one of {', '.join(SPLITS)}"
+            f"{file.path} has a tokenizer of the kind {model!r}, {pre!r}; read here are byte-level BPE (gpt2) that "
+            f"splits text as one of {', '.join(SPLITS)}, and SentencePiece's (llama)"
         )
+    if model == "llama" and "phi" in str(file.fields.get("general.name")).lower():
+        raise XFactorError(f"{file.path}: the tokens of Phi's files that take spaces behind them are not supported")
     if unknown := sorted(fields.keys() - _KNOWN):
         raise XFactorError(f"{file.path}: tokenizer.ggml.{unknown[0]} is a field that is not known here")
     try:
         backend = _backend(fields, pre)
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise XFactorError(f"{file.path} holds a damaged tokenizer: {' '.join(str(error).split())[:200]}") from error
+        why = " ".join(str(error).split())[:200]
+        raise XFactorError(f"{file.path} holds a damaged or unsupported tokenizer: {why}") from error
     tokens = fields["tokens"]
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {
@@ -85,20 +90,20 @@ def _backend(fields: dict[str, Any], pre: str) -> Tokenizer:
     ids = [v for k, v in fields.items() if k.endswith("_token_id")]
     if not all(isinstance(i, int) and 0 <= i < len(tokens) for i in ids):
         raise ValueError("a special token's id is none of the vocabulary's")
-    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3's splits take a word that is a token whole, whatever its merges.
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = splitting_of(pre)
-    backend.decoder = decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER, False)):
+    sentencepiece = fields["model"] == "llama"
+    whole = {t for t, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL, _USER)}
+    backend = pieces(fields, whole) if sentencepiece else _byte_level(fields, pre)
+    for of, special in (((_CONTROL, _UNKNOWN) if sentencepiece else (_CONTROL,), True), ((_USER,), False)):
         added = [
-            AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, kinds, strict=True) if k == kind
+            AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, kinds, strict=True) if k in of
         ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     if backend.get_vocab_size() != len(tokens):
         raise ValueError("adding the control tokens changes the vocabulary")
-    before, behind = fields.get("add_bos_token", pre == "llama-bpe"), fields.get("add_eos_token", False)
+    before, behind = (
+        fields.get("add_bos_token", sentencepiece or pre == "llama-bpe"),
+        fields.get("add_eos_token", False),
+    )
     around = [("bos", before), ("eos", behind)]
     used = [(tokens[i], i) for name, on in around if on and (i := fields.get(f"{name}_token_id")) is not None]
     if used:
@@ -106,6 +111,16 @@ def _backend(fields: dict[str, Any], pre: str) -> Tokenizer:
             [tokens[fields["bos_token_id"]]] * bool(before) + ["$A"] + [tokens[fields["eos_token_id"]]] * bool(behind)
         )
         backend.post_processor = TemplateProcessing(single=template, special_tokens=used)
+    return backend
+
+
+def _byte_level(fields: dict[str, Any], pre: str) -> Tokenizer:
+    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
+    # Llama 3's splits take a word that is a token whole, whatever its merges.
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = splitting_of(pre)
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 

@@ -14,7 +14,9 @@ from ..bank.bank import AdapterBank
 from ..errors import XFactorError
 from .optional import need
 
-ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+ARCHITECTURES = {
+    "gpt2": "GPT2", "llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3_text": "GEMMA3",
+}  # fmt: skip
 INTERLEAVED = ("llama", "mistral")
 """Families whose queries and keys llama.cpp keeps with their rotary halves interleaved."""
 WAY_ROUND = "export as gguf, which merges it, or as logit-bias"

@@ -135,17 +135,19 @@ class GgufLinear(QuantizedLinear):
 
 
 class GgufEmbedding(nn.Embedding):
-    """Rows of a packed matrix; the file's bytes are its `weight`."""
+    """Rows of a packed matrix, times `scale` where there is one; the file's bytes are its `weight`."""
 
-    def __init__(self, matrix: PackedMatrix, padding_idx: int | None) -> None:
+    def __init__(self, matrix: PackedMatrix, padding_idx: int | None, scale: float | None = None) -> None:
         nn.Module.__init__(self)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = matrix.shape
         self.padding_idx, self.matrix = padding_idx, matrix
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.weight = nn.Parameter(matrix.packed, requires_grad=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.matrix.rows(ids.reshape(-1)).view(*ids.shape, -1)
+        rows = self.matrix.rows(ids.reshape(-1)).view(*ids.shape, -1)
+        return rows if self.scale is None else rows.mul_(self.scale)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:

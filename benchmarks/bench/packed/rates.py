@@ -38,24 +38,25 @@ def _rate(rows: torch.Tensor, mask: torch.Tensor) -> Record:
     return {"rate": float(counts.sum() / rows.numel()), "interval": rate_interval(counts, rows.shape[1])}
 
 
-class _Server:
+class Server:
     """Texts from llama.cpp's server."""
 
-    def __init__(self, file: Path, lora: dict[str, Path], banned: Sequence[int]) -> None:
-        place = Place(port=0, context=256, parallel=AT_ONCE, threads=torch.get_num_threads())
+    def __init__(self, file: Path, lora: dict[str, Path], banned: Sequence[int], parallel: int = AT_ONCE) -> None:
+        place = Place(port=0, context=256, parallel=parallel, threads=torch.get_num_threads())
         self._server, self._banned = start_server(file, lora, place), [[i, False] for i in banned]
 
-    def _one(self, prompt: list[int], length: int, seed: int, scale: float) -> list[int]:
+    def _one(self, prompt: list[int], length: int, seed: int, scale: float | None) -> list[int]:
         request = {
             "prompt": prompt, "n_predict": length, "seed": seed, "samplers": ["temperature"], "temperature": 1.0,
-            "logit_bias": self._banned, "ignore_eos": True, "return_tokens": True, "lora": [{"id": 0, "scale": scale}],
+            "logit_bias": self._banned, "ignore_eos": True, "return_tokens": True,
+            "lora": [] if scale is None else [{"id": 0, "scale": scale}],
         }  # fmt: skip
         call = urllib.request.Request(f"{self._server.listening_address}/completion", json.dumps(request).encode())
         call.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(call, timeout=600) as answer:
             return json.load(answer)["tokens"]
 
-    def texts(self, prompts: list[list[int]], length: int, scale: float) -> torch.Tensor:
+    def texts(self, prompts: list[list[int]], length: int, scale: float | None) -> torch.Tensor:
         """(N, length) ids."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             rows = pool.map(lambda one: self._one(one[1], length, one[0] + 1, scale), enumerate(prompts))
@@ -76,7 +77,7 @@ def measure(model: Path, adapter: Path, scales: list[float], texts: int, tokens:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         lora = write_adapters(bank, Path(name))
-        server = _Server(model, lora, banned)
+        server = Server(model, lora, banned)
         program = Llama(model, lora[adapter.name], context=256, threads=torch.get_num_threads())
         for scale in scales:
             bank.use(adapter.name, scale)
