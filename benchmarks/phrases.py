@@ -263,7 +263,7 @@ def _mean(records: list[Record], key: str) -> str:
 
 
 def others(folder: Path) -> Table:
-    """The commands that stand alone."""
+    """The commands that stand alone, and the automaton against `re`."""
     rows = []
     for record in store.read_all(folder):
         figures = f"{record.get('seconds', 0):,.0f} s, {record.get('peak', 0):,.0f} MiB"
@@ -276,15 +276,19 @@ def others(folder: Path) -> Table:
             before = record["before"]
             found = f"{record['characters']} characters in {record['tokens']:,} tokens"
             rows.append([command, f"0; {before['characters']} in {before['tokens']:,} before", found, figures])
+        elif record["name"] == "matches":
+            every = record["tokenizers"]
+            sequences, matches, differ = (sum(one[key] for one in every) for key in ("sequences", "matches", "differ"))
+            found = f"{differ} of {sequences:,} differ, {matches:,} matches"
+            rows.append([f"automaton against `re`, {len(every)} tokenizers", "equal counts", found, NONE])
     return Table(["command", "wanted", "found", "whole command"], rows)
 
 
 def write(folder: Path) -> str:
-    """Write the tables of the records in `folder` beside them; returns the first."""
-    first = store.write_text(folder / "table.md", table(folder).markdown() + "\n")
-    if (alone := others(folder)).rows:
-        store.write_text(folder / "others.md", alone.markdown(aligned=False) + "\n")
-    return first
+    """Write both tables of the records in `folder` beside them, and return them."""
+    alone = others(folder)
+    parts = [table(folder).markdown(), alone.markdown(aligned=False) if alone.rows else ""]
+    return store.write_text(folder / "table.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 @main.command()
