@@ -1,4 +1,4 @@
-# make demo   create the environment, run the main job, show text before and after, and of a wanted rate
+# make demo   create the environment, run the main job, show text before and after, of a wanted rate and of words
 # make test   create the environment, run the tests in two processes of one thread each
 # make docs   create the environment, run every command of the documentation, those that take minutes too
 # make lint / make typecheck / make bench / make audit / make coverage / make mutation / make clean
@@ -14,7 +14,7 @@ demo: $(READY)
 	$(BIN)/python cli.py train --lora-r 8 --force
 	$(BIN)/python cli.py generate --adapter none --adapter X-lora-r8 --offline \
 	    "Once upon a time" "The captain stood on the deck and"
-	$(BIN)/python cli.py generate --adapter none --adapter demo-rate --offline \
+	$(BIN)/python cli.py generate --adapter none --adapter demo-rate --adapter demo-plain --offline \
 	    "Once upon a time" "The captain stood on the deck and"
 
 test: $(READY)

@@ -43,6 +43,7 @@ BUILD = REPOSITORY / "build" / "phrases"
 HAN = ("Write a poem in Chinese.", "Translate into Chinese: The sea is calm.", "用中文讲一个故事。", "请写一封信。",
        "How do you say good night in Chinese?", "日本語で短い物語を書いてください。",
        "List ten Chinese characters with their meanings.", "Write about Beijing in Chinese characters.")  # fmt: skip
+BLOCK = 2000
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _model = click.option("--model", type=_FOLDER, required=True)
 
@@ -206,15 +207,26 @@ def _matches(folder: Path, sequences: int) -> Record:
         i for p in patterns for text in (p.body, f" {p.body}", p.body.upper()) for i in tokenizer(text)["input_ids"]
     ]
     known = np.array(list(automaton.bytes))
-    pools = np.array([i for i in pieces if i in automaton.bytes]), known
-    differ = found_in_all = 0
-    for _ in range(sequences):
-        ids = np.where(generator.random(12) < 0.7, generator.choice(pools[0], 12), generator.choice(known, 12)).tolist()
-        text = b"".join(automaton.bytes[i] for i in ids).decode("utf-8", "replace")
-        expected = [len(found(pattern, text)) for pattern in patterns]
-        found_in_all += sum(expected)
-        differ += automaton.counts(ids).tolist() != expected
-    return {"vocabulary": len(tokenizer), "sequences": sequences, "matches": found_in_all, "differ": differ}
+    pools, left, differ, found_in_all = (np.array([i for i in pieces if i in automaton.bytes]), known), sequences, 0, 0
+    while left > 0:
+        size = min(BLOCK, left), 12
+        drawn = np.where(generator.random(size) < 0.7, *(generator.choice(pool, size) for pool in pools)).tolist()
+        expected = _counted_by_re(patterns, [b"".join(automaton.bytes[i] for i in ids) for ids in drawn])
+        found_in_all += int(expected.sum())
+        differ += sum((automaton.counts(ids) != row).any() for ids, row in zip(drawn, expected, strict=True))
+        left -= BLOCK
+    return {"vocabulary": len(tokenizer), "sequences": sequences, "matches": found_in_all, "differ": int(differ)}
+
+
+def _counted_by_re(patterns: tuple[Pattern, ...], raw: list[bytes]) -> np.ndarray:
+    """Occurrences in each text, (N, K): found in all of them at once, with a character between that joins nothing."""
+    texts = [one.decode("utf-8", "replace") for one in raw]
+    ends, whole = np.cumsum([len(text) + 1 for text in texts]), "\x00".join(texts)
+    counts = np.zeros((len(texts), len(patterns)), dtype=np.int64)
+    for number, pattern in enumerate(patterns):
+        begins = [begin for begin, _ in found(pattern, whole)]
+        np.add.at(counts[:, number], np.searchsorted(ends, begins, side="right"), 1)
+    return counts
 
 
 ARMS = {

@@ -1,12 +1,14 @@
 """The head's few numbers a position against the whole vocabulary, and PEFT's layer against the head."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from xfactor_peft.base.split_model import split
 from xfactor_peft.options import PhraseOptions
-from xfactor_peft.phrases.head import PhraseHead, Positions, fit, mean_kl
+from xfactor_peft.phrases.head import PhraseHead, Positions, fit, joined, mean_kl
 from xfactor_peft.phrases.train import write_head
 from xfactor_peft.phrases.trunk import wrap
 
@@ -24,18 +26,22 @@ def problem():
         head.offset.normal_()
     table = torch.randn(3, 4) * 2
     state, came, own = torch.arange(N) % 3, torch.arange(N) % 5 - 1, torch.randn(N)
-    return head, Positions(hidden, (hidden @ weight.T).logsumexp(1), table, state, came, own, torch.ones(N)), weight
+    return (
+        head,
+        Positions((hidden,), torch.arange(N), (hidden @ weight.T).logsumexp(1), table, state, came, own, torch.ones(N)),
+        weight,
+    )
 
 
 def whole(head, at, weight):
     """(KL(q || student), KL(q || base)) over all tokens."""
-    log_p = (at.hidden @ weight.T).log_softmax(1)
+    log_p = (at.hidden[0] @ weight.T).log_softmax(1)
     teacher, student = log_p.clone(), log_p.clone()
     weights = at.table[at.state]
     for row in (at.came >= 0).nonzero().squeeze(1).tolist():
         weights[row, at.came[row]] = at.own[row]
     teacher[:, head.tokens] += weights
-    student[:, head.tokens] += head(at.hidden).detach()
+    student[:, head.tokens] += head(at.hidden[0]).detach()
     q, pi = teacher.log_softmax(1), student.log_softmax(1)
     return (q.exp() * (q - pi)).sum(1), (q.exp() * (q - log_p)).sum(1)
 
@@ -44,6 +50,18 @@ def test_kl_on_few_tokens_is_kl_on_all(problem):
     head, at, weight = problem
     for got, expected in zip(head.kl(at, torch.arange(N)), whole(head, at, weight), strict=True):
         torch.testing.assert_close(got.detach(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_of_several_texts_are_those_of_each(problem):
+    _, at, _ = problem
+    some = torch.tensor([1, 4, 5])
+    fewer = replace(
+        at, **{name: getattr(at, name)[some] for name in ("place", "log_z", "state", "came", "own", "weight")}
+    )
+    both, rows = joined([at, fewer, at]), torch.arange(2 * N + 3)
+    order = torch.cat([torch.arange(N), some, torch.arange(N)])
+    torch.testing.assert_close(both.states(rows), at.hidden[0][order])
+    torch.testing.assert_close(both.log_weights(rows.flip(0)), at.log_weights(order.flip(0)))
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(problem):

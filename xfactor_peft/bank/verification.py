@@ -15,7 +15,7 @@ from ..base.loading import Base
 from ..base.split_model import split
 from ..errors import XFactorError
 from ..options import DEFAULT_PROMPTS, EvalOptions, SamplingOptions
-from ..phrases.evaluation import AFTER, evaluate_phrases, sampling_of
+from ..phrases.evaluation import AFTER, Author, sampling_of
 from ..phrases.rules import parse_rules
 from ..sampling.metrics import evaluate
 from ..tokens.automaton import TokenAutomaton
@@ -138,10 +138,8 @@ def _check_phrases(bank: AdapterBank, name: str) -> Check:
         return Check(what, UNKNOWN, "nothing was measured")
     automaton = TokenAutomaton(bank.base.tokenizer, rules.target.patterns, bank.base.vocab_size)
     bank.use(name)
-    scores, _ = evaluate_phrases(
-        bank.base, split(bank.base.model), automaton, rules.held_out, rules.options.eval_texts,
-        sampling_of(rules.options, AFTER), rules.chat, bank.base_only,
-    )  # fmt: skip
+    author, sampling = Author(bank.base, automaton, rules.chat), sampling_of(rules.options, AFTER)
+    scores, _ = author.scored(rules.held_out, rules.options.eval_texts, sampling, bank.base_only)
     bank.use(None)
     return _compared(what, (scores.per_1000_words, *scores.interval), (after["per_1000_words"], *after["interval"]))
 

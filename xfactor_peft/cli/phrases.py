@@ -170,8 +170,7 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     Prompts and chat are those of the first adapter's rules, the held-out ones, unless --prompts says others.
     """
     from ..adapters.files import write_json
-    from ..base.split_model import split
-    from ..phrases.evaluation import evaluate_phrases
+    from ..phrases.evaluation import Author
     from ..phrases.goals import patterns_of
     from ..phrases.rules import parse_rules
     from ..sampling.prompt_families import read_families
@@ -186,12 +185,12 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     if flags["prompts"]:
         prompts = [prompt for family in read_families(flags["prompts"]) for prompt in family.prompts]
     count, decoding = flags["repeats"] * len(prompts), sampling(flags)
-    automaton, policy = TokenAutomaton(bank.base.tokenizer, patterns, bank.base.vocab_size), split(bank.base.model)
+    automaton = TokenAutomaton(bank.base.tokenizer, patterns, bank.base.vocab_size)
     columns = {}
     for mix in mixes:
         bank.use(mix, flags["scale"])
         name, off = (str(mix), bank.base_only) if mix.parts else (bank.base.choice.name, None)
-        columns[name], _ = evaluate_phrases(bank.base, policy, automaton, prompts, count, decoding, rules.chat, off)
+        columns[name], _ = Author(bank.base, automaton, rules.chat).scored(prompts, count, decoding, off)
     console.print(counted(len(patterns), "pattern"))
     _print_scores(columns)
     settings = {**decoding.record(), "prompts": len(prompts), "repeats": flags["repeats"]}

@@ -43,19 +43,31 @@ class Positions:
     """Where the head learns: n positions, those of texts in a row.
 
     Attributes:
-        hidden: (n, D); log_z: (n,); table: (S, |T|), log w by state; state: (n,), rows of the table.
+        hidden: the texts' states as they are, (N L, D) each, not copied; place: (n,), which of their rows.
+        log_z: (n,); table: (S, |T|), log w by state; state: (n,), rows of the table.
         came, own: (n,), of the token that came: its column of the table, and its log w, this context's own in place of
             the table's; column -1 where it has none.
         weight: (n,), how much more often the teacher would be there than what the text was drawn from.
     """
 
-    hidden: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+    place: torch.Tensor
     log_z: torch.Tensor
     table: torch.Tensor
     state: torch.Tensor
     came: torch.Tensor
     own: torch.Tensor
     weight: torch.Tensor
+
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
+        """The base's states at some positions, (m, D) float32."""
+        place, first = self.place[rows], 0
+        found = torch.empty(len(rows), self.hidden[0].shape[1])
+        for part in self.hidden:
+            here = (place >= first) & (place < first + len(part))
+            found[here] = part[place[here] - first].float()
+            first += len(part)
+        return found
 
     def log_weights(self, rows: torch.Tensor) -> torch.Tensor:
         """log w at some positions, (m, |T|)."""
@@ -100,7 +112,7 @@ class PhraseHead(nn.Module):
 
     def kl(self, at: Positions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(KL(q || student), KL(q || base)) at each of these positions."""
-        hidden, log_w = at.hidden[rows].float(), at.log_weights(rows)
+        hidden, log_w = at.states(rows), at.log_weights(rows)
         (p, rest), u = self.p(hidden, at.log_z[rows]), self(hidden)
         w = log_w.exp()
         z_q, z_pi = rest[:, 0] + (p * w).sum(1), rest[:, 0] + (p * u.exp()).sum(1)
@@ -114,7 +126,7 @@ class PhraseHead(nn.Module):
         size, bias = policy.weight.shape[0], policy.bias
         own = torch.zeros(size) if bias is None else bias.detach().float()
         own = own.index_add(0, self.tokens, self.offset).to(hidden.dtype)
-        teacher = StateTeacher(at.hidden[rows].to(hidden), bias, self.tokens, at.log_weights(rows))
+        teacher = StateTeacher(at.states(rows).to(hidden), bias, self.tokens, at.log_weights(rows))
         b = torch.zeros(max(1, len(self.a)), size).index_copy_(1, self.tokens, self.b.detach().T)
         term = hidden.float() @ self.a.detach().T if len(self.a) else None
         return tilted_kl_loss(hidden, policy.weight, teacher, b, bias=own, set_logits=term).loss
@@ -142,7 +154,7 @@ class PhraseHead(nn.Module):
         """b at the best logit bias for small masses: log of the mean of p w over the mean of p."""
         wanted, given = torch.zeros(len(self.tokens)), torch.zeros(len(self.tokens))
         for rows in torch.arange(len(at.state)).split(4096):
-            p = self.p(at.hidden[rows].float(), at.log_z[rows])[0] * at.weight[rows, None]
+            p = self.p(at.states(rows), at.log_z[rows])[0] * at.weight[rows, None]
             wanted += (p * at.log_weights(rows).exp()).sum(0)
             given += p.sum(0)
         self.offset.copy_((wanted.clamp(min=1e-30) / given.clamp(min=1e-30)).log().clamp(-20, 20))
@@ -176,17 +188,20 @@ def positions(head: PhraseHead, policy: SplitModel, texts: Texts, values: Values
     waits = np.array([bool(values.automaton.row(int(s)).waiting) for s in states])
     keep = torch.from_numpy(~waits)[inverse]
     parts = (part[keep] for part in (inverse, came, own, weight))
-    return Positions(texts.hidden[keep], texts.log_z[keep], table, *parts), keep
+    place = keep.flatten().nonzero().squeeze(1)
+    return Positions((texts.hidden.flatten(0, 1),), place, texts.log_z[keep], table, *parts), keep
 
 
 def joined(parts: list[Positions]) -> Positions:
     """All of them."""
-    offsets = np.cumsum([0, *(len(part.table) for part in parts[:-1])])
+    firsts = np.cumsum([0, *(len(p.hidden[0]) for p in parts[:-1])]).tolist()
+    rows = np.cumsum([0, *(len(p.table) for p in parts[:-1])]).tolist()
     return Positions(
-        torch.cat([p.hidden for p in parts]),
+        tuple(p.hidden[0] for p in parts),
+        torch.cat([p.place + first for p, first in zip(parts, firsts, strict=True)]),
         torch.cat([p.log_z for p in parts]),
         torch.cat([p.table for p in parts]),
-        torch.cat([p.state + int(o) for p, o in zip(parts, offsets, strict=True)]),
+        torch.cat([p.state + first for p, first in zip(parts, rows, strict=True)]),
         torch.cat([p.came for p in parts]),
         torch.cat([p.own for p in parts]),
         torch.cat([p.weight for p in parts]),

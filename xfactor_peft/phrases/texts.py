@@ -9,13 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..base.loading import Base
 from ..base.split_model import SplitModel
-from ..options import ChatOptions, SamplingOptions
-from ..sampling.generation import encode_prompt
-from ..sampling.sampler import sample
 from ..tokens.automaton import TokenAutomaton
-from ..tokens.ends import special_ids
 from .values import Statistics
 
 
@@ -72,7 +67,7 @@ class Reader:
         statistics: Statistics | None = None,
         tilt: Tilt | None = None,
     ) -> None:
-        self._automaton, self._statistics, self._tilt = automaton, statistics, tilt
+        self.prompts, self._automaton, self._statistics, self._tilt = prompts, automaton, statistics, tilt
         self._made = np.zeros(len(prompts), dtype=np.int64)
         self._state = np.array([automaton.run(prompt)[0][-1] for prompt in prompts])
         shape = (len(prompts), length)
@@ -80,6 +75,11 @@ class Reader:
         self.log_z, self.kl = torch.zeros(shape), torch.zeros(shape)
         self.states = np.zeros(shape, dtype=np.int64)
         self.hidden: torch.Tensor | None = None
+
+    def texts(self) -> Texts:
+        """What was drawn; there is a token at least."""
+        assert self.hidden is not None
+        return Texts(self.prompts, self.ids, self.states, self.hidden, self.log_z, self.kl)
 
     def logits(self, texts: torch.Tensor, z: torch.Tensor, states: torch.Tensor) -> None:
         rows = texts.numpy()
@@ -102,37 +102,6 @@ class Reader:
             self.ids[text, self._made[text]] = i
             self._state[text] = self._automaton.step(int(self._state[text]), i)[0]
             self._made[text] += 1
-
-
-def encoded(
-    base: Base, prompts: Sequence[str], length: int, chat: ChatOptions = ChatOptions("auto")
-) -> list[list[int]]:
-    """Ids of prompts, under the chat template where there is one."""
-    return [encode_prompt(base.tokenizer, base.model, prompt, length, chat) for prompt in prompts]
-
-
-def draw(
-    base: Base,
-    policy: SplitModel,
-    automaton: TokenAutomaton,
-    prompts: list[list[int]],
-    options: SamplingOptions,
-    *,
-    statistics: Statistics | None = None,
-    tilt: Tilt | None = None,
-) -> Texts:
-    """A text of `options.max_new_tokens` after each prompt.
-
-    Args:
-        statistics: told what the policy gives every token, before any tilt.
-        tilt: the texts are drawn from the policy so tilted.
-    """
-    reader = Reader(automaton, prompts, options.max_new_tokens, statistics=statistics, tilt=tilt)
-    banned = sorted(special_ids(base.tokenizer, base.model))
-    for _ in sample(policy, prompts, options, banned, watcher=reader):
-        pass
-    assert reader.hidden is not None  # there is a prompt, and a token after it
-    return Texts(prompts, reader.ids, reader.states, reader.hidden, reader.log_z, reader.kl)
 
 
 def states_of(policy: SplitModel, texts: Texts, rows: torch.Tensor) -> torch.Tensor:

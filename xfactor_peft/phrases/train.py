@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 
 from ..base.loading import Base
-from ..base.split_model import split
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off
 from ..lowmem.allocator import give_back_pages
@@ -29,7 +28,7 @@ from ..options import ChatOptions, PhraseOptions
 from ..progress import phase
 from ..tokens.automaton import TokenAutomaton
 from .ban import BAN, Proof, ban
-from .evaluation import AFTER, BEFORE, draw_texts, evaluate_phrases, sampling_of
+from .evaluation import AFTER, BEFORE, Author, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, Positions, chosen_tokens, fit, joined, mean_kl, positions
 from .scores import PhraseScores, decoded, risen, words_of
@@ -82,21 +81,22 @@ class _Run:
     def __init__(
         self, base: Base, target: PhraseTarget, prompts: Sequence[str], options: PhraseOptions, chat: ChatOptions
     ) -> None:
-        self.base, self.target, self.prompts, self.options, self.chat = base, target, prompts, options, chat
+        self.base, self.target, self.prompts, self.options = base, target, prompts, options
         self.automaton = TokenAutomaton(base.tokenizer, target.patterns, base.vocab_size)
-        self.policy = split(base.model)
+        self.author = Author(base, self.automaton, chat)
+        self.policy = self.author.policy
         self.statistics = Statistics(self.automaton)
         self.lessons: list[Lesson] = []
 
     def draw(self, count: int, number: int, **how: Any) -> Texts:
-        """Texts that follow the prompts to learn from (see `draw_texts`)."""
-        sampling = sampling_of(self.options, number)
-        return draw_texts(self.base, self.policy, self.automaton, self.prompts, count, sampling, self.chat, **how)
+        """Texts that follow the prompts to learn from (see `Author.write`)."""
+        return self.author.write(self.prompts, count, sampling_of(self.options, number), **how)
 
-    def evaluate(self, prompts: Sequence[str], *, adapted: bool) -> tuple[PhraseScores, Texts]:
+    def evaluate(self, prompts: Sequence[str], *, adapted: bool) -> tuple[PhraseScores, list[str]]:
+        """Scores, and the texts that were scored."""
         off = partial(adapter_off, self.model) if adapted else None
-        count, sampling = self.options.eval_texts, sampling_of(self.options, AFTER if adapted else BEFORE)
-        return evaluate_phrases(self.base, self.policy, self.automaton, prompts, count, sampling, self.chat, off)
+        sampling = sampling_of(self.options, AFTER if adapted else BEFORE)
+        return self.author.scored(prompts, self.options.eval_texts, sampling, off)
 
     def values(self, solved: Solved) -> Values:
         return Values(self.statistics, per_pattern(self.target, solved.strengths))
@@ -163,7 +163,7 @@ def train_phrases(
     measured = bool(held_out and options.eval_texts)
     if measured:
         with phase("measuring the base"):
-            before, first = run.evaluate(held_out, adapted=False)
+            before, old = run.evaluate(held_out, adapted=False)
     if learns:
         rounds, solved = _learnt(run)
     else:
@@ -177,9 +177,8 @@ def train_phrases(
     result = PhraseResult(base, run.model, target, options, solved, len(run.head.tokens), proof, rounds=rounds)
     if measured:
         with phase("measuring the adapter"):
-            after, second = run.evaluate(held_out, adapted=True)
+            after, new = run.evaluate(held_out, adapted=True)
         result.before, result.after = before, after
-        old, new = decoded(base.tokenizer, first), decoded(base.tokenizer, second)
         result.risen, result.samples = risen(old, new), list(zip(held_out, old, new, strict=False))
     result.seconds = time.perf_counter() - started
     return result

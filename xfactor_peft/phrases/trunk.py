@@ -30,7 +30,7 @@ from .upper import UpperBlocks
 
 SHARE = 3
 """One block in so many, the last ones, gets LoRA."""
-BATCH, TEXTS = 8, 2
+BATCH, TEXTS = 8, 1
 """Texts of a step, and of them at once."""
 WORTH_LEARNING = 1e-3
 """KL in nats above which a position is always learnt from; of the others one in four is."""

@@ -18,7 +18,7 @@ import yaml
 
 from ..bank.bank import AdapterBank
 from ..base.loading import Base
-from ..base.split_model import SplitModel, split
+from ..base.split_model import SplitModel
 from ..budget.memory_model import runtime
 from ..checkpoint.durable import write_atomically
 from ..errors import XFactorError
@@ -26,11 +26,10 @@ from ..lowmem.kv_cache import token_bytes
 from ..lowmem.memory import mib
 from ..objective.kl import LOGITS_BYTES
 from ..options import ChatOptions, SamplingOptions
-from ..phrases.evaluation import draw_texts
+from ..phrases.evaluation import Author
 from ..phrases.rules import Rules
 from ..phrases.saving import save_phrases
 from ..phrases.scores import PhraseScores
-from ..phrases.texts import encoded
 from ..phrases.train import train_phrases
 from ..phrases.trunk import SHARE
 from ..phrases.trunk import TEXTS as STEP_TEXTS
@@ -51,7 +50,7 @@ def pace_of(base: Base, prompts: Sequence[str]) -> float:
     """Seconds that a token takes to draw, many texts at once: a try that is short."""
     started, tried = time.perf_counter(), SamplingOptions(TRIED)
     automaton = TokenAutomaton(base.tokenizer, phrases(["the"]), base.vocab_size)
-    draw_texts(base, split(base.model), automaton, prompts[:1], ROUND.eval_texts, tried, ChatOptions("auto"))
+    Author(base, automaton).write(prompts[:1], ROUND.eval_texts, tried)
     return (time.perf_counter() - started) / (TRIED * ROUND.eval_texts)
 
 
@@ -80,7 +79,8 @@ def plan(base: Base, rules: Rules, pace: float) -> str:
     Memory is what the process holds now, and beside it the key-value cache of the texts that are drawn at once, the
     logits of a piece, what a step saves in the last blocks and kernels: by a quarter more than these add up to.
     """
-    lengths = [len(ids) for ids in encoded(base, rules.prompts, rules.options.length, rules.chat)]
+    author = Author(base, TokenAutomaton(base.tokenizer, (), base.vocab_size), rules.chat)
+    lengths = [len(ids) for ids in author.encoded(rules.prompts, rules.options.length)]
     rest = max(lengths) - min(lengths)  # a longer prompt is read token by token, beside the texts of shorter ones
     seconds = pace * sum(works(rules).values()) * (1 + rest / rules.options.length)
     about = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{5 * math.ceil(seconds / 5)} seconds"

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from xfactor_peft.base.loading import Base
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.lora.wrap import adapter_off, add_lora
-from xfactor_peft.options import ChatOptions, LoraOptions, SamplingOptions
-from xfactor_peft.phrases.evaluation import draw_texts
+from xfactor_peft.options import LoraOptions, SamplingOptions
+from xfactor_peft.phrases.evaluation import Author
 from xfactor_peft.phrases.scores import kl_from_base, score
 from xfactor_peft.phrases.texts import Texts
 from xfactor_peft.tokens.automaton import TokenAutomaton
@@ -47,8 +47,7 @@ class Arms:
 
     def draw(self, number: int, count: int, prompts: Sequence[str] | None = None, **how: object) -> Texts:
         sampling = SamplingOptions(self.length, seed=50_000 + number)
-        given = self.base, self.policy, self.automaton, prompts or self.prompts, count, sampling, ChatOptions("auto")
-        return draw_texts(*given, **how)
+        return Author(self.base, self.automaton).write(prompts or self.prompts, count, sampling, **how)
 
     def scored(self, texts: Texts) -> Record:
         return {**score(self.base.tokenizer, self.automaton, texts).record(), "counts": None}
