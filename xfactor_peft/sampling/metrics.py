@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..base.split_model import SplitModel
 from ..lora.wrap import adapts_trunk
-from ..lowmem.allocator import own_pages
 from ..options import EvalOptions
 from ..tokens.ends import special_ids
 from ..tokens.token_set import TokenSet
@@ -103,8 +102,7 @@ def evaluate(
         batches.append(batch.continuations)
         for row, start in zip(batch.ids.tolist(), batch.starts.tolist(), strict=True):
             texts.setdefault(tuple(row[:start]), row[: start + new])
-        with own_pages():  # what stays of a chunk would break the holes that its logits leave in a shared heap
-            parts += [pair.score(part, tokens.mask()) for part in batch.split(POSITIONS)]
+        parts += [pair.score(part, tokens.mask()) for part in batch.split(POSITIONS)]
     samples = [cast(str, tokenizer.decode(texts[tuple(ids)])) for ids in encoded]
     rows, scores = torch.cat(batches), PositionScores.join(parts)
     rate = _rate(rows, tokens)
