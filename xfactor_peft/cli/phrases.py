@@ -186,11 +186,11 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
         prompts = [prompt for family in read_families(flags["prompts"]) for prompt in family.prompts]
     count, decoding = flags["repeats"] * len(prompts), sampling(flags)
     automaton = TokenAutomaton(bank.base.tokenizer, patterns, bank.base.vocab_size)
-    columns = {}
+    author, columns = Author(bank.base, automaton, rules.chat), {}
     for mix in mixes:
         bank.use(mix, flags["scale"])
         name, off = (str(mix), bank.base_only) if mix.parts else (bank.base.choice.name, None)
-        columns[name], _ = Author(bank.base, automaton, rules.chat).scored(prompts, count, decoding, off)
+        columns[name], _ = author.scored(prompts, count, decoding, off)
     console.print(counted(len(patterns), "pattern"))
     _print_scores(columns)
     settings = {**decoding.record(), "prompts": len(prompts), "repeats": flags["repeats"]}

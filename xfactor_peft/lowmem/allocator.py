@@ -17,7 +17,6 @@ from functools import cache
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LOW, _HIGH = 64 * 2**10, 32 * 2**20
 _KEEP = 256 * 2**20
-_PIECES = 64 * 2**10
 _shared = [_HIGH]
 """Allocations below this share the heap outside of loading."""
 
@@ -61,7 +60,7 @@ def spare_heap() -> None:
     Logits, activations and packed weights come in pieces, and what stays of one breaks the hole that the next needs:
     the heap of a step had 200 MiB in use and 180 free, many of them of activations.
     """
-    _shared[0] = _PIECES
+    _shared[0] = _LOW
     reuse_pages()
 
 

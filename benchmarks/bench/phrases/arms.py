@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from xfactor_peft.base.loading import Base
-from xfactor_peft.base.split_model import SplitModel, split
+from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.lora.wrap import adapter_off, add_lora
 from xfactor_peft.options import LoraOptions, SamplingOptions
 from xfactor_peft.phrases.evaluation import Author
@@ -43,11 +43,12 @@ class Arms:
     ) -> None:
         self.base, self.automaton, self.fit, self.prompts = base, automaton, fit, prompts
         self.count, self.length = count, length
-        self.policy = split(base.model)
+        self.author = Author(base, automaton)
+        self.policy = self.author.policy
 
     def draw(self, number: int, count: int, prompts: Sequence[str] | None = None, **how: object) -> Texts:
         sampling = SamplingOptions(self.length, seed=50_000 + number)
-        return Author(self.base, self.automaton).write(prompts or self.prompts, count, sampling, **how)
+        return self.author.write(prompts or self.prompts, count, sampling, **how)
 
     def scored(self, texts: Texts) -> Record:
         return {**score(self.base.tokenizer, self.automaton, texts).record(), "counts": None}
