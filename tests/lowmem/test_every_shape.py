@@ -137,24 +137,21 @@ def test_few_rows_are_right_at_every_width_that_they_take():
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_an_int8_layer_is_right_at_every_width(mode):
-    previous = int8_matmul.set_mode(mode)
+def test_an_int8_layer_is_right_at_every_width(mode, monkeypatch):
+    monkeypatch.setattr(int8_matmul, "MODE", mode)
     wrong = []
-    try:
-        for width in WIDTHS:
-            generator = torch.Generator().manual_seed(width)
-            rows, outputs = (1, 5, 4, 9)[width % 4], 1 + width % 23
-            layer = Int8Linear.from_weight(torch.randn(outputs, width, generator=generator), None)
-            weight = layer.weight.double() * layer.SCB.double()[:, None] / 127
-            x, g = torch.randn(rows, width, generator=generator), torch.randn(rows, outputs, generator=generator)
-            size = float(x.norm() * weight.norm() / width**0.5 + 1e-30)
-            if (layer.product(x, None).double() - x.double() @ weight.T).norm() > 0.03 * size:
-                wrong.append(("x W^T", rows, width, outputs))
-            size = float(g.norm() * weight.norm() / outputs**0.5 + 1e-30)
-            if (layer.transposed_product(g).double() - g.double() @ weight).norm() > 0.03 * size:
-                wrong.append(("g W", rows, width, outputs))
-    finally:
-        int8_matmul.set_mode(previous)
+    for width in WIDTHS:
+        generator = torch.Generator().manual_seed(width)
+        rows, outputs = (1, 5, 4, 9)[width % 4], 1 + width % 23
+        layer = Int8Linear.from_weight(torch.randn(outputs, width, generator=generator), None)
+        weight = layer.weight.double() * layer.SCB.double()[:, None] / 127
+        x, g = torch.randn(rows, width, generator=generator), torch.randn(rows, outputs, generator=generator)
+        size = float(x.norm() * weight.norm() / width**0.5 + 1e-30)
+        if (layer.product(x, None).double() - x.double() @ weight.T).norm() > 0.03 * size:
+            wrong.append(("x W^T", rows, width, outputs))
+        size = float(g.norm() * weight.norm() / outputs**0.5 + 1e-30)
+        if (layer.transposed_product(g).double() - g.double() @ weight).norm() > 0.03 * size:
+            wrong.append(("g W", rows, width, outputs))
     assert wrong == []
 
 

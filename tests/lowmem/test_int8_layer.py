@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,11 +13,10 @@ from xfactor_peft.lowmem.scratch import release_scratch, scratch_bytes
 
 
 @pytest.fixture
-def modes():
-    """`int8_matmul.set_mode`, undone afterwards."""
-    previous = int8_matmul.set_mode("auto")
-    yield int8_matmul.set_mode
-    int8_matmul.set_mode(previous)
+def modes(monkeypatch):
+    """Sets `int8_matmul.MODE`, which is "auto" at first."""
+    monkeypatch.setattr(int8_matmul, "MODE", "auto")
+    return partial(monkeypatch.setattr, int8_matmul, "MODE")
 
 
 def draw(*shape, seed=0):

@@ -20,11 +20,10 @@ SCALING = 2.0
 
 
 @pytest.fixture(params=["auto", "off"])
-def mode(request):
+def mode(request, monkeypatch):
     """The int8 matrix product as detected, and switched off."""
-    previous = int8_matmul.set_mode(request.param)
-    yield request.param
-    int8_matmul.set_mode(previous)
+    monkeypatch.setattr(int8_matmul, "MODE", request.param)
+    return request.param
 
 
 def inputs(out_features: int, in_features: int, dtype: torch.dtype, rank: int = 3) -> dict[str, torch.Tensor]:

@@ -56,11 +56,9 @@ def close(actual, expected, tolerance: float) -> None:
 
 
 @pytest.fixture
-def exact_int8():
+def exact_int8(monkeypatch):
     """Int8 weights, but products in floating point: what is left is equal up to rounding."""
-    previous = int8_matmul.set_mode("off")
-    yield
-    int8_matmul.set_mode(previous)
+    monkeypatch.setattr(int8_matmul, "MODE", "off")
 
 
 def train_once(model) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.lowmem.layers import SHAPES, error, make
-from xfactor_peft.lowmem import int8_matmul, nf4_kernel
+from xfactor_peft.lowmem import nf4_kernel
 from xfactor_peft.lowmem.int8 import Int8Linear, quantize_rows
 from xfactor_peft.lowmem.nf4 import CODE, NF4Linear, _grid, quantize_nf4
 
@@ -102,9 +102,7 @@ def test_nf4_state_of_bitsandbytes_converts():
     assert error(ours(x).double(), theirs(x).double()) < 1e-5
 
 
-def test_codes_that_do_not_fit_and_modes_that_are_not():
+def test_codes_that_do_not_fit():
     layer = Int8Linear.from_weight(torch.randn(4, 4), None)
     with pytest.raises(ValueError, match=r"SCB has shape \(3,\)"):
         layer.set_codes(layer.weight.data, torch.ones(3))
-    with pytest.raises(ValueError, match="auto, on, forward or off"):
-        int8_matmul.set_mode("fast")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.objective.tilt import SUPPRESS, Atoms, solve_rate, solve_rates, tilted_atoms, tilted_mass
+from xfactor_peft.objective.tilt import SUPPRESS, Atoms, solve_rates, tilted_atoms
 
 ONE_SET = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
 
@@ -24,27 +24,12 @@ def logit(p):
     return math.log(p / (1 - p))
 
 
-def test_a_rate_outside_the_range_is_named():
-    for rate in (-0.1, 1.0, math.nan):
-        with pytest.raises(XFactorError, match=f"^`goal.rate` must be at least 0 and below 1; got {rate:g}$"):
-            solve_rate(torch.tensor([0.5]), rate)
-    assert solve_rate(torch.zeros(3), 0.0) == SUPPRESS
-
-
 def test_a_set_without_mass():
     message = "the model gives the set no mass at all, so no tilt can reach a rate; choose another set"
     with pytest.raises(XFactorError, match=f"^{re.escape(message)}$"):
-        solve_rate(torch.zeros(3), 0.5)
-    assert solve_rate(torch.tensor([0.0, 0.5]), 0.25) == pytest.approx(0, abs=1e-9)  # one context is enough
-
-
-def test_a_mass_of_one_counts_as_1_minus_1e_12():
-    assert solve_rate(torch.ones(2), 0.5) == pytest.approx(-logit(1 - 1e-12), abs=1e-3)
-
-
-def test_masses_keep_their_dtype():
-    for dtype in (torch.float32, torch.float64):
-        assert tilted_mass(torch.tensor([0.25], dtype=dtype), 1.0).dtype == dtype
+        solve_rates(contexts(0.0, 0.0), ONE_SET, [0.5])
+    assert solve_rates(contexts(0.0, 0.0), ONE_SET, [0.0]).item() == SUPPRESS
+    assert solve_rates(contexts(0.0, 0.5), ONE_SET, [0.25]).item() == pytest.approx(0, abs=1e-6)  # one is enough
 
 
 @pytest.mark.parametrize(("mass", "rate"), [(0.01, 0.03), (1e-6, 0.999), (0.999, 0.001), (0.5, 0.5)])

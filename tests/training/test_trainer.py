@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import SHORT_EVALUATION
+from tests.objective.one_set import tilt_kl
 from tests.tiny import tiny_model, tiny_tokenizer
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.lora.wrap import add_lora
 from xfactor_peft.objective import kl as losses
 from xfactor_peft.objective.targets import TiltedTarget, UniformTarget
-from xfactor_peft.objective.tilt import tilt_kl
 from xfactor_peft.options import LoraOptions, TrainOptions
 from xfactor_peft.runs.tracking import Tracking
 from xfactor_peft.tokens.token_set import TokenSet

@@ -31,22 +31,8 @@ cache meanwhile: 1.6 ms against 0.45 for 16 rows times 1024 x 4096, 6.5 against 
 PRODUCT_BYTES = 16 * 2**20
 """Rows go through in pieces of at most this many bytes of int32 products."""
 
-_mode = os.environ.get("XFACTOR_INT8_MATMUL", "auto")
-
-
-def set_mode(mode: str) -> str:
-    """ "auto" (where the CPU is fast at it), "on", "forward" or "off"; returns the mode that was set before.
-
-    "forward" leaves gradients to a dequantised copy of the weight.
-
-    Raises:
-        ValueError: any other mode.
-    """
-    global _mode
-    if mode not in ("auto", "on", "forward", "off"):
-        raise ValueError(f"int8 matmul mode must be auto, on, forward or off; got {mode!r}")
-    previous, _mode = _mode, mode
-    return previous
+MODE = os.environ.get("XFACTOR_INT8_MATMUL", "auto")
+"""auto: where the CPU is fast at it; on; forward, which leaves gradients to a dequantised weight; or off."""
 
 
 @cache
@@ -63,9 +49,9 @@ def supported() -> bool:
 
 def enabled(x: torch.Tensor, *, backward: bool = False) -> bool:
     """Whether products with `x` go through int8: a CPU tensor of at most 32 bits, and the mode allows it."""
-    if x.device.type != "cpu" or x.dtype == torch.float64 or _mode == "off" or (backward and _mode == "forward"):
+    if x.device.type != "cpu" or x.dtype == torch.float64 or MODE == "off" or (backward and MODE == "forward"):
         return False
-    return _mode != "auto" or supported()
+    return MODE != "auto" or supported()
 
 
 def takes_few_rows(x: torch.Tensor) -> bool:

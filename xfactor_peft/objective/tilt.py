@@ -54,45 +54,9 @@ class Atoms:
         return (p @ F.one_hot(self.of_token.to(p.device), len(self.patterns)).to(p.dtype)).double()
 
 
-def tilted_mass(mass: torch.Tensor, strength: float) -> torch.Tensor:
-    """m e^lambda / (1 - m + m e^lambda), the tilted mass of one set whose base mass is m; any shape."""
-    return torch.sigmoid(torch.logit(mass.double()) + strength).to(mass.dtype)
-
-
-def tilt_kl(mass: torch.Tensor, strength: float) -> torch.Tensor:
-    """KL(q_lambda || p) in nats for one set of base mass m: the price of the tilt in each context; any shape."""
-    m = mass.double()
-    q = tilted_mass(m, strength)
-    return torch.special.xlogy(q, q / m) + torch.special.xlogy(1 - q, (1 - q) / (1 - m))
-
-
 def tilted_atoms(masses: torch.Tensor, patterns: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """Atom masses under the tilt: (N, P), (P, K), (K,) -> (N, P), rows summing to 1."""
     return (masses.log() + patterns @ strengths).softmax(dim=1)
-
-
-def solve_rate(masses: torch.Tensor, rate: float) -> float:
-    """The one strength with mean tilted mass `rate`, by bisection; masses (N,) of the set in N contexts.
-
-    Raises:
-        XFactorError: the rate is outside [0, 1), or the set has no mass in the contexts.
-    """
-    if not 0 <= rate < 1:
-        raise XFactorError(f"`goal.rate` must be at least 0 and below 1; got {rate:g}")
-    if rate == 0:
-        return SUPPRESS
-    masses = masses.double().clamp(max=1 - 1e-12)
-    if not masses.max() > 0:
-        raise XFactorError("the model gives the set no mass at all, so no tilt can reach a rate; choose another set")
-    logits = torch.logit(masses)
-    low, high = -MAX_STRENGTH, MAX_STRENGTH
-    for _ in range(100):
-        middle = (low + high) / 2
-        if torch.sigmoid(logits + middle).mean() < rate:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def solve_rates(masses: torch.Tensor, patterns: torch.Tensor, rates: list[float]) -> torch.Tensor:
@@ -106,14 +70,18 @@ def solve_rates(masses: torch.Tensor, patterns: torch.Tensor, rates: list[float]
         rates: K wanted rates.
 
     Raises:
-        XFactorError: no tilt meets all rates together (e.g. disjoint sets whose rates sum to 1 or more).
+        XFactorError: a set with a rate above 0 has no mass in the contexts, or no tilt meets all rates together (e.g.
+            disjoint sets whose rates sum to 1 or more).
     """
     goal = torch.tensor(rates, dtype=torch.float64)
     free = goal > 0
     strengths = torch.full_like(goal, SUPPRESS)
     if not free.any():
         return strengths
-    masses, inside = masses.double().clamp(min=1e-300), patterns[:, free]
+    masses, inside = masses.double(), patterns[:, free]
+    if not ((masses @ inside).amax(0) > 0).all():
+        raise XFactorError("the model gives the set no mass at all, so no tilt can reach a rate; choose another set")
+    masses = masses.clamp(min=1e-300)
 
     def dual(values: torch.Tensor) -> torch.Tensor:
         strengths[free] = values

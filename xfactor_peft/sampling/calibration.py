@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..objective.tilt import MAX_STRENGTH, Atoms, solve_rate, solve_rates
+from ..objective.tilt import MAX_STRENGTH
 from .reweighting import SLOPE, Estimate, TiltedSamples, log_odds
 
 ROUNDS = (32, 64, 64, 64, 96, 128, 128, 192)
@@ -130,10 +130,3 @@ def _slope(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     dx, dy = x - x.mean(0), y - y.mean(0)
     prior = 0.05
     return ((dx * dy).sum(0) + SLOPE * prior) / ((dx * dx).sum(0) + prior)
-
-
-def solve(masses: torch.Tensor, atoms: Atoms, rates: list[float]) -> torch.Tensor:
-    """Strengths (K,) for the rates in fixed contexts: bisection for one set, Newton for several."""
-    if len(rates) == 1:
-        return torch.tensor([solve_rate(masses @ atoms.patterns[:, 0], rates[0])], dtype=torch.float64)
-    return solve_rates(masses, atoms.patterns, rates)

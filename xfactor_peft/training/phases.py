@@ -19,9 +19,9 @@ from ..lora.set_head import SetHead
 from ..lora.variants import pissa_to_lora
 from ..objective.objectives import TiltedObjective, UniformObjective
 from ..objective.targets import UniformTarget
-from ..objective.tilt import SUPPRESS
+from ..objective.tilt import SUPPRESS, solve_rates
 from ..progress import phase
-from ..sampling.calibration import RateController, calibrate, calibrate_tilt, solve
+from ..sampling.calibration import RateController, calibrate, calibrate_tilt
 from ..sampling.contexts import context_pool
 from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, atom_masses
@@ -139,7 +139,7 @@ class Solve:
             else:
                 pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
                 masses = atom_masses(rate.run.split_model, pool, samples.atoms)
-        first = solve(masses, samples.atoms, target.rates)
+        first = solve_rates(masses, samples.atoms.patterns, target.rates)
 
         def measure(strengths: torch.Tensor, texts: int, index: int) -> Estimate:
             with phase(f"calibrating lambda, round {index + 1}"):

@@ -18,8 +18,9 @@ import torch
 from ..base.final_norm import takes_logit_bias
 from ..lora.set_head import SetHead
 from ..objective.head_fit import Contexts, HeadFitter, price
+from ..objective.tilt import solve_rates
 from ..progress import phase
-from ..sampling.calibration import Trace, solve
+from ..sampling.calibration import Trace
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
 
@@ -91,7 +92,7 @@ def fit_head(
             contexts, rates = _contexts(drawn, f"round {index}", partial(samples.contexts, texts, seed, base_only))
             rounds.append({"rates": rates.mean(1).flatten().tolist()})
             if not index:  # rates that no tilt reaches are refused
-                solve(torch.cat([part.masses.flatten(0, 1) for part in contexts]).double(), atoms, wanted.tolist())
+                solve_rates(torch.cat([p.masses.flatten(0, 1) for p in contexts]), atoms.patterns, wanted.tolist())
             elif index + 1 == len(TEXTS):
                 found = price(contexts, atoms, *fitted)  # of the head that wrote these texts
             fitter.add(contexts)

@@ -21,8 +21,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, default_data_collator
 
 from ..base.loading import switch_off_dropout
 from ..base.split_model import SplitModel, split
@@ -63,7 +62,7 @@ class TokenSetTrainer(Trainer):
         off = partial(adapter_off, model) if isinstance(model, PeftModel) else None
         self._objective = _objective(self._split_model, target, kl_to_base, off)
         self._masses: list[float] = []
-        kwargs.setdefault("data_collator", _stack)
+        kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over positions, not a sum to be divided by labels
 
@@ -108,25 +107,10 @@ class _Through(SplitModel):
         return states[0]
 
 
-def random_contexts(vocabulary: int, count: int, *, length: int = 64, seed: int = 0) -> Dataset:
+def random_contexts(vocabulary: int, count: int, *, length: int = 64, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """`count` texts of random ids {"input_ids": (length,)}: what `xfactor_peft.train` feeds for a uniform target."""
     generator = torch.Generator().manual_seed(seed)
-    return _Rows(torch.randint(vocabulary, (count, length), generator=generator))
-
-
-class _Rows(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, ids: torch.Tensor) -> None:
-        self._ids = ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._ids[index]}
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+    return [{"input_ids": ids} for ids in torch.randint(vocabulary, (count, length), generator=generator)]
 
 
 def _switch_off_base_dropout(model: nn.Module) -> None:
