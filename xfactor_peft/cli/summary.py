@@ -15,8 +15,8 @@ from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
 from ..tokens.printable import counted
 from ..tokens.rule import Rule
-from ..training.rate import RateReport
 from ..training.rate_head import HeadReport
+from ..training.rate_report import RateReport
 from ..training.train import TrainResult
 from .console import console, print_columns
 from .plan_text import print_measured

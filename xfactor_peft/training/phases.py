@@ -23,11 +23,10 @@ from ..objective.tilt import SUPPRESS, solve_rates
 from ..progress import phase
 from ..sampling.calibration import RateController, calibrate, calibrate_tilt
 from ..sampling.contexts import context_pool
-from ..sampling.metrics import Evaluation
 from ..sampling.own_samples import TEXTS, atom_masses
 from ..sampling.reweighting import Estimate
 from .loop import optimise, plateau
-from .rate import CALIBRATION, DISTIL, SEQUENCE, SOLVED, RateReport, RateRun
+from .rate import CALIBRATION, DISTIL, SEQUENCE, SOLVED, RateRun
 from .rate_head import fit_head, restore_head
 from .run import TrainingRun
 from .sequence.phase import Sequence
@@ -45,20 +44,14 @@ class Phase(Protocol):
     def run(self) -> None:
         """Bring the run further, or pass when a resumed run is beyond this phase."""
 
-    def report(self) -> RateReport | None:
-        """What is known of how the target was reached before anything is measured."""
 
-    def measured(self, scores: Evaluation | None) -> RateReport | None:
-        """The same with the frontier and the dial; `scores` are those of the trained model."""
-
-
-def phases_of(run: TrainingRun) -> list[Phase]:
-    """What the run's target asks for, in order."""
+def phases_of(run: TrainingRun) -> tuple[list[Phase], RateRun | None]:
+    """What the run's target asks for, in order, and what these phases share in a run for a rate."""
     if isinstance(run.target, UniformTarget):
-        return [Uniform(run, run.target)]
+        return [Uniform(run, run.target)], None
     rate = RateRun(run, run.target)
     phases: list[Phase] = [Solve(rate), Distil(rate)]
-    return [*phases, Sequence(rate)] if run.recipe.objective.sequence_level else phases
+    return [*phases, Sequence(rate)] if run.recipe.objective.sequence_level else phases, rate
 
 
 class Uniform:
@@ -78,12 +71,6 @@ class Uniform:
         module = UniformObjective(trained, self._target, run.recipe.objective.kl_to_base, run.adapter_off)
         optimise(run, module, sharded=sharded)
         pissa_to_lora(run.model)
-
-    def report(self) -> None:
-        return None
-
-    def measured(self, scores: Evaluation | None) -> None:
-        return None
 
 
 class Solve:
@@ -116,12 +103,6 @@ class Solve:
             rate.fitted = fit_head(rate.head, rate.samples, rate.wanted, run.base_only, rate.drawn)
             rate.strengths = torch.tensor(rate.fitted.constant, dtype=torch.float64)
         rate.enter(SOLVED)
-
-    def report(self) -> RateReport:
-        return self._rate.report()
-
-    def measured(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.measured(scores)
 
     def _solved(self) -> torch.Tensor:
         rate, target, samples = self._rate, self._rate.target, self._rate.samples
@@ -180,12 +161,6 @@ class Distil:
         optimise(run, self._module, stop=self._stop)
         if rate.head is not None:
             rate.head.write()
-
-    def report(self) -> RateReport:
-        return self._rate.report()
-
-    def measured(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.measured(scores)
 
     def _stop(self, history: list[Step]) -> bool:
         rate, steps, loss = self._rate, self._rate.run.recipe.train.steps, history[-1].loss

@@ -23,7 +23,7 @@ from ..sampling.metrics import Evaluation
 from ..sampling.sampler import cache_limit
 from ..sampling.warnings import collapse_warnings, rate_warnings
 from .phases import phases_of
-from .rate import RateReport
+from .rate_report import RateReport, measured, report_of
 from .run import Hooks, TrainingRun
 
 
@@ -137,7 +137,7 @@ def train_recipe(
     with cache_limit(run.cache_bytes):
         with phase("R before"):
             before, sampling_before = run.measure()
-        phases = phases_of(run)
+        phases, rate = phases_of(run)
         reset_peak(base.device)
         started = time.perf_counter()
         with run.explaining_out_of_memory():
@@ -162,12 +162,12 @@ def train_recipe(
             sampling_peak=sampling_before,
             recomputed_blocks=run.recomputed,
             objective=recipe.objective,
-            rate=phases[-1].report(),
+            rate=report_of(rate) if rate else None,
         )
         on_trained(result)
         with phase("R after"):
             result.after, sampling_after = run.measure()
-        result.rate = phases[-1].measured(result.after)
+        result.rate = measured(rate, result.after) if rate else None
     result.sampling_peak = {key: max(peak, sampling_after[key]) for key, peak in sampling_before.items()}
     result.warnings = _warnings(before, result.after, result.rate)
     return result

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ...checkpoint.state import Step
 from ...progress import phase
-from ...sampling.metrics import Evaluation
 from ..loop import plateau
-from ..rate import SEQUENCE, RateReport, RateRun, SequenceReport
+from ..rate import SEQUENCE, RateRun, SequenceReport
 from .state import SequenceState
 from .trainer import SequenceOptions, SequenceStep, SequenceTrainer
 
@@ -43,12 +42,6 @@ class Sequence:
                 run.hooks.on_step(run.history[-1])
                 checkpointer.after_step(state, last=len(made) == steps, every=1)
         self._keep_the_better(trainer, state)
-
-    def report(self) -> RateReport:
-        return self._rate.report()
-
-    def measured(self, scores: Evaluation | None) -> RateReport:
-        return self._rate.measured(scores)
 
     def _trainer(self) -> SequenceTrainer:
         rate, train, members = self._rate, self._rate.run.recipe.train, self._rate.samples.members
