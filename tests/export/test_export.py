@@ -15,7 +15,7 @@ from tests.conftest import SHORT_EVALUATION
 from xfactor_peft.adapters.mix import Mix, parse_mix
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.export import FORMATS, export
+from xfactor_peft.export import FILES, FOLDERS, export
 from xfactor_peft.export.logit_bias import write_logit_bias
 from xfactor_peft.objective.targets import UniformTarget
 from xfactor_peft.options import LoraOptions, Recipe, TrainOptions
@@ -200,7 +200,7 @@ def test_a_missing_package_is_one_line(tiny, adapters_root, tmp_path, monkeypatc
 def test_the_command(run, tiny_folders, adapters_root, tmp_path):
     from xfactor_peft.cli.export import FORMATS as OFFERED
 
-    assert list(FORMATS) == OFFERED
+    assert {*FILES, *FOLDERS} == {*OFFERED}
     root = ["--adapters-dir", adapters_root]
     output = run("export", "x", *root).output
     assert output.splitlines()[0].startswith(f"model {tiny_folders['gpt2']} (the base of x), fp32")

@@ -13,9 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base.loading import Base
+from ..checkpoint.durable import file_hash
 from ..errors import XFactorError, XFactorWarning
 from .adapter import AdapterInfo
-from .files import CONFIG, RECORD, WEIGHTS, file_hash
+from .files import CONFIG, RECORD, WEIGHTS
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_((?P<side>[AB])\.(?P<kind>weight|bias)|"
                      r"(?P<magnitude>magnitude_vector)(\.weight)?)")  # fmt: skip

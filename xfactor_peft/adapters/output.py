@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.durable import sync, sync_tree, write_atomically
+from ..checkpoint.durable import file_hash, sync, sync_tree, write_atomically
 from ..errors import XFactorError
 from .card import model_card
-from .files import CARD, CONFIG, RECORD, file_hash, write_json
+from .files import CARD, CONFIG, RECORD, write_json
 
 
 def check_replaceable(folder: Path, *, force: bool) -> None:

@@ -20,13 +20,9 @@ from .norm_fold import fold_logit_bias
 from .state_fold import fold_by_states
 
 
-def _tell_nobody(line: str) -> None:
-    """What is told of a merge goes nowhere."""
-
-
 @torch.no_grad()
 def merge(
-    bank: AdapterBank, what: str | Mix, scale: float = 1.0, tell: Callable[[str], None] = _tell_nobody
+    bank: AdapterBank, what: str | Mix, scale: float = 1.0, tell: Callable[[str], None] = lambda _: None
 ) -> PreTrainedModel:
     """W + sum_i w_i s_i B_i A_i, in place; the bank's base is consumed, and the plain model is returned.
 

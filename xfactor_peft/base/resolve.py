@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from ..checkpoint.durable import file_hash
 from ..errors import XFactorError, first_line
 
 DEFAULT_MODEL = "openai-community/gpt2-medium"
@@ -208,9 +208,7 @@ def _check_hash(path: Path, name: str) -> None:
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
         return
-    with blob.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != blob.name:
+    if file_hash(blob) != blob.name:
         path.unlink()
         blob.unlink()
         raise XFactorError(f"`model={name}`: {path.name} arrived damaged (wrong SHA-256) and was removed; try again")

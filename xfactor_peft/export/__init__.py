@@ -16,15 +16,8 @@ from .logit_bias import write_logit_bias
 from .ollama import write_ollama
 from .onnx_file import write_onnx
 
-FORMATS = {
-    "merged": "a transformers folder, for AutoModelForCausalLM and everything that reads it",
-    "gguf": "the merged model as one file for llama.cpp (extra gguf)",
-    "gguf-lora": "the adapter alone for llama.cpp's `--lora` (extra gguf)",
-    "ollama": "a folder for `ollama create`: the adapter, and a Modelfile that names its GGUF base (extra gguf)",
-    "onnx": "the merged model's ids -> logits as one ONNX file (extra onnx)",
-    "logit-bias": "JSON with a bias for every token of the set, for servers without LoRA",
-}
-_FILES: dict[str, tuple[str, Callable[..., str]]] = {
+FOLDERS: dict[str, Callable[..., str]] = {"merged": write_folder, "ollama": write_ollama}
+FILES: dict[str, tuple[str, Callable[..., str]]] = {
     "gguf": (".gguf", write_model),
     "gguf-lora": (".gguf", write_lora),
     "onnx": (".onnx", write_onnx),
@@ -34,11 +27,8 @@ _FILES: dict[str, tuple[str, Callable[..., str]]] = {
 
 def default_output(name: str, kind: str) -> Path:
     """exports/NAME-KIND, with the format's usual suffix."""
-    suffix = _FILES[kind][0] if kind in _FILES else ""
+    suffix = FILES[kind][0] if kind in FILES else ""
     return Path("exports") / f"{Path(name).name}-{kind}{suffix}"
-
-
-_FOLDERS = {"merged": write_folder, "ollama": write_ollama}
 
 
 def export(
@@ -55,10 +45,10 @@ def export(
     """
     if tensors is not None and (kind != "gguf" or bank.base.choice.gguf is None):
         raise XFactorError("`tensors` says how the tensors of a GGUF base are packed; it is for `format=gguf` from one")
-    if kind in _FOLDERS:
-        return _FOLDERS[kind](bank, mix, output, force=force)
+    if kind in FOLDERS:
+        return FOLDERS[kind](bank, mix, output, force=force)
     if output.exists() and not force:
         raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
     with staged_file(output) as path:
         more = {} if tensors is None else {"tensors": tensors}
-        return _FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))
+        return FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))

@@ -69,7 +69,7 @@ def write_mapped(
                 _load_parameter(model, name, sources[name], dtype)
                 for key, value in _made(model, name, dtype):
                     yield key, value
-                    _put(model, key, value.to("meta"))
+                    _assign(model, key, value.to("meta"))
 
         write_weights(file, shapes, values(), about)
         release_scratch()
@@ -90,7 +90,7 @@ def load_mapped(
                 found = tensors.get(key)
                 if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
                     raise ValueError(f"the mapped weights are not those of {folder}: {key} is missing or does not fit")
-                _put(model, key, found)
+                _assign(model, key, found)
     return _finished(model, folder)
 
 
@@ -125,7 +125,7 @@ def _made(model: PreTrainedModel, name: str, dtype: torch.dtype) -> list[tuple[s
     return [(name, value if leaf in owner._buffers or not value.is_meta else value.to(dtype))]
 
 
-def _put(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
     """Make `value` the parameter or buffer of this name, without a copy."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -276,4 +276,4 @@ def _load_parameter(model: PreTrainedModel, name: str, source: StoredTensor, dty
     target = torch.empty(source.shape, dtype=getattr(owner, leaf).dtype if is_buffer else dtype)
     for rows, values in source.pieces():
         (target[rows] if target.dim() else target).copy_(values)
-    _put(model, name, target)
+    _assign(model, name, target)

@@ -59,7 +59,7 @@ class Author:
         ids = self.encoded(prompts, length)
         begun = [ids[i % len(ids)] for i in range(count)]
         reader = Reader(self.automaton, begun, length, statistics=statistics, tilt=tilt)
-        banned = sorted(special_ids(self.base.tokenizer, self.base.model))
+        banned = special_ids(self.base.tokenizer, self.base.model)
         for _ in sample(self.policy, begun, sampling, banned, watcher=reader):
             pass
         return reader.texts()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import XFactorError
+from ..errors import XFactorError, text_of
 from ..tokens.patterns import Pattern, found, names
 from .goals import PhraseGoal, PhraseTarget, Wanted
 from .scores import gamma_quantile, words_of
@@ -34,10 +34,7 @@ def measure(path: Path, patterns: Sequence[Pattern]) -> list[Measured]:
     Raises:
         XFactorError: the file cannot be read, is shorter than 1,000 words, or holds none of the patterns.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`rates_from` {path}: cannot be read as UTF-8 text: {error}") from error
+    text = text_of(path, f"`rates_from` {path}")
     thousands = len(words_of(text)) / 1000
     if thousands < 1:
         raise XFactorError(

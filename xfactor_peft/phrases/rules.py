@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import XFactorError
+from ..errors import XFactorError, text_of
 from ..options import ChatOptions, PhraseOptions
 from ..tokens.patterns import phrases, read_phrases
 from .goals import KINDS, PhraseGoal, PhraseTarget, Wanted, phrase_goal
@@ -140,10 +140,7 @@ def _file_phrases(folder: Path, name: Any, ignore_case: bool) -> Any:
 def _lines(value: Any, folder: Path, what: str) -> list[str]:
     if isinstance(value, list):
         return [str(line) for line in value]
-    try:
-        return (folder / str(value)).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`{what}` {value}: cannot be read as UTF-8 text: {error}") from error
+    return text_of(folder / str(value), f"`{what}` {value}").splitlines()
 
 
 def _goal_record(goal: PhraseGoal) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from ..base.loading import Base
 from ..base.split_model import SplitModel
-from ..errors import XFactorError
+from ..errors import XFactorError, text_of
 from ..progress import phase
 from ..tokens.ends import special_ids, text_ids
 from .sampler import continued
@@ -55,9 +55,8 @@ def openings(base: Base, count: int, *, seed: int = 0, length: int = OPENING) ->
     new = length - 1 if keep else length
     if new == 0:
         return first
-    ids = continued(
-        SplitModel(base.model), first, new, seed=seed + 17, banned=sorted(special_ids(base.tokenizer, base.model))
-    )
+    special = special_ids(base.tokenizer, base.model)
+    ids = continued(SplitModel(base.model), first, new, seed=seed + 17, banned=special)
     return ids if keep else ids[:, 1:]
 
 
@@ -67,9 +66,8 @@ def self_contexts(base: Base, count: int, length: int, *, seed: int = 0) -> torc
     rest = length - head.shape[1]
     if rest == 0:
         return head
-    return continued(
-        SplitModel(base.model), head, rest, seed=seed + 29, banned=sorted(special_ids(base.tokenizer, base.model))
-    )
+    special = special_ids(base.tokenizer, base.model)
+    return continued(SplitModel(base.model), head, rest, seed=seed + 29, banned=special)
 
 
 def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
@@ -78,10 +76,7 @@ def file_contexts(base: Base, path: Path, length: int) -> torch.Tensor:
     Raises:
         XFactorError: the file cannot be read, or holds fewer than `length` tokens.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`contexts={path}`: cannot be read as UTF-8 text: {error}") from error
+    text = text_of(path, f"`contexts={path}`")
     ids = torch.tensor(text_ids(base.tokenizer, text, truncation=False, verbose=False), dtype=torch.long)
     count = len(ids) // length
     if count == 0:

@@ -99,7 +99,7 @@ class FamilySamples:
 
     def _drawn(self, texts: int, seed: int) -> Iterator[Samples]:
         """Batches of `texts` texts of each family, in order; every prompt of a family as often as its others."""
-        banned = sorted(special_ids(self.base.tokenizer, self.base.model))
+        banned = special_ids(self.base.tokenizer, self.base.model)
         rows = [row for prompts in self.prompts.values() for row in in_turn(prompts, texts, seed)]
         decoding = replace(self.decoding, seed=seed)
         return sample(SplitModel(self.split_model.model), rows, decoding, banned, self.members)

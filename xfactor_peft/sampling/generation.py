@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import XFactorError
@@ -102,15 +103,12 @@ def generate_batch(
     rows = [encode_prompt(tokenizer, model, prompt, options.max_new_tokens, chat) for prompt in prompts]
     if not rows:
         return []
-    width, ends = max(map(len, rows)), end_ids(tokenizer, model)
-    ids = torch.full((len(rows), width), pad_id(tokenizer, model))
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(rows):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ends = end_ids(tokenizer, model)
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad_id(tokenizer, model), "left")
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
     random = _RandomState(seed_for(options.seed, [i for row in rows for i in row]))
     output = _sample(model, tokenizer, ids, options, random, attention_mask=mask.to(model.device), **extra)
-    return [until_end(row, ends) for row in output[:, width:].tolist()]
+    return [until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def unused_settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def evaluate(
     new = options.sampling.max_new_tokens
     encoded = [encode_prompt(tokenizer, policy.model, prompt, new) for prompt in options.prompts]
     prompts = [ids for ids in encoded for _ in range(options.repeats)]
-    for batch in sample(policy, prompts, options.sampling, sorted(special_ids(tokenizer, policy.model))):
+    for batch in sample(policy, prompts, options.sampling, special_ids(tokenizer, policy.model)):
         batches.append(batch.continuations)
         for row, start in zip(batch.ids.tolist(), batch.starts.tolist(), strict=True):
             texts.setdefault(tuple(row[:start]), row[: start + new])

@@ -28,11 +28,6 @@ ROWS_AT_ONCE = 256
 """Positions that go through the trunk together."""
 
 
-def _drawn(base: Base, seed: int) -> torch.Tensor:
-    with phase("drawing openings"):
-        return openings(base, OPENINGS, seed=seed)
-
-
 @torch.no_grad()
 def atom_masses(policy: SplitModel, ids: torch.Tensor, atoms: Atoms) -> torch.Tensor:
     """Masses of the atoms at the positions that predict ids[:, 1:]; (N, T) ids -> ((T - 1) N, P) float64."""
@@ -43,7 +38,7 @@ def atom_masses(policy: SplitModel, ids: torch.Tensor, atoms: Atoms) -> torch.Te
     return torch.cat(parts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OwnSamples:
     """Prompts of several families, continued by the model as it is; the rates of K sets along the continuations.
 
@@ -61,13 +56,13 @@ class OwnSamples:
     rate: RateOptions
     openings: torch.Tensor = field(init=False)
     prompts: dict[str, list[list[int]]] = field(init=False)
-    banned: list[int] = field(init=False)
+    banned: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "openings", _drawn(self.base, self.seed))
-        prompts = fitting_prompts(self.base, self.openings, self.rate.prompts, self.length)
-        object.__setattr__(self, "prompts", prompts)
-        object.__setattr__(self, "banned", sorted(special_ids(self.base.tokenizer, self.base.model)))
+        with phase("drawing openings"):
+            self.openings = openings(self.base, OPENINGS, seed=self.seed)
+        self.prompts = fitting_prompts(self.base, self.openings, self.rate.prompts, self.length)
+        self.banned = special_ids(self.base.tokenizer, self.base.model)
 
     @property
     def atoms(self) -> Atoms:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..base.loading import Base
-from ..errors import XFactorError
+from ..errors import XFactorError, text_of
 from ..options import ChatOptions
 from ..tokens.ends import text_ids
 from .chat import question
@@ -61,11 +61,7 @@ def read_families(path: Path) -> list[PromptFamily]:
     Raises:
         XFactorError: the file cannot be read, a line has another form, or there is no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`prompts={path}`: cannot be read as UTF-8 text: {error}") from error
-    return families_of(text, path)
+    return families_of(text_of(path, f"`prompts={path}`"), path)
 
 
 def families_of(text: str, path: Path) -> list[PromptFamily]:

@@ -10,7 +10,7 @@ The token at a position is the one whose interval of the cumulative distribution
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,20 +34,20 @@ LEAST_BYTES = 32 * 2**20
 ALIKE = 16
 """Batches, and the texts in them that a token is drawn for, are multiples of this many: every other number of rows is
 compiled anew, and what is compiled stays in memory."""
-_room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
+_limit: ContextVar[Callable[[], int]] = ContextVar("limit", default=lambda: CACHE_BYTES)
 
 
 @contextmanager
-def cache_limit(room: Callable[[], int]) -> Iterator[None]:
-    """Inside, the cache of a batch takes at most as many bytes as `room` says when samples are asked for.
+def cache_limit(limit: Callable[[], int]) -> Iterator[None]:
+    """Inside, the cache of a batch takes at most as many bytes as `limit` says when samples are asked for.
 
     It may always take `LEAST_BYTES`.
     """
-    token = _room.set(room)
+    token = _limit.set(limit)
     try:
         yield
     finally:
-        _room.reset(token)
+        _limit.reset(token)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
 def tokens_at_once(split_model: SplitModel) -> int:
     """How many tokens, over all texts of a batch, have a key-value cache within the limit."""
     model = split_model.model
-    size = min(CACHE_BYTES, max(LEAST_BYTES, _room.get()()))
+    size = min(CACHE_BYTES, max(LEAST_BYTES, _limit.get()()))
     return size // token_bytes(model.config, model.dtype)
 
 
@@ -142,7 +142,7 @@ def sample(
     split_model: SplitModel,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
-    banned: Sequence[int] = (),
+    banned: Iterable[int] = (),
     members: torch.Tensor | None = None,
     tilts: torch.Tensor | None = None,
     watcher: Watcher | None = None,
@@ -221,7 +221,7 @@ def _alike(rows: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def continued(
-    split_model: SplitModel, ids: torch.Tensor, new: int, *, seed: int, banned: Sequence[int] = ()
+    split_model: SplitModel, ids: torch.Tensor, new: int, *, seed: int, banned: Iterable[int] = ()
 ) -> torch.Tensor:
     """(N, P) ids continued by `new` tokens each -> (N, P + new)."""
     options = SamplingOptions(max_new_tokens=new, seed=seed)

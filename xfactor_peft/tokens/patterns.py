@@ -11,7 +11,7 @@ from typing import Any
 
 import regex
 
-from ..errors import XFactorError
+from ..errors import XFactorError, text_of
 
 KINDS = ("phrase", "char", "script")
 
@@ -114,11 +114,7 @@ def phrases(lines: Iterable[str], *, ignore_case: bool = True) -> tuple[Pattern,
 
 def read_phrases(path: str | Path, *, ignore_case: bool = True) -> tuple[Pattern, ...]:
     """`phrases` of a file; raises XFactorError where it cannot be read as UTF-8 text."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise XFactorError(f"`phrases` {path}: cannot be read as UTF-8 text: {error}") from error
-    return phrases(lines, ignore_case=ignore_case)
+    return phrases(text_of(Path(path), f"`phrases` {path}").splitlines(), ignore_case=ignore_case)
 
 
 def found(pattern: Pattern, text: str) -> list[tuple[int, int]]:
