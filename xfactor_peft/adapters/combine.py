@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from .adapter import AdapterInfo, find_adapter, read_adapter
 from .factors import mixed_factors
 from .files import WEIGHTS
 from .mix import Mix
-from .output import hashes, staged, write_record
+from .output import hashes, record_head, staged, write_record
 
 
 def combine(mix: Mix, output: Path, root: Path = Path("adapters"), *, force: bool = False) -> dict[str, Any]:
@@ -81,11 +79,7 @@ def _record(mix: Mix, infos: list[AdapterInfo], name: str, files: dict[str, str]
         for info, (_, weight) in zip(infos, mix.parts, strict=True)
     ]
     return {
-        "format": 1,
-        "name": name,
-        "kind": "lora",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in ("torch", "peft")},
+        **record_head(name, "lora"),
         "base": first["base"],
         "tokens": first.get("tokens"),
         "mixed_from": sources,

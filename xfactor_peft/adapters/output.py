@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..checkpoint.durable import file_hash, sync, sync_tree, write_atomically
 from ..errors import XFactorError
+from ..lowmem.noise import without_notes
 from .card import model_card
 from .files import CARD, CONFIG, RECORD, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # which takes seconds to import
 
 
 def check_replaceable(folder: Path, *, force: bool) -> None:
@@ -30,13 +39,17 @@ def prepare_output(folder: Path, *, force: bool) -> Path:
         XFactorError: the folder exists and `force` is off, or its parent cannot be written.
     """
     check_replaceable(folder, force=force)
-    staging = staging_of(folder)
+    return _empty_staging(folder)
+
+
+def _empty_staging(place: Path) -> Path:
+    staging = staging_of(place)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     except OSError as error:
         raise XFactorError(
-            f"{folder.parent} cannot be written: {error.strerror or error}; choose another `output`"
+            f"{place.parent} cannot be written: {error.strerror or error}; choose another `output`"
         ) from error
     return staging
 
@@ -77,14 +90,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """Where to write a file (and others beside it) that take their places when the block is done, and not before."""
-    staging = staging_of(path)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise XFactorError(
-            f"{path.parent} cannot be written: {error.strerror or error}; choose another `output`"
-        ) from error
+    staging = _empty_staging(path)
     try:
         yield staging / path.name
         sync_tree(staging)
@@ -93,6 +99,26 @@ def staged_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def record_head(name: str, kind: str) -> dict[str, Any]:
+    """How the record of a run begins: its format, what it is of, when and where it was made."""
+    return {
+        "format": 1,
+        "name": name,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def save_adapter(model: PeftModel, staging: Path, base: str, revision: str | None) -> None:
+    """Write an adapter as PEFT does, with the name and revision of the base that it was made for."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path, config.revision = base, revision
+    with without_notes():
+        model.save_pretrained(str(staging), save_embedding_layers=False)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -124,17 +124,14 @@ def _goal(value: Any, folder: Path) -> PhraseGoal:
     ignore_case = value.get("ignore_case", True)
     if not isinstance(ignore_case, bool):
         raise XFactorError(f"`ignore_case` must be true or false; got {ignore_case!r}")
+    if kind == "phrases" and isinstance(what, list):
+        return PhraseGoal(str(value.get("name") or kind), phrases(map(str, what), ignore_case=ignore_case), wanted)
     if kind == "phrases":
-        listed = isinstance(what, list)
-        found = phrases(map(str, what), ignore_case=ignore_case) if listed else _file_phrases(folder, what, ignore_case)
-        return PhraseGoal(str(value.get("name") or ("phrases" if listed else what)), found, wanted)
+        found = read_phrases(folder / str(what), ignore_case=ignore_case)
+        return PhraseGoal(str(value.get("name") or what), found, wanted)
     if isinstance(what, list):
         what = ("," if kind == "script" else "").join(map(str, what))
     return phrase_goal(kind, str(what), wanted, ignore_case=ignore_case)
-
-
-def _file_phrases(folder: Path, name: Any, ignore_case: bool) -> Any:
-    return read_phrases(folder / str(name), ignore_case=ignore_case)
 
 
 def _lines(value: Any, folder: Path, what: str) -> list[str]:

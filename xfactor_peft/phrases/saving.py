@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..adapters.output import hashes, staged, write_record
+from ..adapters.output import hashes, record_head, save_adapter, staged, write_record
 from ..lowmem.memory import peaks
-from ..lowmem.noise import without_notes
 from .page import write_page
 from .train import PhraseResult
 
@@ -66,22 +60,13 @@ def save_phrases(
     """
     with staged(output, force=force) as staging:
         record = {
-            "format": 1,
-            "name": output.name,
-            "kind": "lora",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            **record_head(output.name, "lora"),
             "base": result.base.record(),
             "phrases": phrase_record(result),
             "rules": rules,
             "lora": {"r": result.options.r, "trunk_r": result.options.trunk_r},
         }
-        for config in result.model.peft_config.values():
-            config.base_model_name_or_path = result.base.choice.name
-            config.revision = result.base.choice.revision
-        with without_notes():
-            result.model.save_pretrained(str(staging), save_embedding_layers=False)
+        save_adapter(result.model, staging, result.base.choice.name, result.base.choice.revision)
         if result.before and result.after:
             write_page(staging / PAGE, result, output.name, reference)
         record["sha256"] = hashes(staging)

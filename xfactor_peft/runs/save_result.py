@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
-from ..adapters.output import hashes, write_record
-from ..lowmem.noise import without_notes
+from ..adapters.output import hashes, record_head, save_adapter, write_record
 from ..training.parallel import process
 from ..training.train import TrainResult
 
@@ -24,21 +19,12 @@ def save_result(result: TrainResult, staging: Path, name: str) -> dict[str, Any]
     (base identity, token rule and hash, settings, scores) and a model card, `README.md`.
     """
     record = {
-        "format": 1,
-        "name": name,
-        "kind": result.options.method,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        **record_head(name, result.options.method),
         "processes": process()[1],
         **result.record(),
     }
     if isinstance(result.model, PeftModel):
-        for config in result.model.peft_config.values():
-            config.base_model_name_or_path = result.base.choice.name
-            config.revision = result.base.choice.revision
-        with without_notes():
-            result.model.save_pretrained(str(staging), save_embedding_layers=False)
+        save_adapter(result.model, staging, result.base.choice.name, result.base.choice.revision)
     else:
         result.model.save_pretrained(staging)
         result.base.tokenizer.save_pretrained(staging)
