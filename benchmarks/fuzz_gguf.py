@@ -152,8 +152,7 @@ def judged(path: Path, kind: str, expected: torch.Tensor) -> str:
     return "another" if torch.isfinite(logits).all() or kind == "bytes" else "WRONG: logits are not finite"
 
 
-def apart(path: Path, kind: str, expected: torch.Tensor) -> str:
-    """`judged` in a process of its own."""
+def judged_in_a_process(path: Path, kind: str, expected: torch.Tensor) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -209,7 +208,7 @@ def main(count: int, seed: int, output: Path | None) -> None:
         for number in range(count):
             kind, source, dice = kinds[number % len(kinds)], made[number % len(made)], random.Random(seed + number)
             path.write_bytes(mutated(source, kind, dice))
-            end = apart(path, kind, source.logits)
+            end = judged_in_a_process(path, kind, source.logits)
             ends[kind][end.split(":")[0]] += 1
             if end.startswith("WRONG"):
                 wrong.append(f"{number} {source.name} {kind}: {end}")

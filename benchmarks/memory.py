@@ -10,8 +10,6 @@ same seed and inputs; when they do not, nothing is printed.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,9 +58,7 @@ def check_parity(place: Place, steps: int) -> dict[str, float]:
 @click.option("--threads", default=store.cores(), show_default=True)
 @click.option("--output", type=FOLDER, default=RESULTS / "lowmem")
 def main(checkpoint, rounds, steps, parity_steps, arms, threads, output) -> None:  # fmt: skip
-    if not (checkpoint / "config.json").is_file():
-        maker = REPOSITORY / "tools" / "make_checkpoint.py"
-        subprocess.run([sys.executable, maker, checkpoint, "--shape", "gpt2-medium"], check=True)
+    store.make_checkpoint(checkpoint, "gpt2-medium")
     place = Place(output, threads, {"checkpoint": str(checkpoint.resolve())})
     record = {**store.provenance(), "rounds": rounds, "steps": steps, "parity": check_parity(place, parity_steps)}
     chosen = [arm for arm in ARMS if not arms or arm.name in arms.split(";")]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -70,24 +69,15 @@ def table(records: list[Record]) -> str:
         error = f"{one['error']:+.1%}" if "error" in one else one["status"]
         inside = [f"{limited[key]:,.0f}" if key in limited else "–" for key in ("limit", "peak", "anonymous")]
         rows.append([one["name"], *figures, error, one.get("highest", "–"), *inside, limited.get("status", "–")])
-    head = [
-        "configuration",
-        "plan, MiB",
-        "VmHWM, MiB",
-        "error",
-        "highest phase",
-        "limit, MiB",
-        "VmHWM",
-        "RssAnon",
-        "ended",
-    ]
+    head = ["configuration", "plan, MiB", "VmHWM, MiB", "error", "highest phase", "limit, MiB", "VmHWM", "RssAnon",
+            "ended"]  # fmt: skip
     errors = [abs(one["error"]) for one in records if "error" in one]
     ends = [one["limited"]["status"] for one in records if one.get("limited")]
-    summary = (
-        f"{len(errors)} configurations: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
-        if errors
-        else ""
-    )
+    summary = ""
+    if errors:
+        summary = (
+            f"{len(errors)} configurations: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
+        )
     if ends:
         summary += f"; within 1.05 x the plan {ends.count('ok')} of {len(ends)} ran to their end"
     return f"{Table(head, rows).markdown()}\n\n{summary}\n"
@@ -117,19 +107,13 @@ def main(only, limited, again, real, gpt2m, threads, output) -> None:  # fmt: sk
     for name, words in wanted.items():
         if words[1] not in models:
             continue
-        if words[1] == "gpt2m" and not (gpt2m / "config.json").is_file():
-            maker = REPOSITORY / "tools" / "make_checkpoint.py"
-            subprocess.run([sys.executable, maker, gpt2m, "--shape", "gpt2-medium"], check=True)
+        if words[1] == "gpt2m":
+            store.make_checkpoint(gpt2m, "gpt2-medium")
         literal, file = [words[0], models[words[1]], *words[2:]], output / f"{name}.json"
         found = None if again else store.read(file)
         if found is None or "error" not in found:
-            found = {
-                "name": name,
-                "command": words,
-                "threads": threads,
-                **measure(literal, threads),
-                **store.provenance(),
-            }
+            about = {"name": name, "command": words, "threads": threads}
+            found = {**about, **measure(literal, threads), **store.provenance()}
             store.write(file, found)
             figures = f"plan {found.get('predicted')}, measured {found['peak']}, {found['seconds']} s"
             click.echo(f"{name}: {found['status']}, {figures}")

@@ -60,10 +60,7 @@ def main(what: str, arms: str, threads: int, force: bool, **options) -> None:
         if "trl" in chosen and not find_spec("trl"):
             click.echo('the arm trl is left out; it needs: pip install -e ".[rl]"')
             chosen.remove("trl")
-        jobs = [job for job in jobs_of(chosen, options) if force or not (folder / job.file).exists()]
-        session = Session(Place(folder, threads), [job.kind for job in jobs])
-        for job in jobs:
-            session.run(job)
+        Session.run_missing(jobs_of(chosen, options), Place(folder, threads), force=force)
         return
     try:
         click.echo(report(folder))

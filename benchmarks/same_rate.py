@@ -46,11 +46,8 @@ def main(what: str, seeds: list[float], rates: list[float], arms: str, threads: 
         name = f"{options['label']}-{arm}-{rate:g}-{decoding}-seed{seed}"
         spec = {"arm": arm, "wanted": rate, "seed": seed, **options}
         spec["merged"] = spec["merged"] and arm == HEAD
-        if force or not (folder / f"{name}.json").exists():
-            jobs.append(Job(f"{name}.json", name, "rate.same:measure", spec, f"{options['label']}-{arm}", 2))
-    session = Session(Place(folder, threads), [job.kind for job in jobs])
-    for job in jobs:
-        session.run(job)
+        jobs.append(Job(f"{name}.json", name, "rate.same:measure", spec, f"{options['label']}-{arm}", 2))
+    Session.run_missing(jobs, Place(folder, threads), force=force)
 
 
 if __name__ == "__main__":

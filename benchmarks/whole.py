@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -75,9 +73,8 @@ def write(folder: Path) -> str:
 def main(only, rounds, limit, real, threads, output) -> None:  # fmt: skip
     names = [name for name in only or COMMANDS if real or name != "real-rate"]
     for folder, shape in SHAPES.items():
-        if any(str(folder) in COMMANDS[name] for name in names) and not (folder / "config.json").is_file():
-            maker = REPOSITORY / "tools" / "make_checkpoint.py"
-            subprocess.run([sys.executable, maker, folder, "--shape", shape], check=True)
+        if any(str(folder) in COMMANDS[name] for name in names):
+            store.make_checkpoint(folder, shape)
     runs: dict[str, list[Record]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:

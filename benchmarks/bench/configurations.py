@@ -6,47 +6,24 @@ from pathlib import Path
 
 SHORT = ["--steps", "3", "--eval-repeats", "1", "--eval-tokens", "24"]
 KINDS = {
-    "fp32": ["--dtype", "fp32"],
-    "bf16": ["--dtype", "bf16"],
-    "8bit": ["--load-in-8bit"],
-    "4bit": ["--load-in-4bit"],
-}
+    "fp32": ["--dtype", "fp32"], "bf16": ["--dtype", "bf16"], "8bit": ["--load-in-8bit"], "4bit": ["--load-in-4bit"],
+}  # fmt: skip
 RATE = ["--target-rate", "0.1"]
 SEQUENCE = [*RATE, "--sequence-level", "--sequence-steps", "1"]
 MADE = ("gpt2", "llama", "neox")
 CASES = (
-    "demo bf16 whole 16",
-    "demo 8bit recomputed 16",
-    "demo bf16 whole 256",
-    "demo 8bit recomputed 256",
-    "gpt2 bf16 whole 256",
-    "gpt2 8bit recomputed 256",
-    "gpt2 4bit recomputed 16",
-    "llama bf16 whole 64",
-    "llama fp32 recomputed 64",
-    "llama 8bit recomputed 128",
-    "llama 4bit recomputed 64",
-    "neox bf16 whole 64",
-    "neox 8bit recomputed 64",
-    "real bf16 whole 64",
-    "real 8bit recomputed 64",
-    "real 4bit recomputed 64",
-    "gpt2m 8bit recomputed 64",
-    "gpt2m 4bit recomputed 64",
-)
+    "demo bf16 whole 16", "demo 8bit recomputed 16", "demo bf16 whole 256", "demo 8bit recomputed 256",
+    "gpt2 bf16 whole 256", "gpt2 8bit recomputed 256", "gpt2 4bit recomputed 16", "llama bf16 whole 64",
+    "llama fp32 recomputed 64", "llama 8bit recomputed 128", "llama 4bit recomputed 64", "neox bf16 whole 64",
+    "neox 8bit recomputed 64", "real bf16 whole 64", "real 8bit recomputed 64", "real 4bit recomputed 64",
+    "gpt2m 8bit recomputed 64", "gpt2m 4bit recomputed 64",
+)  # fmt: skip
 
 
 def _case(model: str, kind: str, blocks: str = "whole", length: int = 64, *more: str) -> tuple[str, list[str]]:
     name = "-".join([model, kind, blocks, str(length)])
-    words = [
-        *KINDS[kind],
-        "--checkpointing",
-        "on" if blocks == "recomputed" else "off",
-        "--seq-len",
-        str(length),
-        *SHORT,
-        *more,
-    ]
+    recompute = "on" if blocks == "recomputed" else "off"
+    words = [*KINDS[kind], "--checkpointing", recompute, "--seq-len", str(length), *SHORT, *more]
     return name, ["--model", model, *words]
 
 

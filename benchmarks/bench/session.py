@@ -39,6 +39,14 @@ class Session:
         self.finished(job, record)
         return record
 
+    @classmethod
+    def run_missing(cls, jobs: Iterable[Job], place: Place, *, force: bool = False) -> None:
+        """Run the jobs that have no record yet; with `force` all."""
+        missing = [job for job in jobs if force or not (place.folder / job.file).exists()]
+        session = cls(place, [job.kind for job in missing])
+        for job in missing:
+            session.run(job)
+
     def finished(self, job: Job, record: Record) -> None:
         if job.kind in self._waiting:
             self._waiting.remove(job.kind)

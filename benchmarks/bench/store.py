@@ -12,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xfactor_peft.checkpoint.durable import write_atomically
+from xfactor_peft.errors import XFactorError
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "xfactor-peft")
@@ -20,12 +23,10 @@ Record = dict[str, Any]
 
 
 def write(path: Path, record: Record) -> None:
-    """Write under a temporary name, then rename; one line for each key, so that long lists stay short files."""
+    """In one step; one line for each key, so that long lists stay short files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def write_text(path: Path, text: str) -> str:
@@ -70,6 +71,16 @@ def hardware() -> Record:
         found["threads"] = torch.get_num_threads()
         found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found
+
+
+def make_checkpoint(folder: Path, shape: str, *more: str | Path) -> None:
+    """Write random weights of a shape into `folder`, unless a model is there and `more` does not say --force."""
+    if (folder / "config.json").is_file() and "--force" not in more:
+        return
+    words = [REPOSITORY / "tools/make_checkpoint.py", folder, "--shape", shape, *more]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise XFactorError(f"the {shape} checkpoint could not be made: {done.stderr.strip().splitlines()[-1]}")
 
 
 def cores() -> int:

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 
 @torch.no_grad()
-def final_layer_norm(model: PreTrainedModel) -> nn.LayerNorm | None:
-    """The LayerNorm with a bias whose output enters the output embedding, found by running two tokens.
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm whose output enters the output embedding, found by running two tokens: what scales it by a vector.
 
-    None where there is none, as in models with RMSNorm (Llama, Qwen, Mistral, Gemma).
+    A LayerNorm, or an RMSNorm as in Llama, Qwen, Mistral and Gemma, whatever its class is called; None without one.
     """
     outputs: dict[nn.Module, torch.Tensor] = {}
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    norms = [m for m in model.base_model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
     hooks = [norm.register_forward_hook(lambda module, _, output: outputs.update({module: output})) for norm in norms]
     try:
         device = model.get_output_embeddings().weight.device
@@ -22,10 +22,13 @@ def final_layer_norm(model: PreTrainedModel) -> nn.LayerNorm | None:
     finally:
         for hook in hooks:
             hook.remove()
-    for norm in reversed(norms):
-        if norm in outputs and outputs[norm].shape == last.shape and torch.equal(outputs[norm], last):
-            return norm if norm.bias is not None and norm.weight is not None else None
-    return None
+    return next((n for n in reversed(norms) if n in outputs and torch.equal(outputs[n], last)), None)
+
+
+def final_layer_norm(model: PreTrainedModel) -> nn.LayerNorm | None:
+    """The final norm where it is a LayerNorm with a bias; None for any other."""
+    norm = final_norm(model)
+    return norm if isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.weight is not None else None
 
 
 def takes_logit_bias(model: PreTrainedModel) -> bool:

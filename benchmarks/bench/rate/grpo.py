@@ -27,11 +27,10 @@ def train_by_grpo(base: Any, tokens: xf.TokenSet, rate: float, seed: int, steps:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, members = add_lora(base.model, xf.LoraOptions(r=8, alpha=16, target="all")), set(tokens.ids)
+    model = add_lora(base.model, xf.LoraOptions(r=8, alpha=16, target="all"))
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        shares = [sum(i in members for i in ids) / max(1, len(ids)) for ids in completion_ids]
-        return [-abs(share - rate) / rate for share in shares]
+        return [-abs(tokens.share(ids) - rate) / rate for ids in completion_ids]
 
     prompts = [base.tokenizer.decode(ids) for ids in openings(base, 512, seed=seed)]
     with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,7 @@ from xfactor_peft.sampling.prompt_families import HELD_OUT, bundled, encode
 from .. import store
 from ..process import OnStep
 from ..store import Record
+from ..tables import NONE, Table
 
 LENGTH, LONG, WINDOW = 64, 1024, 64
 HEAD, CONSTANT = "head", "constant"
@@ -119,17 +120,18 @@ def report(records: list[Record]) -> str:
         "model", "wanted R", "T, top-p", "arm", "seeds", "cells held", "mean R", "lowest and highest cell",
         "spread between texts", "KL, nats/token", "/ a constant a family", "/ one constant", "merged: R", "CPU s",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(_row(group)) + " |" for _, group in sorted(groups.items())]
-    long = ["| model | wanted R | arm | texts | R in windows of 64 tokens | slope per window |", "|" + "---|" * 6]
-    for record in records:
-        if drift := record["windows"]:
-            rates, spec = " ".join(f"{rate:.3f}" for rate in drift["rates"]), record["spec"]
-            long.append(
-                f"| {spec['label']} | {spec['wanted']:g} | {spec['arm']} | {drift['texts']} | {rates} "
-                f"| {drift['slope']:+.5f} ± {drift['error']:.5f} |"
-            )
-    return "\n".join([*lines, "", *long]) + "\n"
+    rates = Table(heads, [_row(group) for _, group in sorted(groups.items())])
+    long = Table(
+        ["model", "wanted R", "arm", "texts", "R in windows of 64 tokens", "slope per window"],
+        [_drift(record["spec"], record["windows"]) for record in records if record["windows"]],
+    )
+    return f"{rates.markdown(aligned=False)}\n\n{long.markdown(aligned=False)}\n"
+
+
+def _drift(spec: Record, drift: Record) -> list[str]:
+    rates = " ".join(f"{rate:.3f}" for rate in drift["rates"])
+    slope = f"{drift['slope']:+.5f} ± {drift['error']:.5f}"
+    return [spec["label"], f"{spec['wanted']:g}", spec["arm"], str(drift["texts"]), rates, slope]
 
 
 def _row(group: list[Record]) -> list[str]:
@@ -137,14 +139,14 @@ def _row(group: list[Record]) -> list[str]:
     wanted, rates = spec["wanted"], [cell["rate"] for cell in cells]
     good = sum(abs(rate - wanted) <= most_missed(wanted) for rate in rates)
     fits = [record["rate"]["head"] for record in group if record["rate"]["head"]]
-    prices = [f"{mean(f['kl'] for f in fits):.4f}"] if fits else ["–"]
+    prices = [f"{mean(f['kl'] for f in fits):.4f}"] if fits else [NONE]
     for other in ("kl_of_teacher", "kl_of_constant"):
-        prices.append(f"{mean(f['kl'] / f[other] for f in fits):.3f}" if fits else "–")
+        prices.append(f"{mean(f['kl'] / f[other] for f in fits):.3f}" if fits else NONE)
     again = [f"{r['merged']['rate']:.4f}" for r in group if r["merged"]]
     return [
         spec["label"], f"{wanted:g}", f"{spec['temperature']:g}, {spec['top_p']:g}", spec["arm"], str(len(group)),
         f"{good} of {len(cells)}", f"{mean(rates):.4f}", f"{min(rates):.3f} {max(rates):.3f}",
-        f"{mean(cell['spread'] for cell in cells):.3f}", *prices, " ".join(again) or "–",
+        f"{mean(cell['spread'] for cell in cells):.3f}", *prices, " ".join(again) or NONE,
         f"{mean(record['cpu'] for record in group):.0f}",
     ]  # fmt: skip
 

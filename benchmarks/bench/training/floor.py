@@ -8,7 +8,6 @@ fine-tuning moves W as well; its floor is 0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -16,18 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from xfactor_peft.base.final_norm import final_norm
 from xfactor_peft.base.split_model import split
 from xfactor_peft.objective.kl import kl_loss
 from xfactor_peft.objective.targets import UniformTarget
 
 STEPS, STARTS = 200, 3
-
-
-def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """The last norm outside the blocks, or None."""
-    modules = model.base_model.named_modules()
-    outside = [module for name, module in modules if not re.search(r"\.\d+\.", f".{name}.")]
-    return next((module for module in reversed(outside) if "norm" in type(module).__name__.lower()), None)
 
 
 def frozen_head_floor(model: PreTrainedModel, target: UniformTarget, raised: float = 0.0) -> float | None:

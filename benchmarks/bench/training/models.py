@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 from xfactor_peft.base.resolve import DEFAULT_MODEL, resolve_model
 from xfactor_peft.errors import XFactorError
 
-from ..store import REPOSITORY
+from ..store import REPOSITORY, make_checkpoint
 
 TINY = "tiny-random"
 REAL = REPOSITORY / "build" / "smollm2"
@@ -30,10 +28,7 @@ def made_checkpoint(shape: str, tokenizer: Path, cache: Path = CACHE) -> str:
     if not (folder / "model.safetensors").is_file():
         cache.mkdir(parents=True, exist_ok=True)
         (cache / ".gitignore").write_text("*\n", encoding="utf-8")
-        words = [REPOSITORY / "tools/make_checkpoint.py", folder, "--shape", shape, "--tokenizer", tokenizer, "--force"]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise XFactorError(f"the {shape} checkpoint could not be made: {done.stderr.strip().splitlines()[-1]}")
+        make_checkpoint(folder, shape, "--tokenizer", tokenizer, "--force")
     return str(folder)
 
 

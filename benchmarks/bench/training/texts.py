@@ -49,7 +49,6 @@ def held_out(policy: SplitModel, reference: Base, untrained: SplitModel, count: 
 
 def sample(base: Base, tokens: TokenSet, prompt: str, options: SamplingOptions) -> Record:
     """One continuation as [text, is it of the set?] pieces, with its own R."""
-    ids, members = generate(base.model, base.tokenizer, prompt, options), set(tokens.ids)
-    rate = sum(i in members for i in ids) / max(1, len(ids))
-    pieces = marked_parts(base.tokenizer, ids, [tokens])
-    return {"prompt": prompt, "pieces": pieces, "rate": rate, "tokens": len(ids), "decoding": options.record()}
+    ids = generate(base.model, base.tokenizer, prompt, options)
+    figures = {"rate": tokens.share(ids), "tokens": len(ids), "decoding": options.record()}
+    return {"prompt": prompt, "pieces": marked_parts(base.tokenizer, ids, [tokens]), **figures}
