@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,26 @@ def test_functions_are_small():
                 assert lines <= 60, f"{name}.{node.name} has {lines} lines"
 
 
+def test_errors_of_the_library_name_fields_not_flags():
+    """`cli/flags.py` maps them; another program's flags may be named."""
+    for name in (name for name in MODULES if ".cli" not in name):
+        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", ast.unparse(node.exc))
+                assert set(flags) <= {"--config_file"}, f"{name}: {flags}"
+
+
+def imported(code: str) -> set[str]:
+    """The modules that are there once a fresh interpreter has run `code`."""
+    words = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    return set(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+
+
 @pytest.mark.parametrize("name", ["xfactor_peft", "xfactor_peft.cli"])
 def test_nothing_heavy_is_imported_before_it_is_used(name):
-    heavy = {"torch", "transformers", "peft", "accelerate", "rich"}
-    code = f"import sys, {name}; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not heavy & set(modules)
+    assert not {"torch", "transformers", "peft", "accelerate", "rich"} & imported(f"import {name}")
+
+
+def test_reading_an_adapter_folder_takes_few_modules():
+    found = imported("from xfactor_peft.adapters.adapter import read_adapter")
+    assert sum(name.startswith("xfactor_peft") for name in found) <= 20

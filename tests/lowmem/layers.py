@@ -7,6 +7,7 @@ import torch
 from xfactor_peft.lowmem.int8 import Int8Linear
 from xfactor_peft.lowmem.nf4 import NF4Linear
 from xfactor_peft.lowmem.peft_layers import PlainWeight
+from xfactor_peft.lowmem.scratch import _pool
 
 SHAPES = [(7, 13), (507, 13), (13, 507), (64, 128)]
 
@@ -24,6 +25,11 @@ def make(kind: str, out_features: int, in_features: int, dtype: torch.dtype, see
     weight = weight.to(dtype)
     stored = weight.T.contiguous() if kind == "conv1d" else weight
     return PlainWeight(stored, transposed=kind == "conv1d"), weight.double()
+
+
+def scratch_bytes() -> int:
+    """Bytes held by this thread's scratch buffers."""
+    return sum(buffer.nbytes for buffer in _pool().values())
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

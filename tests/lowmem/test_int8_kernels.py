@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
+from tests.lowmem.layers import scratch_bytes
 from xfactor_peft.lowmem import int8_matmul
 from xfactor_peft.lowmem.int8 import quantize_rows
-from xfactor_peft.lowmem.scratch import release_scratch, scratch_bytes
+from xfactor_peft.lowmem.scratch import release_scratch
 
 WIDE, TALL = (96, 32), (32, 96)
 

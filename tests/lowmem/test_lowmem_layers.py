@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from tests.lowmem.layers import SHAPES, error, make, saved_bytes
+from tests.lowmem.layers import SHAPES, error, make, saved_bytes, scratch_bytes
 from xfactor_peft.lowmem import int8_matmul
 from xfactor_peft.lowmem.fused_lora import frozen_linear
 from xfactor_peft.lowmem.int8 import Int8Linear
 from xfactor_peft.lowmem.nf4 import NF4Linear
 from xfactor_peft.lowmem.peft_layers import PlainWeight
-from xfactor_peft.lowmem.scratch import release_scratch, scratch, scratch_bytes
+from xfactor_peft.lowmem.scratch import release_scratch, scratch
 
 KINDS = ["linear", "conv1d", "int8", "nf4"]
 SCALING = 2.0

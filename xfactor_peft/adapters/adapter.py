@@ -57,11 +57,8 @@ def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
     for folder in (root / reference, Path(reference)):
         if reference and folder.is_dir():
             inside = [f"{folder / name}" for name in list_adapters(folder)]
-            what = (
-                f"the adapters in it are {_few(inside)}; give one of them"
-                if inside
-                else f"it holds {_contents(folder)}"
-            )
+            held = _few(sorted(path.name for path in folder.iterdir())) or "nothing"
+            what = f"the adapters in it are {_few(inside)}; give one of them" if inside else f"it holds {held}"
             raise XFactorError(f"`adapter={reference}`: {folder} has no {CONFIG}, so it is no adapter; {what}")
     names = list_adapters(root)
     known = ", ".join(names) or "none"
@@ -73,10 +70,6 @@ def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _contents(folder: Path) -> str:
-    return _few(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def list_adapters(root: Path = Path("adapters")) -> list[str]:

@@ -100,7 +100,8 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
     record, config = info.record, info.config
     after, rate = info.section("after"), info.section("rate")
     sides = {key: shape[0] for key, shape in info.shapes.items() if shape and key.endswith("lora_A.weight")}
-    scaling = {layer_scaling(config, _layer(key), rank) for key, rank in sides.items() if rank}
+    layers = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): rank for key, rank in sides.items()}
+    scaling = {layer_scaling(config, layer, rank) for layer, rank in layers.items() if rank}
     targets = config["target_modules"]
     found = {
         "folder": str(info.folder),
@@ -122,10 +123,6 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
         "sha256": info.section("sha256").get(WEIGHTS),
     }
     return {label: value for label, value in found.items() if value}
-
-
-def _layer(key: str) -> str:
-    return key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
 
 
 def _training(info: AdapterInfo) -> str:

@@ -25,8 +25,7 @@ def check_record(record: dict[str, Any], where: str) -> None:
         for key, check in checks.items():
             if not check(part.get(key)):
                 raise XFactorError(f"{where} is damaged: {section}.{key} is {shown(part.get(key))}")
-    checks = {"sha256": _is_hashes, "mixed_from": _is_sources, "steps_made": is_whole}
-    for key, check in checks.items():
+    for key, check in _VALUES.items():
         if record.get(key) and not check(record[key]):
             raise XFactorError(f"{where} is damaged: {key} is {shown(record[key])}")
 
@@ -89,12 +88,8 @@ def _is_phrase_scores(value: Any) -> bool:
     )
 
 
-def _is_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_text(item) for item in value.values())
-
-
-def _is_sources(value: Any) -> bool:
-    return _is_list(value, lambda s: isinstance(s, dict) and is_text(s.get("name")) and is_number(s.get("weight")))
+def _is_source(value: Any) -> bool:
+    return isinstance(value, dict) and is_text(value.get("name")) and is_number(value.get("weight"))
 
 
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -117,4 +112,9 @@ _SECTIONS: dict[str, dict[str, Any]] = {
         "after": _is_phrase_scores,
     },
     "target": {"goals": lambda value: not value or _is_list(value, _is_goal)},
+}
+_VALUES: dict[str, Any] = {
+    "sha256": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+    "mixed_from": lambda value: _is_list(value, _is_source),
+    "steps_made": is_whole,
 }

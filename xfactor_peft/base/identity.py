@@ -99,10 +99,11 @@ def identify(folder: Path, name: str, revision: str | None, tokenizer: PreTraine
     layers = config.get("n_layer", config.get("num_hidden_layers", "?"))
     width = config.get("n_embd", config.get("hidden_size", "?"))
     weights, forward = weights_fingerprints(folder)
+    named = config.get("architectures") if isinstance(config.get("architectures"), list) else []
     return BaseIdentity(
         name=name,
         revision=revision,
-        architecture=str(_first(config.get("architectures")) or config.get("model_type", "unknown")),
+        architecture=str(next(iter(named), None) or config.get("model_type", "unknown")),
         shape=f"{layers} layers x {width}, vocabulary {config.get('vocab_size', '?')}",
         config=digest_of({k: v for k, v in config.items() if k not in _VOLATILE}),
         weights=weights,
@@ -149,10 +150,6 @@ def _parsed(folder: Path) -> dict[str, Any]:
     return _function({key: value for key, value in config.to_dict().items() if default.get(key, ...) != value}) | {
         "model_type": config.model_type
     }
-
-
-def _first(names: Any) -> Any:
-    return names[0] if isinstance(names, list) and names else None
 
 
 def _function(values: Any) -> Any:

@@ -101,8 +101,10 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelChoice:
             f"`model={name}` is not in the local cache and `offline` forbids the network; "
             "run once without `offline`, or use `model=demo` or a folder"
         )
-    folder = _checked(_download(name, revision), name)
-    _check_hashes(folder, name)
+    fetched = _refusing(name, revision, lambda: _snapshot(name, revision, etag_timeout=5))
+    folder = _checked(fetched, name)
+    for path in folder.glob("*.safetensors"):
+        _check_hash(path, name)
     return ModelChoice(name, folder, folder.name, "downloaded from the Hub")
 
 
@@ -134,10 +136,6 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return _checked(_snapshot(name, revision, local_files_only=True), name)
     except (OSError, hub.HFValidationError, XFactorError):
         return None
-
-
-def _download(name: str, revision: str | None) -> Path:
-    return _refusing(name, revision, lambda: _snapshot(name, revision, etag_timeout=5))
 
 
 def _refusing(name: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
@@ -194,17 +192,12 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _check_hashes(folder: Path, name: str) -> None:
+def _check_hash(path: Path, name: str) -> None:
     """Compare downloaded weights with the SHA-256 that the Hub gave, which is their name in its cache.
 
     Raises:
-        XFactorError: a file is another; it is removed, so that the next try downloads it again.
+        XFactorError: they are others; the file is removed, so that the next try downloads it again.
     """
-    for path in folder.glob("*.safetensors"):
-        _check_hash(path, name)
-
-
-def _check_hash(path: Path, name: str) -> None:
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
         return

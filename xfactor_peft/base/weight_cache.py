@@ -93,13 +93,12 @@ def cached() -> list[CachedWeights]:
     return sorted(found, key=lambda one: -one.used)
 
 
-def clear(files: list[CachedWeights]) -> int:
-    """Remove files; those that a run has mapped stay with it until it ends. Returns how many bytes."""
+def clear(files: list[CachedWeights]) -> None:
+    """Remove files; those that a run has mapped stay with it until it ends."""
     if files:
         with _locked(cache_folder()):
             for one in files:
                 one.path.unlink(missing_ok=True)
-    return sum(one.size for one in files)
 
 
 def _key(folder: Path, kind: dict[str, str]) -> str:

@@ -12,6 +12,7 @@ from ..adapters.factors import mixed_factors
 from ..adapters.mix import Mix
 from ..bank.bank import AdapterBank
 from ..errors import XFactorError
+from ..lora.set_head import head_name
 from .optional import need
 
 ARCHITECTURES = {
@@ -39,7 +40,7 @@ def write_lora(bank: AdapterBank, mix: Mix, output: Path) -> str:
     names = tensor_names(model)
     infos = [bank.adapters[name] for name in mix.names]
     factors = mixed_factors(infos, [weight for _, weight in mix.parts])
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    head = head_name(model)
     if head in factors and model.config.tie_word_embeddings:
         raise XFactorError(f"a set head has no place in a GGUF adapter where the output embedding is tied; {WAY_ROUND}")
     for name, layer in factors.items():

@@ -15,6 +15,7 @@ from ..base.gguf import load_gguf
 from ..base.gguf_tokenizer import open_gguf
 from ..base.split_model import SplitModel, split
 from ..errors import XFactorError
+from ..lora.set_head import head_name
 from ..lowmem.gguf_file import GgufFile, PackedTensor
 from ..lowmem.gguf_formats import BY_NAME
 from ..options import EvalOptions, SamplingOptions
@@ -47,7 +48,7 @@ def merge_into_file(bank: AdapterBank, mix: Mix, output: Path, tensors: str) -> 
     bank.use(mix)
     infos, notes = [bank.adapters[name] for name in mix.names], list[str]()
     factors = mixed_factors(infos, [weight for _, weight in mix.parts])
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    head = head_name(model)
     changed: dict[str, PackedTensor] = {}
     for name, layer in factors.items():
         if name not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 
@@ -74,10 +75,7 @@ def other_weights(model: nn.Module, among: type[nn.Module] | tuple[type[nn.Modul
 
 def counted(names: Iterator[str]) -> dict[str, int]:
     """How many blocks have each, by the path below the block, e.g. {"mlp.experts.down_proj": 24}."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[below_block(name)] = counts.get(below_block(name), 0) + 1
-    return counts
+    return dict(Counter(map(below_block, names)))
 
 
 def listed(counts: dict[str, int]) -> str:

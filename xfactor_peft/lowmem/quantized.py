@@ -90,6 +90,3 @@ class QuantizedLinear(nn.Linear):
         if moved.dtype != scales.dtype:
             setattr(self, self.scale_name, scales.to(moved.device))
         return self
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

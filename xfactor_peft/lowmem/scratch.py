@@ -35,11 +35,6 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype, device: torc
     return buffer[:size].view(*shape)
 
 
-def scratch_bytes() -> int:
-    """Bytes held by this thread's buffers."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in _pool().values())
-
-
 def release_scratch() -> None:
     """Give this thread's buffers back."""
     _pool().clear()

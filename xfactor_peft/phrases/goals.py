@@ -122,11 +122,6 @@ class PhraseTarget:
     def record(self) -> dict[str, Any]:
         return {"kind": "phrases", "goals": [goal.record() for goal in self.goals]}
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> PhraseTarget:
-        """The inverse of `record`."""
-        return cls(tuple(PhraseGoal.from_record(goal) for goal in record["goals"]))
-
 
 def is_phrase_goal(text: str) -> bool:
     """Whether KIND:VALUE=RATE is about patterns over text, not about tokens."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..base.loading import Base
 from ..base.split_model import SplitModel
 from ..lora.wrap import adapter_off, add_lora, projections
+from ..lowmem.linears import in_block
 from ..objective.kl import chunk_positions
 from ..options import LoraOptions, PhraseOptions
 from ..progress import report
@@ -117,7 +118,7 @@ def train_trunk(
 ) -> list[float]:
     """Adam over all texts `trunk_epochs` times; the mean loss of every epoch, over the positions learnt from."""
     generator = torch.Generator().manual_seed(options.seed)
-    trunk = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name and _in_trunk(name)]
+    trunk = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name and in_block(name)]
     optimizer = torch.optim.Adam(
         [{"params": trunk, "lr": options.trunk_lr}, {"params": [head.offset], "lr": options.lr}]
     )
@@ -141,10 +142,6 @@ def train_trunk(
             report(epoch * len(batches) + number + 1, steps)
         losses.append(total / max(1, positions))
     return losses
-
-
-def _in_trunk(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def _chosen(head: PhraseHead, lesson: Lesson, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

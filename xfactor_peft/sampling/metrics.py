@@ -128,7 +128,7 @@ def evaluate(
             **{name.removeprefix("kl_"): value for name, value in means.items()},
             "outside_conditional": float(scores.outside.double().mean()),
         },
-        goals=tuple(_goal(rows, goal) for goal in goals),
+        goals=tuple({"rule": goal.record()["rule"], **_rate(rows, goal)} for goal in goals),
     )
 
 
@@ -140,10 +140,6 @@ def _rate(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
         "interval": rate_interval((rate * length).round(), length),
         "spread": float(rate.std()) if len(rate) > 1 else 0.0,
     }
-
-
-def _goal(rows: torch.Tensor, tokens: TokenSet) -> dict[str, Any]:
-    return {"rule": tokens.record()["rule"], **_rate(rows, tokens)}
 
 
 @dataclass(frozen=True)
