@@ -1,4 +1,7 @@
-"""Every setting of the library, in frozen groups with their defaults and ranges. This file imports nothing above it."""
+"""Every setting of the library, in frozen groups with their defaults and ranges. This file imports nothing above it.
+
+A group raises XFactorError for a value outside its range, an unknown word, or a file that does not exist.
+"""
 
 from __future__ import annotations
 
@@ -149,9 +152,6 @@ class TrainOptions(_Recorded):
     same step as one batch of all of them, in the memory of one. With `auto_batch`, a micro-batch that does not fit into
     memory is halved until it does; the step stays the same. With `fsdp`, all weights are sharded over several
     processes (`training.sharding`).
-
-    Raises:
-        XFactorError: a value outside its range.
     """
 
     method: str = "lora"
@@ -197,9 +197,6 @@ class RateOptions(_Recorded):
             the set head alone carries, and on average for every other.
         prompts: a file with the user's own families (see `sampling.prompt_families`); None means the bundled ones.
         temperature, top_k, top_p: of the decoding that the rate is for, as in `SamplingOptions`.
-
-    Raises:
-        XFactorError: a value outside its range, or a file that does not exist.
     """
 
     same_rate: str | None = None
@@ -234,9 +231,6 @@ class ObjectiveOptions(_Recorded):
         dial: measure R at several scales of the finished adapter (a rate only).
         frontier: measure the exact logit bias at the same rate (a rate only).
         rate: where a rate is to hold.
-
-    Raises:
-        XFactorError: a value outside its range, or a file that does not exist.
     """
 
     contexts: str | None = None
@@ -263,9 +257,6 @@ class MemoryOptions(_Recorded):
         checkpointing: "on" recomputes every block in backward (Chen et al. 2016, arXiv:1604.06174), "off" none, a
             number so many of the first blocks, "auto" as few of them as keep the predicted peak inside `budget`.
         budget: bytes; None means what this machine has free.
-
-    Raises:
-        XFactorError: an unknown word, or a budget that is not positive.
     """
 
     checkpointing: str | int = "auto"
@@ -285,9 +276,6 @@ class SamplingOptions(_Recorded):
     """Decoding settings under transformers' names; the defaults sample from the model's own distribution.
 
     `top_k=0` and `top_p=1.0` switch truncation off. `temperature=0` is greedy.
-
-    Raises:
-        XFactorError: a value outside its range.
     """
 
     max_new_tokens: int = 64
@@ -354,9 +342,6 @@ class PhraseOptions(_Recorded):
         texts: that the base writes to learn from; length: tokens of each.
         rounds: how often the student's own texts are drawn, to correct the strengths and to learn from as well.
         eval_texts: texts of the base, and of the student, on the held-out prompts.
-
-    Raises:
-        XFactorError: a value outside its range.
     """
 
     r: int = 2

@@ -27,11 +27,7 @@ class Comparison:
 
 
 def compare(first: AdapterInfo, second: AdapterInfo) -> Comparison:
-    """Settings and updates; a product <s B A, s' B' A'> = s s' tr((A' A^T)(B^T B')) never makes a whole matrix.
-
-    Raises:
-        XFactorError: as `read_all`.
-    """
+    """Settings and updates; a product <s B A, s' B' A'> = s s' tr((A' A^T)(B^T B')) never makes a whole matrix."""
     one, two = facts(first), facts(second)
     skipped = {"folder", "created", "sha256"}
     settings = {

@@ -77,10 +77,7 @@ def parse_mixes(texts: Iterable[str], known: Iterable[str] = ()) -> list[Mix]:
     """What several texts mean side by side: each is a column of its own, but all single NAME:WEIGHT make up one mix.
 
     "none", "x" are the base and x side by side; "x:0.7", "z:0.3" is one mix, the same as "x:0.7+z:0.3". Several mixes
-    side by side are several texts with "+".
-
-    Raises:
-        XFactorError: as `parse_mix`.
+    side by side are several texts with "+". Raises XFactorError as `parse_mix` does.
     """
     known = set(known)
     columns: list[Mix | None] = []

@@ -73,11 +73,7 @@ def publish(staging: Path, folder: Path) -> None:
 
 @contextmanager
 def staged(folder: Path, *, force: bool) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block is done, and is gone when it fails.
-
-    Raises:
-        XFactorError: as `prepare_output`.
-    """
+    """An empty folder that takes the place of `folder`, if it may, when the block is done; gone when it fails."""
     staging = prepare_output(folder, force=force)
     try:
         yield staging

@@ -14,7 +14,7 @@ SAVE_EVERY = 50
 
 
 class State(Protocol):
-    """What a phase of a run can be made of again: `TrainingState`, `PlanningState`."""
+    """What a phase of a run can be made of again: `TrainingState`, `SequenceState`."""
 
     @property
     def history(self) -> list[Any]: ...

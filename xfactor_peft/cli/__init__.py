@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..lowmem.imports import put_off_compiler
-from .help import explained, write_examples
+from .help import usage_message, write_examples
 
 _COMMANDS = {
     "train": "Train an adapter (or all weights) towards a token set.",
@@ -72,7 +72,7 @@ class _LazyGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else ctx.command_path
-            raise _UserError(f"{explained(error, _COMMANDS)} See `{where} --help`.") from error
+            raise _UserError(f"{usage_message(error, _COMMANDS)} See `{where} --help`.") from error
         except KeyboardInterrupt as error:
             from ..checkpoint.interruption import Interrupted
 

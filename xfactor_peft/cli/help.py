@@ -63,7 +63,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def explained(error: click.UsageError, commands: Iterable[str]) -> str:
+def usage_message(error: click.UsageError, commands: Iterable[str]) -> str:
     """A mistake of the command line, with the nearest right word where click names none itself."""
     message = error.format_message()
     if "id you mean" in message:

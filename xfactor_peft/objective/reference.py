@@ -16,7 +16,7 @@ def kl_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean D_KL(P || softmax(W h + b)) over positions, through the whole (B*T) x V tensor.
 
-    Shapes and meaning as in `losses.kl_loss`. `F.kl_div(input=log q, target=p)` is KL(p || q);
+    Shapes and meaning as in `kl.kl_loss`. `F.kl_div(input=log q, target=p)` is KL(p || q);
     `batchmean` divides the sum by the number of positions.
     """
     logits = F.linear(hidden, weight, bias).flatten(0, -2)
@@ -34,7 +34,7 @@ def tilted_kl_loss(
     bias: torch.Tensor | None = None,
     set_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean D_KL(tilted base || student) through whole tensors of logits; as `losses.tilted_kl_loss`."""
+    """Mean D_KL(tilted base || student) through whole tensors of logits; as `kl.tilted_kl_loss`."""
     states, tilt = teacher
     logits = F.linear(hidden, weight, bias)
     if set_logits is not None:

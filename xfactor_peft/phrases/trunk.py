@@ -6,7 +6,7 @@ the other. Inside the blocks the word itself is still there. So the MLPs of the 
     mean over positions of KL(q || student),      q_i ~ p_i w(s, i),
 
 at the positions where the student is not there yet, and at some of the others, where it is to stay the base. The head's
-term of low rank stays as it is, its offset goes on learning; lower blocks are the base's, and need no backward pass.
+term of low rank stays as it is, its offset keeps learning; lower blocks are the base's, and need no backward pass.
 """
 
 from __future__ import annotations

@@ -100,10 +100,7 @@ def train(
 
     Args:
         base: a loaded model; it is changed (wrapped, or trained), so load a new one for another run.
-        lora: None means what the target suggests: rank 8 on attention and MLP, for a rate the set head (and both with
-            `sequence_level`).
-        evaluation: how R is measured; None leaves measuring out.
-        memory: how many blocks are recomputed in backward (see `budget`).
+        options, lora, evaluation, objective, memory: see `Recipe`.
         on_step: called after every step, for progress and logs.
 
     Raises:
