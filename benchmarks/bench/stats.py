@@ -21,7 +21,7 @@ class Estimate:
 
 
 def over_seeds(values: Sequence[float], single: tuple[float, float] | None = None) -> Estimate:
-    """Mean of at most ten seeds' values and its 95 % interval, mean +- t s / sqrt(n); one alone has its own, `single`."""
+    """Mean of at most ten values and its 95 % interval, mean +- t s / sqrt(n); one value has its own, `single`."""
     centre, count = mean(values), len(values)
     if count == 1:
         return Estimate(centre, *(single or (centre, centre)))
