@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.cli.conftest import opened, served
+from tests.playground.conftest import opened, served
 from tests.tiny import KINDS
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError

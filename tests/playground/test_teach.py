@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from tests.cli.conftest import opened, served
+from tests.playground.conftest import opened, served
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import PhraseOptions, SamplingOptions
