@@ -102,7 +102,7 @@ def test_an_export_that_fails_leaves_nothing_and_replaces_nothing(tiny, adapters
         output.write_text("half")
         raise XFactorError("it broke")
 
-    monkeypatch.setitem(exporting._FILES, "logit-bias", (".json", half))
+    monkeypatch.setitem(exporting.FILES, "logit-bias", (".json", half))
     (tmp_path / "old.json").write_text("old")
     for name in ("old.json", "new.json", "deeper/new.json"):
         with pytest.raises(XFactorError, match="it broke"):
