@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
-from ..lowmem.activations import prepare_for_training
+from ..lowmem.activations import checkpointed_blocks, prepare_for_training
+from ..lowmem.allocator import spare_heap
 from ..lowmem.gguf_layers import PackedMatrix
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
@@ -131,6 +132,15 @@ class TrainingRun:
         """Add LoRA to the base; `sets` is the rank of a set head."""
         self.wrapped = add_lora(self.base.model, self.lora, sets=sets)
         return self.wrapped
+
+    def heap(self) -> AbstractContextManager:
+        """The allocator's setting for the run: slower and smaller where nothing else is left to save.
+
+        So it is for a packed file that keeps its promise only with every block recomputed, or not even then.
+        """
+        blocks = len(checkpointed_blocks(self.base.model))
+        tight = self.shape.packed and self.recipe.memory.checkpointing == "auto" and self.recomputed == blocks
+        return spare_heap() if tight else nullcontext()
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Endless batches of contexts, (B, T) ids."""
