@@ -61,11 +61,10 @@ def python(script, *words):
 
 @pytest.mark.parametrize(
     ("packed", "checkpointing", "recomputed", "spare"),
-    [(1, "auto", 2, True), (1, "auto", 1, False), (1, "on", 2, False), (0, "auto", 2, False)],
+    [(1, "auto", 1, True), (1, "auto", 0, False), (1, "on", 1, False), (0, "auto", 1, False)],
 )
-def test_a_run_spares_the_heap_where_nothing_else_is_left(load_tiny, packed, checkpointing, recomputed, spare):
+def test_a_run_spares_the_heap_for_a_packed_files_promise(packed, checkpointing, recomputed, spare):
     run = SimpleNamespace(
-        base=SimpleNamespace(model=load_tiny().model),
         shape=SimpleNamespace(packed=packed),
         recipe=SimpleNamespace(memory=MemoryOptions(checkpointing)),
         recomputed=recomputed,

@@ -23,7 +23,7 @@ from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
-from ..lowmem.activations import checkpointed_blocks, prepare_for_training
+from ..lowmem.activations import prepare_for_training
 from ..lowmem.allocator import spare_heap
 from ..lowmem.gguf_layers import PackedMatrix
 from ..lowmem.memory import peaks, reset_peak
@@ -134,12 +134,8 @@ class TrainingRun:
         return self.wrapped
 
     def heap(self) -> AbstractContextManager:
-        """The allocator's setting for the run: slower and smaller where nothing else is left to save.
-
-        So it is for a packed file that keeps its promise only with every block recomputed, or not even then.
-        """
-        blocks = len(checkpointed_blocks(self.base.model))
-        tight = self.shape.packed and self.recipe.memory.checkpointing == "auto" and self.recomputed == blocks
+        """The allocator's setting: the smaller, slower one where a packed file's promise has blocks recomputed."""
+        tight = self.shape.packed and self.recipe.memory.checkpointing == "auto" and self.recomputed
         return spare_heap() if tight else nullcontext()
 
     def batches(self) -> Iterator[torch.Tensor]:
