@@ -207,7 +207,8 @@ def main(count: int, seed: int, output: Path | None) -> None:
         made = sources(Path(name))
         path = Path(name) / "case.gguf"
         for number in range(count):
-            kind, source, dice = kinds[number % len(kinds)], made[number % len(made)], random.Random(seed + number)
+            turn, at = divmod(number, len(kinds))  # every kind meets every model
+            kind, source, dice = kinds[at], made[turn % len(made)], random.Random(seed + number)
             path.write_bytes(mutated(source, kind, dice))
             end = apart(path, kind, source.logits)
             ends[kind][end.split(":")[0]] += 1

@@ -25,7 +25,6 @@ from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
 from ..lowmem.allocator import spare_heap
-from ..lowmem.gguf_layers import PackedMatrix
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import LoadOptions, LoraOptions, Recipe
@@ -87,10 +86,6 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
-        if recipe.objective.sequence_level and isinstance(SplitModel(base.model).weight, PackedMatrix):
-            raise XFactorError(
-                "`sequence_level=True` cannot read a packed output embedding; leave it out for a GGUF base"
-            )
         if train.fsdp:
             check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
