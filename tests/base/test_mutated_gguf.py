@@ -38,6 +38,16 @@ def changed(source, old, new, tmp_path, count=1):
     return tmp_path / "case.gguf"
 
 
+def test_a_tensor_that_the_header_does_not_name_is_refused(made, tmp_path):
+    """Without its last tensor, the output embedding, a model would read as one with tied embeddings."""
+    source = made[1]
+    data = bytearray(source.data)
+    data[8:16] = (int.from_bytes(data[8:16], "little") - 1).to_bytes(8, "little")
+    (tmp_path / "case.gguf").write_bytes(data)
+    with pytest.raises(XFactorError, match="bytes behind the last tensor belong to none"):
+        load_base(resolve_model(str(tmp_path / "case.gguf")), LoadOptions("fp32"))
+
+
 def test_a_tensor_in_anothers_place_is_refused(made, tmp_path):
     """Two offsets changed for each other: each tensor is inside the file, and of the right size."""
     source = made[1]
