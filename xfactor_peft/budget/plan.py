@@ -95,6 +95,8 @@ def make_plan(
         baseline = 0
     elif baseline is None:
         baseline = _process(folder, mapped=shape.mapped)
+    if shape.packed and baseline:
+        baseline += LOADED
     budget = options.budget or baseline + free_memory(device)
     count = subject.blocks(options, budget, baseline)
     memory, phases = subject.predicted(count, baseline, limit_of(options, shape.packed))
@@ -155,6 +157,8 @@ def _process(folder: Path, *, mapped: bool) -> int:
     return size
 
 
+LOADED = 28 * 2**20
+"""What a dry run and loading a packed file leave in the process beside the file: code pages, Python's objects."""
 PACKED_RUN = 550 * 2**20
 """What a run on a GGUF file takes beside 1.1 times the file, where nothing else is asked for: who has such a file is
 short of memory, so blocks are recomputed down to it."""
