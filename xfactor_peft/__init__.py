@@ -38,29 +38,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AdapterBank": "bank.bank",
-    "EvalOptions": "options",
-    "Goal": "objective.targets",
-    "LoadOptions": "options",
-    "LoraOptions": "options",
-    "Mix": "adapters.mix",
-    "MemoryOptions": "options",
-    "ObjectiveOptions": "options",
-    "Recipe": "options",
-    "SamplingOptions": "options",
-    "TiltedTarget": "objective.targets",
-    "TokenSet": "tokens.token_set",
-    "TokenSetTrainer": "training.trainer",
-    "TrainOptions": "options",
-    "UniformTarget": "objective.targets",
-    "XFactorError": "errors",
-    "evaluate": "sampling.metrics",
-    "kl_loss": "objective.kl",
-    "load": "base.loading",
-    "train": "training.train",
-    "train_to_folder": "runs.run",
+_NAMES = {
+    "adapters.mix": "Mix",
+    "bank.bank": "AdapterBank",
+    "base.loading": "load",
+    "errors": "XFactorError",
+    "objective.kl": "kl_loss",
+    "objective.targets": "Goal TiltedTarget UniformTarget",
+    "options": "EvalOptions LoadOptions LoraOptions MemoryOptions ObjectiveOptions Recipe SamplingOptions TrainOptions",
+    "runs.run": "train_to_folder",
+    "sampling.metrics": "evaluate",
+    "tokens.token_set": "TokenSet",
+    "training.train": "train",
+    "training.trainer": "TokenSetTrainer",
 }
+"""Modules, and what is public of them."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
 
