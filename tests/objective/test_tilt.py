@@ -8,7 +8,7 @@ import torch
 from tests.objective.one_set import solve_rate, tilt_kl, tilted_mass
 from tests.tiny import tiny_tokenizer
 from xfactor_peft.errors import XFactorError
-from xfactor_peft.objective.goals import parse_goal, parse_goals
+from xfactor_peft.objective.goals import parse_goal
 from xfactor_peft.objective.targets import Goal, TiltedTarget
 from xfactor_peft.objective.tilt import SUPPRESS, Atoms, solve_rates, tilted_atoms
 from xfactor_peft.sampling.calibration import calibrate
@@ -144,7 +144,8 @@ def test_tilted_target_refuses_what_makes_no_sense():
 
 def test_goals_as_text():
     tokenizer = tiny_tokenizer()
-    target = parse_goals(["contains:X=0.10", "regex:^ ?[Zz]=0.05", "contains:q=0"], tokenizer)
+    texts = ("contains:X=0.10", "regex:^ ?[Zz]=0.05", "contains:q=0")
+    target = TiltedTarget(tuple(parse_goal(text, tokenizer) for text in texts))
     assert target.rates == [0.10, 0.05, 0.0]
     assert target.tokens == TokenSet.contains(tokenizer, "X")
     assert parse_goal("contains:X=0.5", tokenizer, ignore_case=True).tokens == TokenSet.contains(

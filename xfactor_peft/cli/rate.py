@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -99,11 +100,14 @@ def target_kind(flags: dict[str, Any]) -> type[UniformTarget] | type[TiltedTarge
 
 def make_target(flags: dict[str, Any], base: Vocabulary) -> Target:
     """The tilted target when a rate is wanted, else the uniform one."""
-    from ..objective.goals import parse_goals
+    from ..objective.goals import parse_goal
     from ..objective.targets import TiltedTarget, UniformTarget
 
     if flags["goals"]:
-        return parse_goals(flags["goals"], base.tokenizer, vocab_size=base.vocab_size, ignore_case=flags["ignore_case"])
+        parse = partial(
+            parse_goal, tokenizer=base.tokenizer, vocab_size=base.vocab_size, ignore_case=flags["ignore_case"]
+        )
+        return TiltedTarget(tuple(map(parse, flags["goals"])))
     tokens = token_set(flags, base) or default_set(base)
     if target_kind(flags) is TiltedTarget:
         return TiltedTarget.of(tokens, flags["target_rate"], strength=flags["strength"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..options import parse_rate
 from ..tokens.rule import KINDS, Rule
 from ..tokens.token_set import TokenSet
-from .targets import Goal, TiltedTarget
+from .targets import Goal
 
 
 def parse_goal(
@@ -34,16 +32,3 @@ def parse_goal(
         raise XFactorError(f"`goal` {text!r}: the rate must be at least 0 and below 1; got {number}")
     rule = Rule.read(kind, value, ignore_case=ignore_case and kind != "token-ids")
     return Goal(TokenSet.from_rule(tokenizer, rule, vocab_size=vocab_size), rate)
-
-
-def parse_goals(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    vocab_size: int | None = None,
-    ignore_case: bool = False,
-) -> TiltedTarget:
-    """The target with all goals; the first one's set is the one that tables report."""
-    return TiltedTarget(
-        tuple(parse_goal(text, tokenizer, vocab_size=vocab_size, ignore_case=ignore_case) for text in texts)
-    )

@@ -73,8 +73,3 @@ def enriching(statistics: Statistics, target: PhraseTarget) -> np.ndarray:
     aim = min(RICH, RICH_IN_ALL / count) * members.sum(0)
     base = Values(statistics, np.zeros(count)).counts(members)
     return members @ np.clip(np.log(aim / np.maximum(base, 1e-12)), 0.0, MOST_ENRICHED)
-
-
-def per_pattern(target: PhraseTarget, strengths: np.ndarray) -> np.ndarray:
-    """lambda of every pattern (K,) from that of its goal."""
-    return strengths[target.members.argmax(1)]

@@ -32,7 +32,7 @@ from .evaluation import AFTER, BEFORE, Author, sampling_of
 from .goals import PhraseTarget
 from .head import PhraseHead, Positions, chosen_tokens, fit, joined, mean_kl, positions
 from .scores import PhraseScores, decoded, risen, words_of
-from .solving import Solved, enriching, per_pattern, solve
+from .solving import Solved, enriching, solve
 from .texts import Texts
 from .trunk import Lesson, base_states, train_trunk, upper_blocks, wrap
 from .upper import UpperBlocks
@@ -99,7 +99,8 @@ class _Run:
         return self.author.scored(prompts, self.options.eval_texts, sampling, off)
 
     def values(self, solved: Solved) -> Values:
-        return Values(self.statistics, per_pattern(self.target, solved.strengths))
+        strengths = solved.strengths[self.target.members.argmax(1)]  # of every pattern from that of its goal
+        return Values(self.statistics, strengths)
 
     def goal_rates(self, texts: Texts) -> np.ndarray:
         """Sampled rates of the goals per token, (G,)."""

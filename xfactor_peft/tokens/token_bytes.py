@@ -37,22 +37,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     Raises:
         XFactorError: a decoder that is not known.
     """
-    how, left_out, added = (
-        spelling(tokenizer),
-        special_ids(tokenizer) | markers(tokenizer).keys(),
-        added_texts(tokenizer),
-    )
-    result = {}
+    how, left_out = spelling(tokenizer), special_ids(tokenizer) | markers(tokenizer).keys()
+    added, result = tokenizer.added_tokens_decoder.keys(), {}
     for token, i in tokenizer.get_vocab().items():
         if i not in left_out:
             raw = how.byte_level and i in added  # looked for in the text as it is
             result[i] = token.encode("utf-8") if raw else how.decoded(token)
     return dict(sorted(result.items()))
-
-
-def added_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """id -> text of the tokens that were added to the vocabulary."""
-    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
