@@ -45,7 +45,7 @@ def _phrases(record: dict[str, Any]) -> list[str]:
     """What an adapter for phrases was made of, and what came of it."""
     base, phrases = record["base"], record["phrases"]
     before, after = phrases["before"], phrases["after"]
-    goals = [f"- {goal['name']}: {len(goal['patterns'])} patterns, {asked(goal)}" for goal in phrases["goals"][:20]]
+    goals = [f"- {about(goal)}: {asked(goal)}" for goal in phrases["goals"][:20]]
     more = [f"- and {len(phrases['goals']) - 20} more"] if len(phrases["goals"]) > 20 else []
     scores = []
     if before and after:
@@ -68,6 +68,14 @@ def _phrases(record: dict[str, Any]) -> list[str]:
         f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
         f"- A head of rank {record['lora']['r']} on {phrases['tokens']} tokens; `rules` in the record makes it again",
     ]
+
+
+def about(goal: dict[str, Any], most: int = 8) -> str:
+    """What a goal of phrases is about: its list by name, "slop.txt, 203 patterns", or the phrases themselves."""
+    texts = [pattern["text"] for pattern in goal["patterns"]]
+    if goal["name"] in (asked(goal), *texts):
+        return ", ".join(texts[:most]) + ", …" * (len(texts) > most)
+    return f"{goal['name']}, {counted(len(texts), 'pattern')}"
 
 
 def asked(goal: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def show_command(name: str, adapters_dir: Path, as_json: bool) -> None:
     info = read_adapter(find_adapter(name, adapters_dir))
     for label, value in facts(info).items():
         for number, line in enumerate(str(value).split("\n")):
-            console.print(f"{label + ':' if number == 0 else '':14}{line}", soft_wrap=True)
+            console.print(f"{label + ':' if number == 0 else '':16}{line}", soft_wrap=True)
     if as_json:
         print_json({**facts(info), "record": info.record})
 
