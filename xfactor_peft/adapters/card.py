@@ -95,17 +95,22 @@ def _trained(record: dict[str, Any]) -> list[str]:
         *scores,
         f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
         f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
-        f"- Training: {steps_made(record)} of {train['batch_size']} x {train['seq_len']} tokens, "
-        f"{train['optimizer']}, learning rate {train['lr']:g}, seed {train['seed']}, {base['dtype']}; "
+        f"- Training: {steps_made(record)}, seed {train['seed']}, {base['dtype']}; "
         f"{record['trainable_parameters']:,} trainable parameters",
         f"- Target: {describe_target(record)}",
     ]
 
 
 def steps_made(record: dict[str, Any]) -> str:
-    """The steps that were made, of those that were allowed: "0 of 300 steps" where the set head is the tilt already."""
-    allowed, made = record["train"]["steps"], record.get("steps_made")
-    return counted(allowed, "step") if made in (None, allowed) else f"{made} of {counted(allowed, 'step')}"
+    """The steps that were made, of those that were allowed, and what each was of."""
+    train, made = record["train"], record.get("steps_made")
+    if made == 0:
+        return "no steps, the set head was solved"
+    steps = counted(train["steps"], "step") if made in (None, train["steps"]) else f"{made} of {train['steps']} steps"
+    return (
+        f"{steps} of {train['batch_size']} x {train['seq_len']} tokens, {train['optimizer']}, "
+        f"learning rate {train['lr']:g}"
+    )
 
 
 def _scores(record: dict[str, Any]) -> list[str]:

@@ -44,7 +44,12 @@ def _entry(folder: Path) -> Entry:
     return Entry(
         info.name,
         base=info.identity.name if info.identity else info.config.get("base_model_name_or_path") or "",
-        tokens="; ".join([*(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)), *(about(goal, 2) for goal in _goals(info))]),
+        tokens="; ".join(
+            [
+                *(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)),
+                *(about(goal, 2) for goal in _goals(info)),
+            ]
+        ),
         wanted="; ".join([*(wanted for _, wanted in _sets(info) if wanted), *map(asked, _goals(info))]),
         rate=info.section("after").get("rate"),
         parameters=parameter_count(info),
@@ -123,12 +128,7 @@ def _layer(key: str) -> str:
 
 
 def _training(info: AdapterInfo) -> str:
-    train = info.section("train")
-    if not train:
-        return ""
-    return (
-        f"{steps_made(info.record)} of {train['batch_size']} x {train['seq_len']} tokens, learning rate {train['lr']:g}"
-    )
+    return steps_made(info.record) if info.section("train") else ""
 
 
 def rename_adapter(name: str, new: str, root: Path) -> Path:
