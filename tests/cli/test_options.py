@@ -37,7 +37,12 @@ def all_commands():
 
 
 COMMANDS = dict(all_commands())
-OPTIONS = [(name, p) for name, command in COMMANDS.items() for p in command.params if isinstance(p, click.Option)]
+OPTIONS = [
+    (name, p)
+    for name, command in COMMANDS.items()
+    for p in command.params
+    if isinstance(p, click.Option) and not p.hidden
+]
 
 
 def help_of(name, width=80):
@@ -85,6 +90,18 @@ def test_no_line_of_the_help_is_empty_of_meaning(name):
         assert "[default: the adapter's own set; without one X]" in " ".join(text.split())
     if takes_adapters and "--model" in text:
         assert "[default: (the adapter's own base" in " ".join(text.split())
+
+
+def test_a_plan_takes_what_train_takes(run, tiny_folders):
+    """The same words after the command, whatever they are of; what is no new run for tokens is refused."""
+    assert {p.name for p in COMMANDS["train"].params} <= {p.name for p in COMMANDS["plan"].params}
+    model = ["--model", tiny_folders["gpt2"]]
+    words = ["--words", "fox,the", "--ignore-case", "--target-rate", "5%", "--steps", 3, "--output", "x", "--seed", 1]
+    assert "it fits into" in run("plan", *model, *words).output
+    full = run("plan", *model, "--preset", "source").output
+    assert full != run("plan", *model).output
+    for other in (["--script", "Han"], ["--resume", "x"]):
+        assert "a plan is of a new run for tokens" in run("plan", *model, *other, code=2).output
 
 
 def defaults(name):

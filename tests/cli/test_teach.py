@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_a_plan_says_time_and_memory(tiny, short):
 
 def test_texts_are_escaped_on_the_page():
     seen = teach_page.Seen((("<b>prompt</b>", "a <script>alert(1)</script> fox"),), "x")
-    shown = teach_page._texts(goals_of("script = 0")[0].patterns, seen, seen)
+    shown = teach_page._texts(goals_of("script = 0")[0].patterns, replace(seen, before=seen))
     assert "<script>" not in shown
     assert "<b>prompt" not in shown
     assert "&lt;<mark>script</mark>&gt;" in shown
@@ -232,6 +233,7 @@ def test_a_round_in_a_browser(load_tiny, browser, tmp_path, short):
         marks = page.locator("#marks textarea")
         expect(marks).to_have_value("*e* = 0")
         expect(page.locator("#teach-problem .problem")).to_have_count(0)
+        assert "e" in page.locator("#texts .sample mark").first.inner_text()  # at once, in the texts that are there
         expect(page.locator("#plan")).to_contain_text("A round takes about")
         expect(page.locator("#plan")).to_contain_text("learns after 2 prompts")
         page.locator("#start").click()

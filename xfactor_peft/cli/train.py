@@ -101,14 +101,14 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
     if flags["resume"]:
         flags = resumed(ctx, flags)
     elif flags["preset"] == "source":
-        _apply_preset(ctx, flags)
+        apply_preset(ctx, flags)
     if wants_phrases(flags):
         return run_phrases(ctx, flags)
     with quiet_unless_first():
         run(ctx, flags)
 
 
-def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
+def apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Fill in the preset's values where the user gave none; a token rule of the user's replaces the preset's."""
     rule_given = any(flags[name] is not None for name in ("contains", "regex", "words", "token_ids"))
     for name, value in SOURCE_PRESET.items():

@@ -6,6 +6,7 @@ import html
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def build(gr: Any, bank: AdapterBank) -> None:
 
     show.click(partial(_show, bank), [prompts, adapter, marks], [problem, texts, seen, pace], **ONE_AT_A_TIME)
     adapter.input(partial(_adapter_marks, bank), [adapter, marks], [problem, marks])
+    marks.change(lambda marks, seen: _texts(_patterns(marks), seen), [marks, seen], texts, show_progress="hidden")
     for rate, button in how.items():
         button.click(partial(_mark, rate), [marks, phrase, seen], [problem, marks, phrase], show_progress="hidden")
     like.upload(_like, [marks, like, seen], [problem, marks])
@@ -161,7 +163,8 @@ def _teach(
         yield said(str(error)), keep, keep, "", keep, keep
         return
     patterns, known = rules.target.patterns, gr.update(choices=[NONE, *choices(bank)[0]], value=made)
-    yield "", _texts(patterns, after, before), after, "", _outcome(bank, taught), known
+    after = replace(after, before=replace(before, before=None))
+    yield "", _texts(patterns, after), after, "", _outcome(bank, taught), known
 
 
 def _patterns(marks: str) -> tuple[Pattern, ...]:
@@ -171,9 +174,9 @@ def _patterns(marks: str) -> tuple[Pattern, ...]:
         return ()
 
 
-def _texts(patterns: tuple[Pattern, ...], seen: Seen, before: Seen | None = None) -> str:
+def _texts(patterns: tuple[Pattern, ...], seen: Seen) -> str:
     """Texts under their prompts, beside those before where there are some; what is marked is marked in them."""
-    parts = []
+    parts, before = [], seen.before
     for number, (prompt, text) in enumerate(seen.texts):
         old = f'<div class="sample before">{marked(patterns, before.texts[number][1])}</div>' if before else ""
         new = f'<div class="sample">{marked(patterns, text)}</div>'
