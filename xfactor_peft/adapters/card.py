@@ -74,7 +74,7 @@ def about(goal: dict[str, Any], most: int = 8) -> str:
     """What a goal of phrases is about: its list by name, "slop.txt, 203 patterns", or the phrases themselves."""
     texts = [pattern["text"] for pattern in goal["patterns"]]
     if goal["name"] in (asked(goal), *texts):
-        return ", ".join(texts[:most]) + ", …" * (len(texts) > most)
+        return ", ".join(texts[:most]) + ", ..." * (len(texts) > most)
     return f"{goal['name']}, {counted(len(texts), 'pattern')}"
 
 

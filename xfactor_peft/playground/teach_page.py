@@ -182,8 +182,8 @@ def _texts(patterns: tuple[Pattern, ...], seen: Seen) -> str:
         new = f'<div class="sample">{marked(patterns, text)}</div>'
         kind = "pair" if before else "pair alone"
         parts.append(f'<div><b>{_text(prompt)}</b></div><div class="{kind}">{old}{new}</div>')
-    heads = [before.adapter or "base", seen.adapter] if before else []
-    return (f"<p>{' (left), '.join(map(_text, heads))} (right)</p>" if heads else "") + "".join(parts)
+    heads = f"<p>of each two {_text(before.adapter or 'base')} first, then {_text(seen.adapter)}</p>" if before else ""
+    return heads + "".join(parts)
 
 
 def _doing(news: Doing) -> str:
