@@ -17,7 +17,7 @@ from xfactor_peft.playground import marks as marks_module
 from xfactor_peft.playground import teach_page
 from xfactor_peft.playground.compare import continuations
 from xfactor_peft.playground.marks import goals_of, like_text, marked_with, marks_of, rules_of
-from xfactor_peft.playground.teach import Doing, Taught, commands, next_name, plan, samples, teach, works
+from xfactor_peft.playground.teach import Doing, Taught, commands, next_name, plan, samples, teach, texts_in_time, works
 from xfactor_peft.progress import phase
 
 PROMPTS = ["The fox", "Once", "A cat", "In the house"]
@@ -203,6 +203,19 @@ def test_a_plan_says_time_and_memory(tiny, short):
     assert "about 4 minutes" in plan(tiny, rules, 240 / sum(works(rules).values()) / 1.05)
     assert "MiB" in plan(tiny, rules, 1e-4)
     assert works(rules_of("script:Han = 0", PROMPTS, 8)).keys() == {"measuring the base", "measuring the adapter"}
+
+
+def test_a_slow_machine_learns_from_fewer_texts():
+    """So that a round is waited for at most five minutes, and never from fewer than a rate can be seen in."""
+    for pace in (1e-4, 0.01, 0.02, 0.04):
+        texts = texts_in_time(PROMPTS, pace)
+        assert texts % 16 == 0
+        assert 16 <= texts <= 64
+        seconds = pace * sum(works(rules_of("the = x0.5", PROMPTS, texts)).values())
+        assert texts == 16 or seconds <= 270
+        assert texts == 64 or pace * sum(works(rules_of("the = x0.5", PROMPTS, texts + 16)).values()) > 270
+    assert texts_in_time(PROMPTS, 1e-4) == 64
+    assert texts_in_time(PROMPTS, 1.0) == 16
 
 
 def test_texts_are_escaped_on_the_page():

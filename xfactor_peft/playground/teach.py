@@ -38,11 +38,13 @@ from ..sampling.generation import generate_batch
 from ..sampling.sampler import cache_limit, tokens_at_once
 from ..tokens.automaton import TokenAutomaton
 from ..tokens.patterns import phrases
-from .marks import ROUND
+from .marks import ROUND, rules_of
 
 RULES = "rules.yaml"
 TRIED = 8
 """Tokens of each text that the time of a round is guessed from."""
+WAIT, FEWEST = 270, 16
+"""Seconds that a round may take unless more is asked for; texts that it has in any case, and by which others come."""
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -77,6 +79,12 @@ def works(rules: Rules) -> dict[str, float]:
     hard = all(goal.hard for goal in rules.target.goals)
     texts = {"measuring the base": 1.0 * o.eval_texts} | ({} if hard else learnt)
     return {name: o.length * count for name, count in (texts | {"measuring the adapter": 2.2 * o.eval_texts}).items()}
+
+
+def texts_in_time(prompts: Sequence[str], pace: float) -> int:
+    """Texts to learn from, so that a round takes `WAIT` seconds at most: those of `ROUND`, or fewer."""
+    fewest = rules_of("the = x0.5", list(prompts), FEWEST)
+    return max(FEWEST, min(ROUND.texts, int(WAIT / (pace * sum(works(fewest).values()))) * FEWEST))
 
 
 def plan(base: Base, rules: Rules, pace: float) -> str:

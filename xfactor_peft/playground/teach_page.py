@@ -20,7 +20,7 @@ from ..tokens.patterns import Pattern, names
 from ..tokens.printable import counted, printable
 from .compare import NONE, ONE_AT_A_TIME, choices, said
 from .marks import LESS, MORE, NEVER, ROUND, goals_of, like_text, marked_with, marks_of, prompts_of, rules_of
-from .teach import RULES, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach
+from .teach import RULES, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach, texts_in_time
 
 SELECTED = """() => document.addEventListener("selectionchange", () => {
     const text = getSelection().toString().trim(), node = getSelection().anchorNode;
@@ -73,7 +73,8 @@ def build(gr: Any, bank: AdapterBank) -> None:
     doing = gr.HTML(elem_id="doing", padding=False)
     outcome = gr.HTML(elem_id="outcome", padding=False)
 
-    show.click(partial(_show, bank), [prompts, adapter, marks], [problem, texts, seen, pace], **ONE_AT_A_TIME)
+    shown = [problem, texts, seen, pace, count]
+    show.click(partial(_show, bank), [prompts, adapter, marks, count], shown, **ONE_AT_A_TIME)
     adapter.input(partial(_adapter_marks, bank), [adapter, marks], [problem, marks])
     marks.change(lambda marks, seen: _texts(_patterns(marks), seen), [marks, seen], texts, show_progress="hidden")
     for rate, button in how.items():
@@ -94,12 +95,14 @@ def _first_prompts(bank: AdapterBank) -> str:
     return "\n".join(writing_prompts()[0][:PROMPTS] if chat else OPENINGS)
 
 
-def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str) -> tuple[str, str, Seen, float]:
+def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int) -> tuple[str, str, Seen, float, int]:
+    """The texts, and how many a round learns from: on a slow machine fewer than asked for, once it is known."""
     try:
         seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
-        return "", _texts(_patterns(marks), seen), seen, pace_of(bank.base, seen.prompts)
+        pace = pace_of(bank.base, seen.prompts)
+        return "", _texts(_patterns(marks), seen), seen, pace, min(count, texts_in_time(seen.prompts, pace))
     except XFactorError as error:
-        return said(str(error)), "", Seen(), 0.0
+        return said(str(error)), "", Seen(), 0.0, count
 
 
 def _adapter_marks(bank: AdapterBank, adapter: str, marks: str) -> tuple[str, str]:
