@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,20 @@ def model_options(function: Command, default: str | bool = True, dtype: str = "a
                          show_default=True, help="Frozen weights in memory, or mapped from disk, where the system may "
                          "take them back; auto: mapped where the run would not fit."),
         ],
-        function,
+        _lean(function),
         "Model",
     )  # fmt: skip
+
+
+def _lean(function: Command) -> Command:
+    """The command, told what it loads before it imports anything: what that takes no part of is left out."""
+
+    @wraps(function)
+    def command(*args: Any, **flags: Any) -> Any:
+        load_options(flags)
+        return function(*args, **flags)
+
+    return command
 
 
 def adapter_model_options(function: Command) -> Command:

@@ -19,13 +19,6 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.first, self.examples = tuple(first), tuple(examples)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        if "quant_backend" in ctx.params:  # it loads a model: what that takes no part of is left out before any import
-            from .common import load_options
-
-            load_options(ctx.params)
-        return super().invoke(ctx)
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {FIRST if self.first else OTHER: []}
         params = sorted(self.get_params(ctx), key=lambda p: self.first.index(p.name) if p.name in self.first else 99)
