@@ -6,7 +6,7 @@ Tiny random models (GPT-2, Llama, Gemma 3) with matrices in Q8_0 and Q4_1. Every
 since a crash is one of the things looked for. What has to happen is known for each kind of mutation:
 
     header, counts, truncated, offsets, shapes, sizes    refused, or the same logits as before
-    types, fields, tokens, bytes                         refused, or a whole model with finite logits
+    types, fields, elements (of lists), bytes            refused, or a whole model with finite logits
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from xfactor_peft.options import LoadOptions
 IDS, SECONDS = torch.arange(3, 27)[None], 30
 SIZES = (0, 1, 2, 3, 7, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
 EXACT = ("header", "counts", "truncated", "offsets", "shapes", "sizes")
+LOOSE = ("types", "fields", "elements", "bytes")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Source:
 
 def places_of(path: Path) -> tuple[dict[str, list[tuple[int, str]]], int]:
     """Where counts, lengths, types, shapes and offsets stand, found by walking the file anew; where the data begins."""
-    data, found = path.read_bytes(), {kind: [] for kind in ("sizes", "types", "shapes", "offsets", "fields")}
+    kinds = ("sizes", "types", "shapes", "offsets", "fields", "elements")
+    data, found = path.read_bytes(), {kind: [] for kind in kinds}
     at = 24
     scalars = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -71,10 +73,10 @@ def places_of(path: Path) -> tuple[dict[str, list[tuple[int, str]]], int]:
         length = number("Q")
         at += length
 
-    def value(kind: int) -> None:
+    def value(kind: int, place: str = "fields") -> None:
         nonlocal at
         if kind in scalars:
-            found["fields"].append((at, "Q" if scalars[kind] == 8 else "I" if scalars[kind] == 4 else "B"))
+            found[place].append((at, "Q" if scalars[kind] == 8 else "I" if scalars[kind] == 4 else "B"))
             at += scalars[kind]
         elif kind == 8:
             text()
@@ -83,7 +85,7 @@ def places_of(path: Path) -> tuple[dict[str, list[tuple[int, str]]], int]:
             inner = number("I")
             found["sizes"].append((at, "Q"))
             for _ in range(number("Q")):
-                value(inner)
+                value(inner, "elements")
 
     tensors, fields = struct.unpack_from("<QQ", data, 8)
     for _ in range(fields):
@@ -124,7 +126,8 @@ def mutated(source: Source, kind: str, dice: random.Random) -> bytes:
         size = struct.calcsize(form)
         old = struct.unpack_from(f"<{form}", data, place)[0]
         near = (old + 1, old - 1, old + 32, 2 * old, old // 2)
-        wrong = (0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000) if kind == "fields" else ()  # NaN, ±inf, -1 as floats
+        floats = (0x7FC00000, 0x7F800000, 0xFF800000, 0xBF800000)  # NaN, ±inf, -1
+        wrong = floats if kind in ("fields", "elements") else ()
         struct.pack_into(f"<{form}", data, place, dice.choice([*SIZES, *near, *wrong]) % 2 ** (8 * size))
     return bytes(data)
 
@@ -199,7 +202,7 @@ def sources(folder: Path) -> list[Source]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False))
 def main(count: int, seed: int, output: Path | None) -> None:
-    kinds = [*EXACT, "types", "fields", "bytes"]
+    kinds = [*EXACT, *LOOSE]
     ends: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     wrong = []
     torch.set_num_threads(1)
@@ -207,7 +210,8 @@ def main(count: int, seed: int, output: Path | None) -> None:
         made = sources(Path(name))
         path = Path(name) / "case.gguf"
         for number in range(count):
-            kind, source, dice = kinds[number % len(kinds)], made[number % len(made)], random.Random(seed + number)
+            turn, at = divmod(number, len(kinds))  # every kind meets every model
+            kind, source, dice = kinds[at], made[turn % len(made)], random.Random(seed + number)
             path.write_bytes(mutated(source, kind, dice))
             end = apart(path, kind, source.logits)
             ends[kind][end.split(":")[0]] += 1

@@ -115,14 +115,19 @@ def whole(name: str, model: Path, allowance: int | None, threads: int, words: tu
 @main.command()
 def report() -> None:
     """Tables of what is stored."""
-    records = store.read_all(FOLDER)
+    click.echo(write(FOLDER))
+
+
+def write(folder: Path) -> str:
+    """Write the tables of a folder's records, one file for each kind of them; returns all."""
+    records, tables = store.read_all(folder), []
     for name, module, kind in (
         ("logits", by_logits, "kl"), ("rates", by_rates, "rates"), ("decoding", by_decoding, "decoding"),
         ("whole", by_whole, "run"),
     ):  # fmt: skip
-        text = module.table([record for record in records if kind in record])
-        (FOLDER / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-        click.echo(f"{text}\n")
+        tables.append(module.table([record for record in records if kind in record]) + "\n")
+        (folder / f"{name}.md").write_text(tables[-1], encoding="utf-8")
+    return "\n".join(tables)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,21 @@ from bench.training.report import PLOTS, REPORT, TABLE, write_report
 
 from xfactor_peft.errors import XFactorError
 
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "results.md", REPOSITORY / "docs" / "phrases.md")
+PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / name for name in ("results.md", "phrases.md", "gguf.md")))
+
+
+def _packed(folder: Path) -> None:
+    """The tables of GGUF files; left as they are where the extra serve is not installed."""
+    try:
+        from packed import write
+    except ModuleNotFoundError:
+        return
+    write(folder)
+
+
 MAKERS: dict[str, Callable[[Path], object]] = {
     "four_bit": four_bit.write,
+    "gguf": _packed,
     "lowmem": memory.write,
     "paper": write_report,
     "phrases": phrases.write,
@@ -44,19 +56,23 @@ MAKERS: dict[str, Callable[[Path], object]] = {
 PASTED = {
     "benchmark": "paper",
     "four-bit": "four_bit",
+    "gguf-logits": "gguf/logits.md",
+    "gguf-rates": "gguf/rates.md",
+    "gguf-decoding": "gguf/decoding.md",
+    "gguf-whole": "gguf/whole.md",
     "lowmem": "lowmem",
     "phrases": "phrases",
     "rate": "rate",
     "whole": "whole",
 }
-"""Markers: the folder whose table goes between them."""
+"""Markers: the folder whose table goes between them, or the table itself."""
 FIGURES = ("source-loss", "places-rate-kl")
 
 
 def between(name: str, results: Path, page: Path) -> str:
     """What belongs between the markers of that name; links are relative to the page."""
     folder = results / PASTED[name]
-    text = (folder / TABLE).read_text(encoding="utf-8").strip()
+    text = (folder if folder.suffix else folder / TABLE).read_text(encoding="utf-8").strip()
     if name != "benchmark":
         return text
     where = Path(os.path.relpath(RESULTS / folder.name, page.resolve().parent)).as_posix()
@@ -87,7 +103,7 @@ def make(results: Path, pages: tuple[Path, ...]) -> dict[Path, str]:
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for name in PASTED:
-            if f"<!-- {name}:" in text and (results / PASTED[name]).is_dir():
+            if f"<!-- {name}:" in text and (results / PASTED[name]).exists():
                 text = pasted(text, between(name, results, page), name)
         texts[page] = text
     return texts

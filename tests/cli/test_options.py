@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -19,9 +20,9 @@ from xfactor_peft.cli.config import _key
 from xfactor_peft.cli.rate import target_kind
 from xfactor_peft.cli.run_options import make_recipe
 from xfactor_peft.cli.tracking import tracking_options
-from xfactor_peft.cli.train import SOURCE_TOKENS
+from xfactor_peft.cli.train import SOURCE_TOKENS, _as_planned
 from xfactor_peft.export import export
-from xfactor_peft.options import DEFAULT_LR, DEFAULT_PROMPTS, EvalOptions, Recipe, SamplingOptions
+from xfactor_peft.options import DEFAULT_LR, DEFAULT_PROMPTS, EvalOptions, MemoryOptions, Recipe, SamplingOptions
 from xfactor_peft.tokens.rule import Rule
 
 ROOT = Path(__file__).parents[2]
@@ -325,3 +326,13 @@ def test_weights_of_a_gguf_file_stay_where_they_are(run, load_tiny, tmp_path, co
     output = run(*command, "--model", "base.gguf", "--weights", "memory", code=2).output
     assert " ".join(output.split()).endswith("the weights of base.gguf stay mapped; drop --weights memory")
     assert not Path("a").exists()
+
+
+def test_a_packed_file_counts_its_recomputed_blocks_again_once_it_is_read():
+    """What a plan says before loading stands for other models, and where the user gave a number."""
+    plan = SimpleNamespace(recomputed=3, memory=SimpleNamespace(total=700))
+    auto = MemoryOptions()
+    assert _as_planned(auto, plan, packed=True) is auto
+    assert _as_planned(MemoryOptions(2), plan, packed=True) == MemoryOptions(3, 700)
+    assert _as_planned(auto, plan, packed=False) == MemoryOptions(3, 700)
+    assert _as_planned(MemoryOptions(budget=900), plan, packed=False) == MemoryOptions(3, 900)

@@ -1,5 +1,7 @@
 """The loss over a packed output embedding against its eager twin: all logits at once, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from xfactor_peft.lowmem import gguf_layers
 from xfactor_peft.lowmem.gguf_formats import BY_NAME
 from xfactor_peft.lowmem.gguf_layers import PackedMatrix
 from xfactor_peft.objective.kl import Teacher, kl_loss, tilted_kl_loss
+from xfactor_peft.objective.sequence_level import position_gradients
 
 WIDTH, TOKENS, POSITIONS = 32, 50, 13
 
@@ -77,3 +80,24 @@ def test_bfloat16_is_as_near_as_a_whole_embedding_is(parts):
         loss = kl_loss(hidden.bfloat16(), weight, target.float(), members[0].bool()).loss
         errors.append(abs(float(loss) - float(exact)))
     assert errors[0] <= errors[1] + 1e-3
+
+
+def test_gradients_of_whole_texts_are_those_of_the_unpacked_weight(parts):
+    """And of one without bias and set head; what autograd says of the unpacked one is in test_tilted_loss.py."""
+    matrix, hidden, states, bias, members, term = (
+        part.float() if isinstance(part, torch.Tensor) else replace(part, dtype=torch.float32) for part in parts
+    )
+    hidden, states = 0.2 * hidden, 0.2 * states  # logits of the size of a model's
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(TOKENS, (POSITIONS,), generator=generator)
+    strengths = torch.randn(POSITIONS, 2, generator=generator)
+    for more in ({"bias": bias, "set_logits": term}, {"bias": None, "set_logits": None}):
+        one, other = (
+            position_gradients(hidden, states, weight, ids, members=members, strengths=strengths, **more)
+            for weight in (matrix, matrix.unpacked(torch.float32))
+        )
+        for name, found, wanted in zip(one._fields, one, other, strict=True):
+            torch.testing.assert_close(
+                found, wanted, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+            assert wanted.abs().max() > 1e-3

@@ -6,7 +6,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from xfactor_peft.adapters.mix import Mix
+from xfactor_peft.bank.bank import AdapterBank
+from xfactor_peft.base.loading import load_base
+from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.cli import main
+from xfactor_peft.export import export
+from xfactor_peft.options import LoadOptions
 from xfactor_peft.tokens.patterns import found, phrases
 
 WORDS = ["the", "little girl", "said*"]
@@ -81,3 +87,18 @@ def test_generated_texts_show_what_they_hold(trained):
         assert record["occurrences"] == counts[adapter]
         assert record["rates"] == []
     assert counts[folder / "plain"] < counts["none"]
+
+
+def test_a_packed_base_learns_the_same(trained, tmp_path):
+    """The bundled model in a GGUF file, where the output embedding is only read in pieces and by rows."""
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    folder, _ = trained
+    file, output = tmp_path / "demo.gguf", tmp_path / "packed"
+    export(AdapterBank(load_base(resolve_model("demo"), LoadOptions("fp32")), tmp_path), Mix(), "gguf", file)
+    run("train", "--model", file, "--rules", folder / "rules.yaml", "--output", output, "--seed", 1)
+    plain, packed = (
+        json.loads((where / "xfactor.json").read_text())["phrases"] for where in (folder / "plain", output)
+    )
+    assert packed["before"]["per_1000_words"] == pytest.approx(plain["before"]["per_1000_words"], rel=0.2)
+    assert packed["after"]["per_1000_words"] < 0.2 * packed["before"]["per_1000_words"]
+    assert 0 < packed["after"]["kl"] < 2 * plain["after"]["kl"]

@@ -8,12 +8,18 @@ import torch
 from peft import PeftModel
 
 from tests.tiny import KINDS, tiny_model
+from xfactor_peft.adapters.mix import Mix
 from xfactor_peft.bank.bank import AdapterBank
+from xfactor_peft.base.loading import load_base
+from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
+from xfactor_peft.export import export
+from xfactor_peft.lowmem.gguf_layers import PackedMatrix
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.options import (
     EvalOptions,
+    LoadOptions,
     LoraOptions,
     ObjectiveOptions,
     RateOptions,
@@ -242,6 +248,29 @@ def test_where_planning_gains_nothing_the_tilt_comes_back(tiny, monkeypatch):
     assert result.rate.offsets == pytest.approx(result.rate.strengths)
     assert result.rate.frontier.ratio == pytest.approx(1.0, abs=0.02)
     assert result.after.rate == pytest.approx(0.2, abs=0.06)
+
+
+def test_a_packed_output_embedding_plans_as_an_unpacked_one(tiny, tmp_path, monkeypatch):
+    """The same model with its weights in float16 in a GGUF file: the same steps, but for what that rounds."""
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    from xfactor_peft.sampling import own_samples
+    from xfactor_peft.training.sequence import phase as sequence_phase
+
+    monkeypatch.setattr(own_samples, "TEXTS", 64)
+    monkeypatch.setattr(sequence_phase, "CHECK_TEXTS", 64)
+    export(AdapterBank(tiny, tmp_path), Mix(), "gguf", tmp_path / "tiny.gguf")
+    packed = load_base(resolve_model(str(tmp_path / "tiny.gguf")), LoadOptions("fp32"))
+    assert isinstance(split(packed.model).weight, PackedMatrix)
+    objective = ObjectiveOptions(sequence_level=True, sequence_steps=3, dial=False, frontier=False)
+    options = TrainOptions(steps=2, seq_len=24)
+    one, other = (
+        train(base, TiltedTarget.of(x_set(base), 0.2), options, None, None, objective).rate.sequence.steps
+        for base in (tiny, packed)
+    )
+    assert len(one) == len(other) == 3
+    for field in ("rate", "kl", "strength"):
+        values = [[getattr(step, field) for step in steps] for steps in (one, other)]
+        assert values[1] == pytest.approx(values[0], rel=0.1)
 
 
 def test_frontier_of_a_tilt_is_the_tilt(tiny):

@@ -36,6 +36,7 @@ _POSITIVE = {
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.freq_base_swa",
     "rope.scaling.factor",
 }  # fmt: skip
+_BASES = {"rope.freq_base", "rope.freq_base_swa"}
 _ALSO = {"vocab_size", "rope.dimension_count", "rope.freq_base", "attention.value_length", "rope.scaling.type"}
 _GEMMA3_ALSO = {"rope.scaling.factor", "rope.freq_base_swa", "attention.sliding_window_pattern"}
 _PERIOD, _LARGEST = 6, 62
@@ -83,6 +84,7 @@ def config_of(file: GgufFile) -> PretrainedConfig:
     except (StrictDataclassError, ValueError, TypeError) as error:
         why = str(error).strip().splitlines()[-1].strip()
         raise XFactorError(f"{file.path}: its sizes do not fit together: {why}; the file is damaged") from error
+    _check_shapes(file, fields)
     name = kind.__name__.removesuffix("Config").removesuffix("Text")
     config.architectures = [f"{name}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}"]
     return config
@@ -131,10 +133,33 @@ def _check(file: GgufFile, fields: dict[str, Any], names: dict[str, str]) -> Non
             refuse(key, "is not a number or a text")
         if key in _POSITIVE and not (isinstance(value, float) and 0 < value < float("inf")):
             refuse(key, f"is {str(value)[:60]}, not a number above 0")
+        if key in _BASES and value < 1:
+            refuse(key, f"is {value:g}, below 1")
         if key in names and key not in _POSITIVE and not (isinstance(value, int) and 0 < value < 2**24):
             refuse(key, f"is {str(value)[:60]}, not a size")
     if fields["embedding_length"] % fields["attention.head_count"] and "attention.key_length" not in fields:
         refuse("attention.head_count", "does not divide embedding_length")
+
+
+def _check_shapes(file: GgufFile, fields: dict[str, Any]) -> None:
+    """Compare sizes with tensors that show them, before a model is built: a wrong one asks for any memory or time."""
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    heads = fields["attention.head_count"]
+    sizes = {
+        "token_embd": (1, fields["embedding_length"], "embedding_length"),
+        "position_embd": (0, fields["context_length"], "context_length"),
+        "blk.0.ffn_up": (0, fields["feed_forward_length"], "feed_forward_length"),
+        "blk.0.attn_q": (0, heads * _width(fields), "attention.head_count"),
+        "blk.0.attn_k": (0, fields.get("attention.head_count_kv", heads) * _width(fields), "attention.head_count_kv"),
+    }
+    wrong = ["block_count"] if len(blocks) != fields["block_count"] else []
+    for name, (side, size, key) in sizes.items():
+        tensor = file.tensors.get(f"{name}.weight")
+        if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[side] != size):
+            wrong.append(key)
+    if wrong:
+        key = f"{file.architecture}.{wrong[0]}"
+        raise XFactorError(f"{file.path}: {key} does not fit its tensors; the file is damaged")
 
 
 def _width(fields: dict[str, Any]) -> int:

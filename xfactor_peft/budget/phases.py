@@ -148,7 +148,8 @@ class _Sampler:
 
     def peak(self, texts: int, width: int, *, scored_twice: bool = False) -> int:
         row = token_bytes(self.config, DTYPES[self.shape.dtype]) * width
-        room = min(CACHE_BYTES, max(LEAST_BYTES, self.limit - self.held - SAMPLING_BYTES))
+        held = self.held + (scratch_bytes(self.step, self.shape) if self.shape.packed else 0)  # it is there by then
+        room = min(CACHE_BYTES, max(LEAST_BYTES, self.limit - held - SAMPLING_BYTES))
         rows = min(texts, max(1, room // row))
         return self.held + rows * row + self._workspace(rows, width, scored_twice)
 

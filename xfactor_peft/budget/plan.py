@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers import AutoTokenizer, PretrainedConfig
 from ..base.gguf_tokenizer import open_gguf, tokenizer_of
 from ..base.loading import Base
 from ..errors import XFactorError
-from ..lowmem.allocator import give_back_pages, spare_heap
+from ..lowmem.allocator import give_back_pages
+from ..lowmem.gguf_layers import read_pages
 from ..lowmem.memory import mib
 from ..options import MemoryOptions
 from ..sampling.contexts import check_length
@@ -95,6 +95,8 @@ def make_plan(
         baseline = 0
     elif baseline is None:
         baseline = _process(folder, mapped=shape.mapped)
+    if shape.packed and baseline:
+        baseline += LOADED
     budget = options.budget or baseline + free_memory(device)
     count = subject.blocks(options, budget, baseline)
     memory, phases = subject.predicted(count, baseline, limit_of(options, shape.packed))
@@ -155,6 +157,8 @@ def _process(folder: Path, *, mapped: bool) -> int:
     return size
 
 
+LOADED = 28 * 2**20
+"""What a dry run and loading a packed file leave in the process beside the file: code pages, Python's objects."""
 PACKED_RUN = 550 * 2**20
 """What a run on a GGUF file takes beside 1.1 times the file, where nothing else is asked for: who has such a file is
 short of memory, so blocks are recomputed down to it."""
@@ -192,16 +196,12 @@ def recompute_in(base: Base, shape: Shape, options: MemoryOptions) -> int:
         if options.checkpointing == "auto" and options.budget is None:
             return 0
         raise
-    if shape.packed:  # pages of the file that were not read yet are not among what is held, and would be missed
-        for weight in (p for p in base.model.parameters() if p.dtype is torch.uint8):
-            weight.view(-1)[:: mmap.PAGESIZE].sum()
+    if shape.packed:  # pages that were not read yet are not among what is held, and would be missed
+        read_pages(base.model)
     held = resident(mapped=shape.mapped)
     baseline = max(1, held - step.weights) if base.device.type == "cpu" else 0
     budget = options.budget or held + free_memory(base.device)
-    count = chosen_blocks(step, shape, options, budget, baseline=baseline)
-    if shape.packed and options.checkpointing == "auto" and count == len(step.blocks):
-        spare_heap()  # slower, and nothing else is left to save
-    return count
+    return chosen_blocks(step, shape, options, budget, baseline=baseline)
 
 
 def _advice(subject: _Subject, grad_accum: int, budget: int, baseline: int) -> Iterator[tuple[str, int]]:

@@ -149,9 +149,7 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:
-        # without a budget the rest of the run stays below what training takes
-        budget = recipe.memory.budget or plan.memory.total
-        recipe = replace(recipe, memory=MemoryOptions(plan.recomputed, budget))
+        recipe = replace(recipe, memory=_as_planned(recipe.memory, plan, packed=choice.gguf is not None))
         print_expectation(plan)
     folder = FolderOptions(flags["force"], bool(flags["resume"]), flags["save_every"], to_settings(flags, output))
     steps = recipe.train.steps + (recipe.objective.sequence_steps if recipe.objective.sequence_level else 0)
@@ -199,6 +197,16 @@ def _plan(
     if recipe.memory.budget:
         require_fit(plan)
     return plan, load
+
+
+def _as_planned(memory: MemoryOptions, plan: Plan, *, packed: bool) -> MemoryOptions:
+    """The planned number of recomputed blocks, and without a budget a rest of the run below what training takes.
+
+    A packed file has a promise to keep in place of both: the run counts again with what it really holds.
+    """
+    if packed and memory.checkpointing == "auto":
+        return memory
+    return MemoryOptions(plan.recomputed, memory.budget or plan.memory.total)
 
 
 def _source_evaluation(base: Base, new: int | None) -> EvalOptions:

@@ -146,6 +146,8 @@ def _read(path: Path, mapped: torch.Tensor, cursor: _Cursor) -> GgufFile:
             raise ValueError(f"{name!r} lies at {offset}, not at {expected}, behind the tensor before it")
         tensors[name] = _tensor(mapped, name, shape, kind, start + offset)
         expected += -(-tensors[name].data.numel() // alignment) * alignment
+    if left := max(0, len(mapped) - start - expected):  # as if a tensor were missing in the header
+        raise ValueError(f"{left} bytes behind the last tensor belong to none")
     return GgufFile(path, fields, tensors, header)
 
 

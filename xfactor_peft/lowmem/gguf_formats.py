@@ -85,10 +85,26 @@ def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return blocks[:, start : start + 2].view(torch.float16).float()
 
 
+def _each(number: int) -> int:
+    """The signed 64-bit word whose eight bytes all are `number`, below 128."""
+    return number * 0x0101010101010101
+
+
+def _words(packed: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A copy of bytes (..., width), as whole words: what is done to a word is done to its bytes at the same time."""
+    return packed.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def _nibbles(packed: torch.Tensor, codes: torch.Tensor) -> None:
     """(n, groups, width) bytes -> (n, groups, 2, width): the low halves, then the high ones."""
-    torch.bitwise_and(packed, 15, out=codes[:, :, 0])
-    torch.bitwise_right_shift(packed, 4, out=codes[:, :, 1])
+    words, halves = _words(packed), codes.view(torch.int64)
+    torch.bitwise_and(words, _each(15), out=halves[:, :, 0])
+    torch.bitwise_and(words.bitwise_right_shift_(4), _each(15), out=halves[:, :, 1])
+
+
+def _add_high(codes: torch.Tensor, words: torch.Tensor, shift: int, bits: int) -> None:
+    """Add 16 times the `bits` bits from `shift` on of every byte of `words`, int64, to `codes` (n, width), uint8."""
+    codes.view(torch.int64).add_((words >> shift).bitwise_and_(_each(2**bits - 1)).bitwise_left_shift_(4))
 
 
 def _legacy(quants: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
@@ -134,10 +150,10 @@ def _q8_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _k_scales(blocks: torch.Tensor) -> Parts:
     """Q4_K and Q5_K: eight scales and minima of six bits in twelve bytes, and a float16 for each kind."""
-    first, second, rest = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
-    low = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)
-    minima = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
-    return _half(blocks, 0) * low, _half(blocks, 2) * minima
+    first, second, rest = _words(blocks[:, 4:16], torch.int32).unbind(1)  # four groups to a word
+    low = torch.stack([first & 0x3F3F3F3F, (rest & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)], dim=1)
+    minima = torch.stack([second & 0x3F3F3F3F, ((rest >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)], dim=1)
+    return _half(blocks, 0) * low.view(torch.uint8), _half(blocks, 2) * minima.view(torch.uint8)
 
 
 def _q4_k_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -146,19 +162,16 @@ def _q4_k_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _q5_k_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
     _nibbles(blocks[:, 48:].view(-1, 4, 32), out.view(-1, 4, 2, 32))
-    grouped, high = out.view(-1, 8, 32), blocks[:, 16:48]
+    grouped, high = out.view(-1, 8, 32), _words(blocks[:, 16:48])
     for group in range(8):
-        grouped[:, group].add_((high >> group).bitwise_and_(1).bitwise_left_shift_(4))
+        _add_high(grouped[:, group], high, group, 1)
 
 
 def _q6_k_codes(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    low, high = blocks[:, :128].view(-1, 2, 1, 64), blocks[:, 128:192].view(-1, 2, 32)
-    halves = out.view(-1, 2, 2, 64)
-    torch.bitwise_and(low[:, :, 0], 15, out=halves[:, :, 0])
-    torch.bitwise_right_shift(low[:, :, 0], 4, out=halves[:, :, 1])
-    quarters = out.view(-1, 2, 4, 32)
+    _nibbles(blocks[:, :128].view(-1, 2, 64), out.view(-1, 2, 2, 64))
+    quarters, high = out.view(-1, 2, 4, 32), _words(blocks[:, 128:192]).view(-1, 2, 4)
     for quarter in range(4):
-        quarters[:, :, quarter].add_((high >> 2 * quarter).bitwise_and_(3).bitwise_left_shift_(4))
+        _add_high(quarters[:, :, quarter], high, 2 * quarter, 2)
 
 
 def _q6_k_scales(blocks: torch.Tensor) -> Parts:

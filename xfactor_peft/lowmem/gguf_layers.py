@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -148,6 +149,13 @@ class GgufEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.matrix.rows(ids.reshape(-1)).view(*ids.shape, -1)
         return rows if self.scale is None else rows.mul_(self.scale)
+
+
+def read_pages(model: nn.Module) -> None:
+    """Touch every page of the model's packed weights: a mapped file is in memory only where it was read."""
+    for weight in model.parameters():
+        if weight.dtype is torch.uint8:
+            weight.view(-1)[:: mmap.PAGESIZE].sum()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:

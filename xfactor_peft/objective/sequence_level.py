@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..lowmem.gguf_layers import PackedMatrix
 from .kl import chunk_positions
 
 
@@ -47,7 +48,7 @@ class PositionGradients(NamedTuple):
 def position_gradients(
     hidden: torch.Tensor,
     base_hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedMatrix,
     ids: torch.Tensor,
     *,
     bias: torch.Tensor | None,
@@ -63,7 +64,7 @@ def position_gradients(
 
     Args:
         hidden: (n, D), the policy's states; base_hidden: (n, D), the base's.
-        weight: W (V, D); bias: (V,) or None; both shared.
+        weight: W (V, D), may be packed; bias: (V,) or None; both shared.
         ids: (n,), the sampled tokens x.
         set_logits: (n, K) or None; members: F (K, V);
             strengths: lambda at every position, (n, K).
@@ -71,6 +72,8 @@ def position_gradients(
     n, device = len(hidden), hidden.device
     sets = len(members)
     strengths = strengths.float().to(device)
+    if isinstance(weight, PackedMatrix):
+        return _of_packed(hidden, base_hidden, weight, ids, bias, set_logits, members, strengths)
     out = PositionGradients(
         torch.empty(n, sets, device=device), torch.empty(n, device=device),
         torch.empty_like(hidden), torch.empty_like(hidden),
@@ -96,6 +99,59 @@ def position_gradients(
         out.now_set[part] = dz @ members.T
         out.now_hidden[part] = dz.to(weight.dtype) @ weight
     return out
+
+
+def _of_packed(
+    hidden: torch.Tensor,
+    base_hidden: torch.Tensor,
+    weight: PackedMatrix,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    set_logits: torch.Tensor | None,
+    members: torch.Tensor,
+    strengths: torch.Tensor,
+) -> PositionGradients:
+    """`position_gradients` in pieces of the vocabulary, each for all positions, so that W is unpacked twice in all.
+
+    The first pass leaves log sum exp of both and J, whose sum is scaled down whenever another piece makes the policy's
+    log sum exp grow; the second makes the logits again.
+    """
+    n, sets = len(hidden), len(members)
+
+    def logits(part: slice, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy's and the base's, float32."""
+        z, base = (hidden @ w.T).float(), (base_hidden @ w.T).float()
+        if bias is not None:
+            z, base = z.add_(bias[part]), base.add_(bias[part])
+        return z if set_logits is None else z.addmm_(set_logits.float(), members[:, part]), base
+
+    total, base_total = torch.full((2, n), float("-inf"))
+    value = torch.zeros(n)
+    for part, w in weight.pieces(hidden.dtype):
+        z, base = logits(part, w)
+        grown = torch.logaddexp(total, z.logsumexp(1))
+        base_total = torch.logaddexp(base_total, base.logsumexp(1))
+        worth = base.sub_(z).addmm_(strengths, members[:, part])
+        value = value * (total - grown).exp() + (worth * z.sub_(grown[:, None]).exp_()).sum(1)
+        total = grown
+    shift = total - base_total
+    value += shift
+    mass, kl, now_set = torch.zeros(n, sets), torch.zeros(n), torch.zeros(n, sets)
+    now_hidden, mean_row = torch.zeros(2, n, hidden.shape[1])
+    for part, w in weight.pieces(hidden.dtype):
+        z, base = logits(part, w)
+        log_ratio = base.neg_().add_(z).sub_(shift[:, None])
+        pi = z.sub_(total[:, None]).exp_()
+        kl += (pi * log_ratio).sum(1)
+        mass += pi @ members[:, part].T
+        mean_row += pi.to(w.dtype) @ w
+        dz = log_ratio.neg_().addmm_(strengths, members[:, part]).sub_(value[:, None]).mul_(pi)
+        now_set += dz @ members[:, part].T
+        now_hidden += dz.to(w.dtype) @ w
+    score = weight.rows(ids) - mean_row
+    return PositionGradients(
+        mass, kl, now_hidden.to(hidden.dtype), score.to(hidden.dtype), now_set, members.T[ids] - mass
+    )
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor, decay: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..checkpoint.state import Step
 from ..errors import XFactorError
 from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
-from ..lowmem.gguf_layers import PackedMatrix
+from ..lowmem.allocator import spare_heap
 from ..lowmem.memory import peaks, reset_peak
 from ..objective.targets import Target
 from ..options import LoadOptions, LoraOptions, Recipe
@@ -86,10 +86,6 @@ class TrainingRun:
         check_processes(train)
         if train.method == "full" and base.quantized:
             raise XFactorError("`method=full` cannot train a quantised model; load it without `quantization`")
-        if recipe.objective.sequence_level and isinstance(SplitModel(base.model).weight, PackedMatrix):
-            raise XFactorError(
-                "`sequence_level=True` cannot read a packed output embedding; leave it out for a GGUF base"
-            )
         if train.fsdp:
             check_shards(base, target, recipe)
         check_length(base.model.config, train.seq_len)
@@ -131,6 +127,11 @@ class TrainingRun:
         """Add LoRA to the base; `sets` is the rank of a set head."""
         self.wrapped = add_lora(self.base.model, self.lora, sets=sets)
         return self.wrapped
+
+    def heap(self) -> AbstractContextManager:
+        """The allocator's setting: the smaller, slower one where a packed file's promise has blocks recomputed."""
+        tight = self.shape.packed and self.recipe.memory.checkpointing == "auto" and self.recomputed
+        return spare_heap() if tight else nullcontext()
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Endless batches of contexts, (B, T) ids."""

@@ -134,7 +134,7 @@ def train_recipe(
     modules = matched_modules(base.model, run.lora.target) if with_lora else {}
     unmatched = unmatched_modules(base.model, run.lora.target) if with_lora else {}
     torch.manual_seed(recipe.train.seed)
-    with cache_limit(run.cache_bytes):
+    with cache_limit(run.cache_bytes), run.heap():
         with phase("R before"):
             before, sampling_before = run.measure()
         phases = phases_of(run)

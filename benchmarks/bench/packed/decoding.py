@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -22,14 +23,14 @@ from .rates import AT_ONCE, Server
 RUNS = 3
 
 
-def _quickest(make) -> float:
-    """Seconds of the quickest of `RUNS`, after one that is not counted."""
+def _median(make) -> float:
+    """Median seconds of `RUNS`, after one that is not counted."""
     found = []
     for _ in range(RUNS + 1):
         started = time.perf_counter()
         make()
         found.append(time.perf_counter() - started)
-    return min(found[1:])
+    return median(found[1:])
 
 
 @torch.no_grad()
@@ -42,9 +43,9 @@ def measure(model: Path, tokens: int) -> Record:
     options, rows = SamplingOptions(max_new_tokens=tokens, seed=7), []
     for count in (1, AT_ONCE):
         chosen = prompts[:count]
-        ours = _quickest(lambda chosen=chosen: list(sample(parts, chosen, options, banned)))
+        ours = _median(lambda chosen=chosen: list(sample(parts, chosen, options, banned)))
         server = Server(model, {}, banned, parallel=count)
-        theirs = _quickest(lambda chosen=chosen, server=server: server.texts(chosen, tokens, None))
+        theirs = _median(lambda chosen=chosen, server=server: server.texts(chosen, tokens, None))
         del server
         rows.append({"texts": count, "ours": count * tokens / ours, "llama.cpp": count * tokens / theirs})
     return {"length": tokens, "decoding": rows}

@@ -168,12 +168,10 @@ class SequenceTrainer:
         logits = self.head(hidden) if self.head is not None else None
         with torch.no_grad():
             plain = base_hidden(self.split_model, ids, self.adapter_off).view(*ids.shape, -1)
-        weight = self.split_model.weight
-        assert isinstance(weight, torch.Tensor)  # `TrainingRun.start` refuses packed ones
         gradients = position_gradients(
             hidden.detach().flatten(0, 1),
             plain[:, -self.length - 1 : -1].flatten(0, 1),
-            weight,
+            self.split_model.weight,
             ids[:, -self.length :].flatten(),
             bias=self.split_model.bias,
             set_logits=None if logits is None else logits.detach().flatten(0, 1),
