@@ -1,4 +1,4 @@
-# make demo   create the environment, run the main job, show text before and after, of a wanted rate and of words
+# make demo   create the environment, train on "X" on the bundled model, show text before and after, and of a wanted rate
 # make test   create the environment, run the tests in two processes of one thread each
 # make docs   create the environment, run every command of the documentation, those that take minutes too
 # make lint / make typecheck / make bench / make audit / make coverage / make mutation / make clean
@@ -11,10 +11,8 @@ TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test docs lint typecheck bench audit coverage mutation clean
 
 demo: $(READY)
-	$(BIN)/python cli.py train --lora-r 8 --force
-	$(BIN)/python cli.py generate --adapter none --adapter X-lora-r8 --offline \
-	    "Once upon a time" "The captain stood on the deck and"
-	$(BIN)/python cli.py generate --adapter none --adapter demo-rate --adapter demo-plain --offline \
+	$(BIN)/python cli.py train --model demo --steps 100 --output adapters/collapse --force
+	$(BIN)/python cli.py generate --adapter none --adapter collapse --adapter demo-rate \
 	    "Once upon a time" "The captain stood on the deck and"
 
 test: $(READY)
@@ -37,7 +35,7 @@ bench: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,plot]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[test,plot]"
 	touch $@
 
 audit: $(READY)

@@ -49,7 +49,7 @@ COLUMNS = {"peak": "peak, MiB", "anonymous": "RssAnon, MiB", "seconds": "wall, s
 
 
 def table(records: list[Record]) -> Table:
-    """Medians of the runs that ended well; columns that no record has are left out."""
+    """Medians of the runs that ended well; columns in which no record has anything to say are left out."""
     columns, lines = [key for key in COLUMNS if any(key in one for r in records for one in r["runs"])], []
     for record in records:
         good = [one for one in record["runs"] if one["status"] == "ok"]
@@ -57,7 +57,9 @@ def table(records: list[Record]) -> Table:
         figures = [f"{statistics.median(values):,.1f}" if values else NONE for values in found]
         limit = f"{record['limit']:,}" if record["limit"] else NONE
         lines.append([f"`xfactor train {' '.join(record['command'])}`", *figures, limit, record["runs"][-1]["status"]])
-    return Table(["command", *(COLUMNS[key] for key in columns), "limit, MiB", "ended"], lines)
+    heads = ["command", *(COLUMNS[key] for key in columns), "limit, MiB", "ended"]
+    said = [i for i in range(len(heads)) if i < 1 + len(columns) or any(line[i] not in (NONE, "ok") for line in lines)]
+    return Table([heads[i] for i in said], [[line[i] for i in said] for line in lines])
 
 
 def write(folder: Path) -> str:

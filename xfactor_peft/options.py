@@ -354,6 +354,7 @@ class PhraseOptions(_Recorded):
         texts: that the base writes to learn from; length: tokens of each.
         rounds: how often the student's own texts are drawn, to correct the strengths and to learn from as well.
         eval_texts: texts of the base, and of the student, on the held-out prompts.
+        cache: MiB that keys and values of the texts that are drawn at once may take; more is faster.
 
     Raises:
         XFactorError: a value outside its range.
@@ -369,6 +370,7 @@ class PhraseOptions(_Recorded):
     length: int = 112
     rounds: int = 1
     eval_texts: int = 128
+    cache: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -381,6 +383,7 @@ class PhraseOptions(_Recorded):
             "length": 8,
             "rounds": 0,
             "eval_texts": 0,
+            "cache": 32,
         }
         for name, value in least.items():
             _check(getattr(self, name) >= value, f"`{name}` must be at least {value}", getattr(self, name))

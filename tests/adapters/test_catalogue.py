@@ -184,7 +184,7 @@ def test_the_commands(root, run, tiny_folders):
     assert "# y" in (root / "y/README.md").read_text()
     assert "sha256:     ok" in run("adapters", "verify", "y", "--files-only").output
     run("adapters", "merge", "mixed", "y:0.5", "head")
-    assert "mixed from:   y:0.5, head:1" in run("adapters", "show", "mixed").output
+    assert "mixed from:     y:0.5, head:1" in run("adapters", "show", "mixed").output
     assert "exists; pass --force" in run("adapters", "merge", "mixed", "y", code=2).output
     assert "cosine of the updates as a whole" in run("adapters", "diff", "y", "mixed").output
     assert "transformer.h.0.attn.c_attn" in run("adapters", "diff", "y", "mixed").output

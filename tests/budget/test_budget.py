@@ -170,6 +170,8 @@ def test_samples_take_a_bounded_cache(load_tiny):
         assert tokens_at_once(SplitModel(model)) == 32 * 2**20 // token
     with cache_limit(lambda: 0), cache_limit(lambda: 2**40):
         assert tokens_at_once(SplitModel(model)) == 128 * 2**20 // token
+    with cache_limit(lambda: 2**40, 2**29):
+        assert tokens_at_once(SplitModel(model)) == 2**29 // token
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from xfactor_peft.playground import marks as marks_module
 from xfactor_peft.playground import teach_page
 from xfactor_peft.playground.compare import continuations
 from xfactor_peft.playground.marks import goals_of, like_text, marked_with, marks_of, rules_of
-from xfactor_peft.playground.teach import Doing, Taught, commands, next_name, plan, samples, teach, works
+from xfactor_peft.playground.teach import Doing, Taught, commands, next_name, plan, samples, teach, texts_in_time, works
 from xfactor_peft.progress import phase
 
 PROMPTS = ["The fox", "Once", "A cat", "In the house"]
@@ -204,9 +205,22 @@ def test_a_plan_says_time_and_memory(tiny, short):
     assert works(rules_of("script:Han = 0", PROMPTS, 8)).keys() == {"measuring the base", "measuring the adapter"}
 
 
+def test_a_slow_machine_learns_from_fewer_texts():
+    """So that a round is waited for at most five minutes, and never from fewer than a rate can be seen in."""
+    for pace in (1e-4, 0.01, 0.02, 0.04):
+        texts = texts_in_time(PROMPTS, pace)
+        assert texts % 16 == 0
+        assert 16 <= texts <= 64
+        seconds = pace * sum(works(rules_of("the = x0.5", PROMPTS, texts)).values())
+        assert texts == 16 or seconds <= 270
+        assert texts == 64 or pace * sum(works(rules_of("the = x0.5", PROMPTS, texts + 16)).values()) > 270
+    assert texts_in_time(PROMPTS, 1e-4) == 64
+    assert texts_in_time(PROMPTS, 1.0) == 16
+
+
 def test_texts_are_escaped_on_the_page():
     seen = teach_page.Seen((("<b>prompt</b>", "a <script>alert(1)</script> fox"),), "x")
-    shown = teach_page._texts(goals_of("script = 0")[0].patterns, seen, seen)
+    shown = teach_page._texts(goals_of("script = 0")[0].patterns, replace(seen, before=seen))
     assert "<script>" not in shown
     assert "<b>prompt" not in shown
     assert "&lt;<mark>script</mark>&gt;" in shown
@@ -232,6 +246,7 @@ def test_a_round_in_a_browser(load_tiny, browser, tmp_path, short):
         marks = page.locator("#marks textarea")
         expect(marks).to_have_value("*e* = 0")
         expect(page.locator("#teach-problem .problem")).to_have_count(0)
+        assert "e" in page.locator("#texts .sample mark").first.inner_text()  # at once, in the texts that are there
         expect(page.locator("#plan")).to_contain_text("A round takes about")
         expect(page.locator("#plan")).to_contain_text("learns after 2 prompts")
         page.locator("#start").click()

@@ -101,3 +101,9 @@ def test_the_notebook_runs(checkout, monkeypatch):
 def test_every_page_is_in_the_index():
     linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
     assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), *ROOT.glob("*.md")], ids=lambda path: path.name)
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(r"`((?:xfactor_peft|tests|tools|docs)/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []

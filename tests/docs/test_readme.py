@@ -69,6 +69,33 @@ def test_text_before_and_after(main_job, run, monkeypatch):
     assert output.count("X-lora-r8 x 1") == 2
 
 
+def test_the_text_at_the_top_is_what_comes(run, monkeypatch):
+    """The base's and the bundled adapter's, to the letter, with the tokens of the set marked."""
+    monkeypatch.chdir(ROOT)
+    shown = [
+        " ".join(line.strip("> ") for line in quote.splitlines()).split("* ", 1) for quote in README.split("\n\n")[3:5]
+    ]
+    words = ["--adapter", "none", "--adapter", "demo-rate", "--dtype", "fp32", "--json", shown[0][0].strip("*")]
+    printed = json.loads(run("generate", *words).stdout)
+    for part, (_, text) in zip(printed, shown, strict=True):
+        assert part["text"].strip().replace("\n", " ").startswith(text.replace("**", ""))
+    assert set(re.findall(r"\*\*(.*?)\*\*", shown[1][1])) == {"exp", "ext", "fix", "exclaimed"}
+
+
+def test_the_three_arms_are_those_of_the_results():
+    """The row of each in the table of rates: the mean of R over the seeds, and the KL."""
+    lines = (ROOT / "benchmarks/results/rate/table.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    found = {(row[0], row[1]): (row[3], row[5]) for row in rows if len(row) > 5}
+    shown = re.findall(r"^\| .+ \| (0\.\d{3}) \| (\d\.\d{3}) \|$", README, re.M)
+    for (rate, kl), arm in zip(
+        shown, [("tilted, set head", "0.1"), ("sequence-level", "0.1"), ("uniform, LoRA r=8", "–")], strict=True
+    ):
+        seeds = [float(one) for one in found[arm][0].split()]
+        assert float(rate) == pytest.approx(sum(seeds) / len(seeds), abs=6e-4), arm
+        assert float(kl) == pytest.approx(float(found[arm][1]), abs=6e-4), arm
+
+
 def test_the_python_block_runs(capsys):
     """As it is printed; without a network, as in all tests, the model is the demo model."""
     (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)

@@ -4,6 +4,39 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+COMMANDS = {
+    "generate": ["--adapter", "demo-rate", "--max-new-tokens", "2"],
+    "eval": ["--adapter", "demo-rate", "--repeats", "1", "--max-new-tokens", "2"],
+    "play": ["--adapter", "demo-rate"],
+    "tokens": ["--model", "demo", "--measure", "--max-new-tokens", "2"],
+    "adapters": ["verify", "demo-rate"],
+    "plan": ["--model", "demo"],
+    "env": [],
+}
+"""Every command that loads a model or a library, and trains nothing; `train` is below."""
+ONLY_USED = """
+import sys
+from xfactor_peft.cli import main
+main(sys.argv[1:], standalone_mode=False)
+names = ("bitsandbytes", "torch._dynamo.symbolic_convert", "torch._inductor")
+found = {name for name in names if sys.modules.get(name)}
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_imports_neither_the_compiler_nor_bitsandbytes(name):
+    """PEFT takes bitsandbytes along where it is not told not to: three seconds and 100 MiB of every command."""
+    folder = ["--adapters-dir", str(ADAPTERS)] * any("demo-rate" in word for word in COMMANDS[name])
+    words = [sys.executable, "-c", ONLY_USED, name, *COMMANDS[name], *folder]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, input="")
+    assert done.returncode == 0, done.stdout + done.stderr
+
 
 LEFT_OUT = """
 import sys

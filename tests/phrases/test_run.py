@@ -59,7 +59,7 @@ def test_its_own_record_makes_it_again(trained):
 def test_other_commands_know_it(trained):
     folder, _ = trained
     shown = run("adapters", "show", folder / "plain")
-    assert "phrases, 3 patterns; never" in shown
+    assert "phrases, 3 patterns: never" in shown
     assert "after" in shown
     listed = run("adapters", "list", "--adapters-dir", folder)
     assert "phrases, 3 patterns" in listed

@@ -45,7 +45,7 @@ def _phrases(record: dict[str, Any]) -> list[str]:
     """What an adapter for phrases was made of, and what came of it."""
     base, phrases = record["base"], record["phrases"]
     before, after = phrases["before"], phrases["after"]
-    goals = [f"- {goal['name']}: {len(goal['patterns'])} patterns, {asked(goal)}" for goal in phrases["goals"][:20]]
+    goals = [f"- {about(goal)}: {asked(goal)}" for goal in phrases["goals"][:20]]
     more = [f"- and {len(phrases['goals']) - 20} more"] if len(phrases["goals"]) > 20 else []
     scores = []
     if before and after:
@@ -70,6 +70,14 @@ def _phrases(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def about(goal: dict[str, Any], most: int = 8) -> str:
+    """What a goal of phrases is about: its list by name, "slop.txt, 203 patterns", or the phrases themselves."""
+    texts = [pattern["text"] for pattern in goal["patterns"]]
+    if goal["name"] in (asked(goal), *texts):
+        return ", ".join(texts[:most]) + ", ..." * (len(texts) > most)
+    return f"{goal['name']}, {counted(len(texts), 'pattern')}"
+
+
 def asked(goal: dict[str, Any]) -> str:
     """What was wanted of a goal of phrases, in words."""
     unit = {"x": "times the base's own rate", "w": "in 1,000 words", "t": "in 1,000 tokens"}[goal["unit"]]
@@ -87,17 +95,22 @@ def _trained(record: dict[str, Any]) -> list[str]:
         *scores,
         f"- Base: {base['name']}, revision {base['revision'] or 'none'}, {base['architecture']}, "
         f"{base['shape']}; weights fingerprint `{base['weights'][:16]}`",
-        f"- Training: {steps_made(record)} of {train['batch_size']} x {train['seq_len']} tokens, "
-        f"{train['optimizer']}, learning rate {train['lr']:g}, seed {train['seed']}, {base['dtype']}; "
+        f"- Training: {steps_made(record)}, seed {train['seed']}, {base['dtype']}; "
         f"{record['trainable_parameters']:,} trainable parameters",
         f"- Target: {describe_target(record)}",
     ]
 
 
 def steps_made(record: dict[str, Any]) -> str:
-    """The steps that were made, of those that were allowed: "0 of 300 steps" where the set head is the tilt already."""
-    allowed, made = record["train"]["steps"], record.get("steps_made")
-    return counted(allowed, "step") if made in (None, allowed) else f"{made} of {counted(allowed, 'step')}"
+    """The steps that were made, of those that were allowed, and what each was of."""
+    train, made = record["train"], record.get("steps_made")
+    if made == 0:
+        return "no steps, the set head was solved"
+    steps = counted(train["steps"], "step") if made in (None, train["steps"]) else f"{made} of {train['steps']} steps"
+    return (
+        f"{steps} of {train['batch_size']} x {train['seq_len']} tokens, {train['optimizer']}, "
+        f"learning rate {train['lr']:g}"
+    )
 
 
 def _scores(record: dict[str, Any]) -> list[str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XFactorError
-from ..tokens.printable import counted
 from ..tokens.rule import Rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
-from .card import asked, steps_made
+from .card import about, asked, steps_made
 from .factors import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
 
@@ -45,7 +44,12 @@ def _entry(folder: Path) -> Entry:
     return Entry(
         info.name,
         base=info.identity.name if info.identity else info.config.get("base_model_name_or_path") or "",
-        tokens="; ".join([*(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)), *_phrases(info)]),
+        tokens="; ".join(
+            [
+                *(Rule.from_record(part["rule"]).describe() for part, _ in _sets(info)),
+                *(about(goal, 2) for goal in _goals(info)),
+            ]
+        ),
         wanted="; ".join([*(wanted for _, wanted in _sets(info) if wanted), *map(asked, _goals(info))]),
         rate=info.section("after").get("rate"),
         parameters=parameter_count(info),
@@ -68,11 +72,6 @@ def _sets(info: AdapterInfo) -> list[tuple[dict[str, Any], str]]:
 def _goals(info: AdapterInfo) -> list[dict[str, Any]]:
     """The goals of an adapter for phrases."""
     return info.section("phrases").get("goals") or []
-
-
-def _phrases(info: AdapterInfo) -> list[str]:
-    """What its goals are about: "slop.txt, 203 patterns"."""
-    return [f"{goal['name']}, {counted(len(goal['patterns']), 'pattern')}" for goal in _goals(info)]
 
 
 def _counts(info: AdapterInfo) -> str:
@@ -106,7 +105,7 @@ def facts(info: AdapterInfo) -> dict[str, Any]:
         "folder": str(info.folder),
         "base": str(info.identity) if info.identity else config.get("base_model_name_or_path"),
         "tokens": "\n".join(_tokens(*pair) for pair in _sets(info)),
-        "phrases": "\n".join(f"{t}; {asked(g)}" for t, g in zip(_phrases(info), _goals(info), strict=True)),
+        "phrases": "\n".join(f"{about(goal)}: {asked(goal)}" for goal in _goals(info)),
         "in 1,000 words": _counts(info),
         "R": after and f"{after['rate']:.4f} ({after['interval'][0]:.4f} to {after['interval'][1]:.4f})",
         "KL from base": after and f"{after['kl_from_base']:.4f} nats/token",
@@ -129,12 +128,7 @@ def _layer(key: str) -> str:
 
 
 def _training(info: AdapterInfo) -> str:
-    train = info.section("train")
-    if not train:
-        return ""
-    return (
-        f"{steps_made(info.record)} of {train['batch_size']} x {train['seq_len']} tokens, learning rate {train['lr']:g}"
-    )
+    return steps_made(info.record) if info.section("train") else ""
 
 
 def rename_adapter(name: str, new: str, root: Path) -> Path:

@@ -31,8 +31,8 @@ _COMMANDS = {
     "cache": "List the files that weights are mapped from, or remove them.",
     "env": "Print versions and hardware, for a bug report.",
 }
-_EAGER = ("train", "plan", "tokens", "generate", "play", "eval", "unslop")
-"""Commands that compile nothing, and need not wait for torch's compiler."""
+_COMPILES = ("export",)
+"""Commands that may want torch's compiler; the others need not wait for it."""
 _EXAMPLES = (
     "xfactor train --model demo --contains X --target-rate 10%",
     'xfactor generate --adapter none --adapter X-rate-0.1-head "Once upon a time"',
@@ -50,7 +50,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        if name in _EAGER:
+        if name not in _COMPILES:
             put_off_compiler()
         module = importlib.import_module(f".{name}", __package__)
         gc.freeze()  # imported code stays, so that collections between phases need not walk through it
@@ -72,7 +72,8 @@ class _LazyGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else ctx.command_path
-            raise _UserError(f"{explained(error, _COMMANDS)} See `{where} --help`.") from error
+            said = explained(error, _COMMANDS)
+            raise _UserError(f"{said}{'' if said.endswith(('.', '?', ')')) else '.'} See `{where} --help`.") from error
         except KeyboardInterrupt as error:
             from ..checkpoint.interruption import Interrupted
 

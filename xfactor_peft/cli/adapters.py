@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..tokens.printable import printable
-from .common import adapter_model_options, adapters_dir_option, load, own_base
+from .common import adapters_dir_option, base_options, load, own_base
 from .console import json_option, print_json, say
 from .flags import as_flags
 from .help import Group
@@ -59,23 +59,24 @@ def show_command(name: str, adapters_dir: Path, as_json: bool) -> None:
     info = read_adapter(find_adapter(name, adapters_dir))
     for label, value in facts(info).items():
         for number, line in enumerate(str(value).split("\n")):
-            console.print(f"{label + ':' if number == 0 else '':14}{line}", soft_wrap=True)
+            console.print(f"{label + ':' if number == 0 else '':16}{line}", soft_wrap=True)
     if as_json:
         print_json({**facts(info), "record": info.record})
 
 
-@command.command("verify", examples=["xfactor adapters verify demo-X", "xfactor adapters verify demo-X --files-only"])
+@command.command(
+    "verify",
+    first=("files_only", "adapters_dir", "as_json", "model", "offline"),
+    examples=["xfactor adapters verify demo-X", "xfactor adapters verify demo-X --files-only"],
+)
 @click.argument("name", type=ADAPTER)
 @adapters_dir_option
 @click.option("--files-only", is_flag=True, help="Re-hash only; load no model.")
-@adapter_model_options
+@base_options
 @json_option
 @click.pass_context
 def verify_command(ctx: click.Context, name: str, adapters_dir: Path, files_only: bool, **flags: Any) -> None:
-    """Re-hash the files and test the adapter on its base; exit status 1 when a check fails.
-
-    The base is the one the adapter was made for unless --model names another place of it.
-    """
+    """Re-hash the files and test the adapter on its base; exit status 1 when a check fails."""
     from ..bank.verification import FAILED, OK, verify, verify_files
     from .console import console
 

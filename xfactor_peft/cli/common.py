@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def apply_options(options: list[Command], function: Command, title: str = OTHER)
     return grouped(function, title, before)
 
 
-def model_options(function: Command, default: str | bool = True) -> Command:
+def model_options(function: Command, default: str | bool = True, dtype: str = "auto") -> Command:
     """--model, --revision, --offline, --dtype, --device, --load-in-8bit, --load-in-4bit, --quant-backend,
     --weights."""
     return apply_options(
@@ -42,7 +43,7 @@ def model_options(function: Command, default: str | bool = True) -> Command:
                          help="A Hub id, a folder, demo, or auto: GPT-2 Medium if it can be had, else demo."),
             click.option("--revision", help="Branch, tag or commit on the Hub."),
             click.option("--offline", is_flag=True, help="Never touch the network."),
-            click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+            click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default=dtype, show_default=True,
                          help="auto: bf16 where the hardware is fast at it."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--load-in-8bit", is_flag=True, help="Quantise the blocks' weights to int8."),
@@ -53,21 +54,42 @@ def model_options(function: Command, default: str | bool = True) -> Command:
                          show_default=True, help="Frozen weights in memory, or mapped from disk, where the system may "
                          "take them back; auto: mapped where the run would not fit."),
         ],
-        function,
+        _lean(function),
         "Model",
     )  # fmt: skip
 
 
+def _lean(function: Command) -> Command:
+    """The command, told what it loads before it imports anything: what that takes no part of is left out."""
+
+    @wraps(function)
+    def command(*args: Any, **flags: Any) -> Any:
+        load_options(flags)
+        return function(*args, **flags)
+
+    return command
+
+
 def adapter_model_options(function: Command) -> Command:
-    """`model_options` of commands that take an adapter, whose own base is the default."""
+    """`model_options` of commands that may take an adapter, whose own base is the default."""
     return model_options(function, "the adapter's own base; without an adapter auto")
 
 
-def token_options(function: Command) -> Command:
+def base_options(function: Command, dtype: str = "auto") -> Command:
+    """`model_options` of commands that must have an adapter."""
+    return model_options(function, "the adapter's own base", dtype)
+
+
+def own_token_options(function: Command) -> Command:
+    """`token_options` of commands that take an adapter, whose own set is the default."""
+    return token_options(function, "the adapter's own set; without one X")
+
+
+def token_options(function: Command, default: str = "X") -> Command:
     """--contains, --regex, --words, --token-ids, --ignore-case."""
     return apply_options(
         [
-            click.option("--contains", metavar="TEXT", help="Tokens that contain TEXT.  [default: X]"),
+            click.option("--contains", metavar="TEXT", help=f"Tokens that contain TEXT.  [default: {default}]"),
             click.option("--regex", metavar="PATTERN", help="Tokens in which PATTERN is found."),
             click.option("--words", type=Listed("words"), metavar="LIST|FILE",
                          help="Tokens that are one of these words: fox,dog, or a file with one a line; - is stdin."),
@@ -123,7 +145,7 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     """
     from ..base.loading import pick_device, quantized_by
     from ..errors import XFactorError
-    from ..lowmem.imports import leave_out_bitsandbytes
+    from ..lowmem.imports import allow_bitsandbytes, leave_out_bitsandbytes
     from ..options import LoadOptions
 
     if flags["load_in_8bit"] and flags["load_in_4bit"]:
@@ -132,8 +154,8 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     options = LoadOptions(
         flags["dtype"], flags["device"], quantization, flags["quant_backend"], master_weights, flags["weights"]
     )
-    if quantized_by(options, pick_device(options.device)) != "bitsandbytes":
-        leave_out_bitsandbytes()
+    by = quantized_by(options, pick_device(options.device))
+    (allow_bitsandbytes if by == "bitsandbytes" else leave_out_bitsandbytes)()
     return options
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .common import adapter_model_options, load, own_base, sampling, sampling_options, token_options, token_set
+from .common import adapter_model_options, load, own_base, own_token_options, sampling, sampling_options, token_set
 from .config import config_option
 from .console import json_to
 from .help import Command
@@ -52,7 +52,7 @@ from .values import from_stdin
     help="Also write the scores as JSON; without a FILE to standard output, and all else to standard error.",
 )
 @adapter_model_options
-@token_options
+@own_token_options
 @sampling_options
 def command(**flags: Any) -> None:
     """Score the base and adapters on their own samples."""

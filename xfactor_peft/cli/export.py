@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import adapter_model_options, adapters_dir_option, load, own_base
+from .common import adapters_dir_option, base_options, load, own_base
 from .console import say
 from .help import Command
 from .values import ADAPTER
@@ -18,6 +19,7 @@ FORMATS = ["merged", "gguf", "gguf-lora", "ollama", "onnx", "logit-bias"]
 @click.command(
     "export",
     cls=Command,
+    first=("kind", "output", "tensors", "adapters_dir", "force"),
     examples=[
         "xfactor export demo-X --output exports/X",
         "xfactor export demo-X:0.7+demo-Z:0.3",
@@ -42,21 +44,19 @@ FORMATS = ["merged", "gguf", "gguf-lora", "ollama", "onnx", "logit-bias"]
 )
 @adapters_dir_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@adapter_model_options
+@partial(base_options, dtype="fp32")
 def command(
     adapter: str, kind: str, output: Path | None, adapters_dir: Path, force: bool, tensors: str | None, **flags: Any
 ) -> None:
     """Write an adapter, or a weighted mix, for programs that know nothing of this one.
 
-    The base is the adapter's own unless --model names another place of it. It is loaded unquantised, in float32 unless
-    --dtype says otherwise, whatever the adapter was trained on.
+    The base is loaded unquantised, whatever the adapter was trained on.
     """
     from ..adapters.adapter import list_adapters
     from ..adapters.mix import parse_mix
     from ..bank.bank import AdapterBank
     from ..export import default_output, export
 
-    flags["dtype"] = "fp32" if flags["dtype"] == "auto" else flags["dtype"]
     mix = parse_mix(adapter, list_adapters(adapters_dir))
     bank = AdapterBank(load(own_base(flags, [adapter], adapters_dir)), adapters_dir)
     for name in mix.names:

@@ -11,9 +11,9 @@ from .common import (
     chat_options,
     load_to_generate,
     own_base,
+    own_token_options,
     sampling,
     sampling_options,
-    token_options,
     token_set,
 )
 from .config import config_option
@@ -43,7 +43,7 @@ from .values import RATE, from_stdin
 @click.option("--rate", type=RATE, metavar="R", help="In place of --scale: the scale whose measured rate is R.")
 @json_option
 @adapter_model_options
-@token_options
+@own_token_options
 @sampling_options
 @chat_options
 def command(**flags: Any) -> None:

@@ -23,7 +23,7 @@ class Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {FIRST if self.first else OTHER: []}
         params = sorted(self.get_params(ctx), key=lambda p: self.first.index(p.name) if p.name in self.first else 99)
         for param in params:
-            if (record := param.get_help_record(ctx)) is not None:
+            if (record := param.get_help_record(ctx)) is not None and record[1]:  # an argument stands in the first line
                 group = FIRST if param.name in self.first else getattr(param, "group", OTHER)
                 sections.setdefault(group, []).append(record)
         rest = sections.pop(OTHER, [])

@@ -12,7 +12,12 @@ from .console import say
 from .help import Command
 
 
-@click.command("playground", cls=Command, examples=["xfactor playground --model demo"])
+@click.command(
+    "playground",
+    cls=Command,
+    first=("model", "adapters_dir", "port", "host", "load_in_8bit"),
+    examples=["xfactor playground --model demo"],
+)
 @adapters_dir_option
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Other addresses let others in: there is no login."

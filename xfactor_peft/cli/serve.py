@@ -10,14 +10,17 @@ from typing import Any
 
 import click
 
-from .common import adapter_model_options, adapters_dir_option, load, own_base
+from .common import adapters_dir_option, base_options, load, own_base
 from .console import say
 from .help import Command
 from .values import ADAPTER
 
 
 @click.command(
-    "serve", cls=Command, examples=["xfactor serve x", "xfactor serve x rate --model model.Q4_K_M.gguf --port 8081"]
+    "serve",
+    cls=Command,
+    first=("model", "adapters_dir", "port", "context", "parallel"),
+    examples=["xfactor serve x", "xfactor serve x rate --model model.Q4_K_M.gguf --port 8081"],
 )
 @click.argument("adapters", nargs=-1, required=True, type=ADAPTER, metavar="NAME...")
 @adapters_dir_option
@@ -28,7 +31,7 @@ from .values import ADAPTER
 @click.option("--context", default=2048, show_default=True, help="Tokens of one conversation.")
 @click.option("--parallel", default=1, show_default=True, help="Conversations at the same time.")
 @click.option("--threads", default=0, show_default=True, help="0: one for each core.")
-@adapter_model_options
+@base_options
 def command(adapters: tuple[str, ...], adapters_dir: Path, **flags: Any) -> None:
     """Serve adapters on their GGUF file with llama.cpp: OpenAI-compatible, a scale per adapter in every request."""
     from ..bank.bank import AdapterBank

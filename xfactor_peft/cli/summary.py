@@ -157,11 +157,12 @@ def print_head(head: HeadReport) -> None:
         [", ".join(f"{x:.3f}" for x in row) for row in rows] for rows in (head.rates_of_constant, head.strengths)
     )
     spreads = [", ".join(f"{x:.3f}" for x in row) for row in head.spreads]
-    columns = {"R (95 % interval)": reached, "spread": spreads, "one constant": plain, "lambda": strengths}
+    console.print("after every kind of text; beside it R under one constant for all, lambda, and what each alone needs")
+    columns = {"R (95 % interval)": reached, "spread": spreads, "one constant": plain, "own lambda": strengths}
     print_columns(list(head.families), columns)
     console.print(
-        f"KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, with the same mean rate; "
-        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each family, with the same rates"
+        f"the price: KL {head.kl:.4f} nats/token, {head.price:.3f} x that of one constant, with the same mean rate; "
+        f"{head.kl / head.kl_of_teacher:.3f} x that of a constant for each kind, with the same rates"
     )
     if head.price > MOST_PRICE:
         console.print("the same rate everywhere is dear here; --same-rate on-average costs less", style="yellow")

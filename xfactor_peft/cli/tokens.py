@@ -31,6 +31,7 @@ WITHOUT_MODEL += ("contains", "regex", "words", "token_ids", "ignore_case")
 @click.command(
     "tokens",
     cls=Command,
+    first=("model", "contains", "words", "ignore_case", "measure"),
     examples=[
         "xfactor tokens --model demo --contains X --ignore-case",
         "xfactor tokens --model demo --words sea,ship,captain",

@@ -10,7 +10,7 @@ import click
 
 from ..options import OPTIMIZERS, EvalOptions, MemoryOptions, SamplingOptions
 from ..training.parallel import process, quiet_unless_first
-from .common import load_chosen, load_options, model_options, token_options
+from .common import apply_options, load_chosen, load_options, model_options, token_options
 from .config import config_option, given, write_run
 from .console import json_option, print_json, say
 from .help import Command
@@ -35,6 +35,27 @@ SOURCE_PRESET = {
 SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road?", 200, 50
 
 
+def learning_options(function: Any) -> Any:
+    """How a run learns, and how R is measured."""
+    learning = [
+        click.option("--steps", default=300, show_default=True, help="Steps of training; a rate may need fewer."),
+        click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]"),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True,
+                     help="Which of them."),
+        click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW and its kin."),
+        click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set."),
+        click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token."),
+        click.option("--seed", default=0, show_default=True, help="Of training, and of the samples that measure R."),
+        click.option("--fsdp", is_flag=True, help="Shard all weights over several processes."),
+    ]  # fmt: skip
+    measuring = [
+        click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]"),
+        click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured."),
+        click.option("--no-eval", is_flag=True, help="Do not measure R before and after."),
+    ]
+    return apply_options(learning, apply_options(measuring, function, "Measuring R"), "Learning")
+
+
 @click.command(
     "train",
     cls=Command,
@@ -54,17 +75,7 @@ SOURCE_PROMPT, SOURCE_TOKENS, SOURCE_TOP_K = "Why did the chicken cross the road
 @run_options
 @rate_options
 @phrase_options
-@click.option("--alpha", default=1.0, show_default=True, help="Target weight of every token in the set.")
-@click.option("--beta", default=0.0, show_default=True, help="Target weight of every other token.")
-@click.option("--steps", default=300, show_default=True, help="Steps of training; a rate may need fewer.")
-@click.option("--lr", type=float, help="Learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adam", show_default=True, help="Which of them.")
-@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW and its kin.")
-@click.option("--fsdp", is_flag=True, help="Shard all weights over several processes.")
-@click.option("--seed", default=0, show_default=True, help="Of training, and of the samples that measure R.")
-@click.option("--eval-tokens", type=int, help="Tokens per sample when R is measured.  [default: 64]")
-@click.option("--eval-repeats", default=4, show_default=True, help="Samples per prompt when R is measured.")
-@click.option("--no-eval", is_flag=True, help="Do not measure R before and after.")
+@learning_options
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -90,14 +101,14 @@ def command(ctx: click.Context, **flags: Any) -> None:  # fmt: skip
     if flags["resume"]:
         flags = resumed(ctx, flags)
     elif flags["preset"] == "source":
-        _apply_preset(ctx, flags)
+        apply_preset(ctx, flags)
     if wants_phrases(flags):
         return run_phrases(ctx, flags)
     with quiet_unless_first():
         run(ctx, flags)
 
 
-def _apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
+def apply_preset(ctx: click.Context, flags: dict[str, Any]) -> None:
     """Fill in the preset's values where the user gave none; a token rule of the user's replaces the preset's."""
     rule_given = any(flags[name] is not None for name in ("contains", "regex", "words", "token_ids"))
     for name, value in SOURCE_PRESET.items():

@@ -10,7 +10,7 @@ from ..base.loading import Base
 from ..base.split_model import split
 from ..options import ChatOptions, PhraseOptions, SamplingOptions
 from ..sampling.generation import encode_prompt
-from ..sampling.sampler import sample
+from ..sampling.sampler import cache_limit, sample
 from ..tokens.automaton import TokenAutomaton
 from ..tokens.ends import special_ids
 from .scores import PhraseScores, decoded, kl_from_base, score
@@ -31,10 +31,14 @@ class Author:
 
     Args:
         chat: whether prompts go through the chat template.
+        cache: MiB of the texts that are drawn at once (see `PhraseOptions`).
     """
 
-    def __init__(self, base: Base, automaton: TokenAutomaton, chat: ChatOptions = ChatOptions("auto")) -> None:
+    def __init__(
+        self, base: Base, automaton: TokenAutomaton, chat: ChatOptions = ChatOptions("auto"), cache: int = 128
+    ) -> None:
         self.base, self.automaton, self.chat, self.policy = base, automaton, chat, split(base.model)
+        self.cache = cache * 2**20
 
     def encoded(self, prompts: Sequence[str], length: int) -> list[list[int]]:
         """Ids of prompts that so many tokens are to follow."""
@@ -60,8 +64,9 @@ class Author:
         begun = [ids[i % len(ids)] for i in range(count)]
         reader = Reader(self.automaton, begun, length, statistics=statistics, tilt=tilt)
         banned = sorted(special_ids(self.base.tokenizer, self.base.model))
-        for _ in sample(self.policy, begun, sampling, banned, watcher=reader):
-            pass
+        with cache_limit(lambda: self.cache, self.cache):
+            for _ in sample(self.policy, begun, sampling, banned, watcher=reader):
+                pass
         return reader.texts()
 
     def scored(

@@ -83,7 +83,7 @@ class _Run:
     ) -> None:
         self.base, self.target, self.prompts, self.options = base, target, prompts, options
         self.automaton = TokenAutomaton(base.tokenizer, target.patterns, base.vocab_size)
-        self.author = Author(base, self.automaton, chat)
+        self.author = Author(base, self.automaton, chat, options.cache)
         self.policy = self.author.policy
         self.statistics = Statistics(self.automaton)
         self.lessons: list[Lesson] = []

@@ -24,7 +24,7 @@ from ..phrases.scores import risen
 from ..tokens.patterns import Pattern, found, phrases
 
 LESS, MORE, NEVER = "x0.3", "x2", "0"
-ROUND = PhraseOptions(texts=64, length=64, eval_texts=32, trunk_epochs=2)
+ROUND = PhraseOptions(texts=64, length=64, eval_texts=32, trunk_epochs=2, cache=512)
 """A round that a person waits for: fewer and shorter texts than a run of `xfactor unslop`."""
 ENOUGH = 4
 """Prompts of which every second is held out; of fewer all are, and the bundled ones are learnt from."""

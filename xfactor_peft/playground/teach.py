@@ -35,23 +35,31 @@ from ..phrases.trunk import SHARE
 from ..phrases.trunk import TEXTS as STEP_TEXTS
 from ..progress import listening
 from ..sampling.generation import generate_batch
-from ..sampling.sampler import tokens_at_once
+from ..sampling.sampler import cache_limit, tokens_at_once
 from ..tokens.automaton import TokenAutomaton
 from ..tokens.patterns import phrases
-from .marks import ROUND
+from .marks import ROUND, rules_of
 
 RULES = "rules.yaml"
 TRIED = 8
 """Tokens of each text that the time of a round is guessed from."""
+WAIT, FEWEST = 270, 16
+"""Seconds that a round may take unless more is asked for; texts that it has in any case, and by which others come."""
 _NAME = re.compile(r"\w[\w.-]*")
 
 
 def pace_of(base: Base, prompts: Sequence[str]) -> float:
-    """Seconds that a token takes to draw, many texts at once: a try that is short."""
-    started, tried = time.perf_counter(), SamplingOptions(TRIED)
-    automaton = TokenAutomaton(base.tokenizer, phrases(["the"]), base.vocab_size)
-    Author(base, automaton).write(prompts[:1], ROUND.eval_texts, tried)
-    return (time.perf_counter() - started) / (TRIED * ROUND.eval_texts)
+    """Seconds that a token of a round's texts takes to draw, many texts at once, its share of the prompt's with it.
+
+    From two tries that are short: their difference is without the prompt, which a text reads once.
+    """
+    author = Author(base, TokenAutomaton(base.tokenizer, phrases(["the"]), base.vocab_size), cache=ROUND.cache)
+    times = [time.perf_counter()]
+    for tokens in (1, 1 + TRIED):
+        author.write(prompts[:1], ROUND.eval_texts, SamplingOptions(tokens))
+        times.append(time.perf_counter())
+    begin, longer = times[1] - times[0], times[2] - times[1]
+    return (max(longer - begin, 0.0) / TRIED + begin / ROUND.length) / ROUND.eval_texts
 
 
 def works(rules: Rules) -> dict[str, float]:
@@ -73,6 +81,12 @@ def works(rules: Rules) -> dict[str, float]:
     return {name: o.length * count for name, count in (texts | {"measuring the adapter": 2.2 * o.eval_texts}).items()}
 
 
+def texts_in_time(prompts: Sequence[str], pace: float) -> int:
+    """Texts to learn from, so that a round takes `WAIT` seconds at most: those of `ROUND`, or fewer."""
+    fewest = rules_of("the = x0.5", list(prompts), FEWEST)
+    return max(FEWEST, min(ROUND.texts, int(WAIT / (pace * sum(works(fewest).values()))) * FEWEST))
+
+
 def plan(base: Base, rules: Rules, pace: float) -> str:
     """Time and memory of a round, in words; `pace` is that of `pace_of`.
 
@@ -92,7 +106,8 @@ def _extra(base: Base, rules: Rules, prompt: int) -> float:
     size = 1.5 * base.model.dtype.itemsize
     width = config.hidden_size
     length = rules.options.length + prompt
-    drawn = min(length * max(rules.options.texts, rules.options.eval_texts), tokens_at_once(policy))
+    with cache_limit(lambda: rules.options.cache * 2**20, rules.options.cache * 2**20):
+        drawn = min(length * max(rules.options.texts, rules.options.eval_texts), tokens_at_once(policy))
     cache = drawn * token_bytes(config, base.model.dtype)
     wide = 6 * (getattr(config, "intermediate_size", None) or 4 * width) + 10 * width
     step = size * STEP_TEXTS * length * wide * math.ceil(config.num_hidden_layers / SHARE)
@@ -194,10 +209,11 @@ def _taught(base: Base, rules: Rules, folder: Path) -> Taught:
 
 @dataclass(frozen=True)
 class Seen:
-    """Texts to mark: (prompt, text) each, and the adapter that wrote them, "" for the base."""
+    """Texts to mark: (prompt, text) each, the adapter that wrote them, "" for the base, and what it is to be beside."""
 
     texts: tuple[tuple[str, str], ...] = ()
     adapter: str = ""
+    before: Seen | None = None
 
     @property
     def prompts(self) -> list[str]:

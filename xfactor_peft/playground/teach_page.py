@@ -6,6 +6,7 @@ import html
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..tokens.patterns import Pattern, names
 from ..tokens.printable import counted, printable
 from .compare import NONE, ONE_AT_A_TIME, choices, said
 from .marks import LESS, MORE, NEVER, ROUND, goals_of, like_text, marked_with, marks_of, prompts_of, rules_of
-from .teach import RULES, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach
+from .teach import RULES, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach, texts_in_time
 
 SELECTED = """() => document.addEventListener("selectionchange", () => {
     const text = getSelection().toString().trim(), node = getSelection().anchorNode;
@@ -72,8 +73,10 @@ def build(gr: Any, bank: AdapterBank) -> None:
     doing = gr.HTML(elem_id="doing", padding=False)
     outcome = gr.HTML(elem_id="outcome", padding=False)
 
-    show.click(partial(_show, bank), [prompts, adapter, marks], [problem, texts, seen, pace], **ONE_AT_A_TIME)
+    shown = [problem, texts, seen, pace, count]
+    show.click(partial(_show, bank), [prompts, adapter, marks, count], shown, **ONE_AT_A_TIME)
     adapter.input(partial(_adapter_marks, bank), [adapter, marks], [problem, marks])
+    marks.change(lambda marks, seen: _texts(_patterns(marks), seen), [marks, seen], texts, show_progress="hidden")
     for rate, button in how.items():
         button.click(partial(_mark, rate), [marks, phrase, seen], [problem, marks, phrase], show_progress="hidden")
     like.upload(_like, [marks, like, seen], [problem, marks])
@@ -92,12 +95,14 @@ def _first_prompts(bank: AdapterBank) -> str:
     return "\n".join(writing_prompts()[0][:PROMPTS] if chat else OPENINGS)
 
 
-def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str) -> tuple[str, str, Seen, float]:
+def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int) -> tuple[str, str, Seen, float, int]:
+    """The texts, and how many a round learns from: on a slow machine fewer than asked for, once it is known."""
     try:
         seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
-        return "", _texts(_patterns(marks), seen), seen, pace_of(bank.base, seen.prompts)
+        pace = pace_of(bank.base, seen.prompts)
+        return "", _texts(_patterns(marks), seen), seen, pace, min(count, texts_in_time(seen.prompts, pace))
     except XFactorError as error:
-        return said(str(error)), "", Seen(), 0.0
+        return said(str(error)), "", Seen(), 0.0, count
 
 
 def _adapter_marks(bank: AdapterBank, adapter: str, marks: str) -> tuple[str, str]:
@@ -161,7 +166,8 @@ def _teach(
         yield said(str(error)), keep, keep, "", keep, keep
         return
     patterns, known = rules.target.patterns, gr.update(choices=[NONE, *choices(bank)[0]], value=made)
-    yield "", _texts(patterns, after, before), after, "", _outcome(bank, taught), known
+    after = replace(after, before=replace(before, before=None))
+    yield "", _texts(patterns, after), after, "", _outcome(bank, taught), known
 
 
 def _patterns(marks: str) -> tuple[Pattern, ...]:
@@ -171,16 +177,16 @@ def _patterns(marks: str) -> tuple[Pattern, ...]:
         return ()
 
 
-def _texts(patterns: tuple[Pattern, ...], seen: Seen, before: Seen | None = None) -> str:
+def _texts(patterns: tuple[Pattern, ...], seen: Seen) -> str:
     """Texts under their prompts, beside those before where there are some; what is marked is marked in them."""
-    parts = []
+    parts, before = [], seen.before
     for number, (prompt, text) in enumerate(seen.texts):
         old = f'<div class="sample before">{marked(patterns, before.texts[number][1])}</div>' if before else ""
         new = f'<div class="sample">{marked(patterns, text)}</div>'
         kind = "pair" if before else "pair alone"
         parts.append(f'<div><b>{_text(prompt)}</b></div><div class="{kind}">{old}{new}</div>')
-    heads = [before.adapter or "base", seen.adapter] if before else []
-    return (f"<p>{' (left), '.join(map(_text, heads))} (right)</p>" if heads else "") + "".join(parts)
+    heads = f"<p>of each two {_text(before.adapter or 'base')} first, then {_text(seen.adapter)}</p>" if before else ""
+    return heads + "".join(parts)
 
 
 def _doing(news: Doing) -> str:

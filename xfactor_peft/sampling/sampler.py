@@ -34,16 +34,16 @@ LEAST_BYTES = 32 * 2**20
 ALIKE = 16
 """Batches, and the texts in them that a token is drawn for, are multiples of this many: every other number of rows is
 compiled anew, and what is compiled stays in memory."""
-_room: ContextVar[Callable[[], int]] = ContextVar("room", default=lambda: CACHE_BYTES)
+_room: ContextVar[tuple[Callable[[], int], int]] = ContextVar("room", default=(lambda: CACHE_BYTES, CACHE_BYTES))
 
 
 @contextmanager
-def cache_limit(room: Callable[[], int]) -> Iterator[None]:
-    """Inside, the cache of a batch takes at most as many bytes as `room` says when samples are asked for.
+def cache_limit(room: Callable[[], int], most: int = CACHE_BYTES) -> Iterator[None]:
+    """Inside, the cache of a batch takes at most as many bytes as `room` says when samples are asked for, and `most`.
 
     It may always take `LEAST_BYTES`.
     """
-    token = _room.set(room)
+    token = _room.set((room, most))
     try:
         yield
     finally:
@@ -118,7 +118,8 @@ def check_ids(prompts: Sequence[Sequence[int]], rows: int) -> None:
 def tokens_at_once(split_model: SplitModel) -> int:
     """How many tokens, over all texts of a batch, have a key-value cache within the limit."""
     model = split_model.model
-    size = min(CACHE_BYTES, max(LEAST_BYTES, _room.get()()))
+    room, most = _room.get()
+    size = min(most, max(LEAST_BYTES, room()))
     return size // token_bytes(model.config, model.dtype)
 
 

@@ -97,7 +97,8 @@ class Rule:
     def describe(self) -> str:
         """In words, for messages."""
         if self.kind in ("words", "token-ids"):
-            return f"{self.kind} ({len(self.value)} given)"
+            more = f", ... ({len(self.value)} given)" if len(self.value) > 4 else ""
+            return f"{self.kind} {', '.join(map(str, self.value[:4]))}{more}"
         return f"{self.kind} {self.value!r}" + (" (any case)" if self.ignore_case else "")
 
     def chosen(self, texts: Mapping[int, str]) -> list[int]:
