@@ -115,7 +115,10 @@ def table(records: list[Record]) -> str:
             ours, theirs = row["ours"], row["llama.cpp"]
             overlap = ours["interval"][0] <= theirs["interval"][1] and theirs["interval"][0] <= ours["interval"][1]
             mass = abs(row["masses"][0] - row["masses"][1])
-            rows.append([record.get("adapter", ""), f"{row['scale']:g}", _cells(ours), _cells(theirs),
-                         "yes" if overlap else "no", f"{row['masses'][0]:.4f}", f"{mass:.4f}"])  # fmt: skip
-    head = ["adapter", "scale", "R here", "R in llama.cpp", "intervals overlap", "set mass", "difference of masses"]
+            rows.append([
+                record.get("adapter", ""), f"{record['texts']}", f"{row['scale']:g}", _cells(ours), _cells(theirs),
+                "yes" if overlap else "no", f"{row['masses'][0]:.4f}", f"{mass:.4f}",
+            ])  # fmt: skip
+    head = ["adapter", "texts", "scale", "R here", "R in llama.cpp", "intervals overlap", "set mass",
+            "difference of masses"]  # fmt: skip
     return Table(head, rows).markdown()
