@@ -95,16 +95,17 @@ def _first_prompts(bank: AdapterBank) -> str:
     return "\n".join(writing_prompts()[0][:PROMPTS] if chat else OPENINGS)
 
 
-def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int) -> Iterator[tuple[Any, ...]]:
-    """The texts; then, from a try of how fast it goes, on a slow machine fewer to learn from than asked for."""
+def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int) -> tuple[str, str, Seen, float, int]:
+    """The texts, and how many a round learns from: on a slow machine fewer than asked for.
+
+    All at once: a click on *Teach* between the two would have learnt from as many as were asked for.
+    """
     try:
         seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
-        texts = _texts(_patterns(marks), seen)
-        yield "", texts, seen, 0.0, count
         pace = pace_of(bank.base, seen.prompts)
-        yield "", texts, seen, pace, min(count, texts_in_time(seen.prompts, pace))
+        return "", _texts(_patterns(marks), seen), seen, pace, min(count, texts_in_time(seen.prompts, pace))
     except XFactorError as error:
-        yield said(str(error)), "", Seen(), 0.0, count
+        return said(str(error)), "", Seen(), 0.0, count
 
 
 def _adapter_marks(bank: AdapterBank, adapter: str, marks: str) -> tuple[str, str]:
