@@ -11,7 +11,7 @@ TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test docs lint typecheck bench audit coverage mutation clean
 
 demo: $(READY)
-	$(BIN)/python cli.py train --model demo --steps 100 --output adapters/collapse --force
+	$(BIN)/python cli.py train --model demo --steps 60 --eval-repeats 1 --output adapters/collapse --force
 	$(BIN)/python cli.py generate --adapter none --adapter collapse --adapter demo-rate \
 	    "Once upon a time" "The captain stood on the deck and"
 

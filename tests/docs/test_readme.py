@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from xfactor_peft.bank.bank import AdapterBank
+from xfactor_peft.base.loading import load
+from xfactor_peft.options import LoadOptions, SamplingOptions
+from xfactor_peft.tokens.highlight import marked_parts
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -79,7 +84,15 @@ def test_the_text_at_the_top_is_what_comes(run, monkeypatch):
     printed = json.loads(run("generate", *words).stdout)
     for part, (_, text) in zip(printed, shown, strict=True):
         assert part["text"].strip().replace("\n", " ").startswith(text.replace("**", ""))
-    assert set(re.findall(r"\*\*(.*?)\*\*", shown[1][1])) == {"exp", "ext", "fix", "exclaimed"}
+    bank = AdapterBank(load("demo", LoadOptions(dtype="fp32")), ROOT / "adapters")
+    bank.load("demo-rate")
+    bank.use("demo-rate")
+    ids = bank.generate(shown[0][0].strip("*"), SamplingOptions())
+    tokens = [
+        part.strip() for part, inside in marked_parts(bank.base.tokenizer, ids, [bank.token_set("demo-rate")]) if inside
+    ]
+    marked = re.findall(r"\*\*(.*?)\*\*", shown[1][1])
+    assert marked == tokens[: len(marked)]
 
 
 def test_the_three_arms_are_those_of_the_results():

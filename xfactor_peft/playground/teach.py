@@ -43,8 +43,9 @@ from .marks import ROUND, rules_of
 RULES = "rules.yaml"
 TRIED = 8
 """Tokens of each text that the time of a round is guessed from."""
-WAIT, FEWEST = 270, 16
-"""Seconds that a round may take unless more is asked for; texts that it has in any case, and by which others come."""
+WAIT, FEWEST, STEP = 220, 16, 8
+"""Seconds that a round is planned for unless more is asked for: five minutes, less what a plan may be off; the texts
+that it has in any case, and by how many others come."""
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -83,8 +84,8 @@ def works(rules: Rules) -> dict[str, float]:
 
 def texts_in_time(prompts: Sequence[str], pace: float) -> int:
     """Texts to learn from, so that a round takes `WAIT` seconds at most: those of `ROUND`, or fewer."""
-    fewest = rules_of("the = x0.5", list(prompts), FEWEST)
-    return max(FEWEST, min(ROUND.texts, int(WAIT / (pace * sum(works(fewest).values()))) * FEWEST))
+    one = pace * sum(works(rules_of("the = x0.5", list(prompts), FEWEST)).values()) / FEWEST
+    return max(FEWEST, min(ROUND.texts, int(WAIT / one) // STEP * STEP))
 
 
 def plan(base: Base, rules: Rules, pace: float) -> str:

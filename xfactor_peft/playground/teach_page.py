@@ -20,7 +20,7 @@ from ..tokens.patterns import Pattern, names
 from ..tokens.printable import counted, printable
 from .compare import NONE, ONE_AT_A_TIME, choices, said
 from .marks import LESS, MORE, NEVER, ROUND, goals_of, like_text, marked_with, marks_of, prompts_of, rules_of
-from .teach import RULES, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach, texts_in_time
+from .teach import RULES, STEP, Doing, Seen, Taught, commands, next_name, pace_of, plan, samples, teach, texts_in_time
 
 SELECTED = """() => document.addEventListener("selectionchange", () => {
     const text = getSelection().toString().trim(), node = getSelection().anchorNode;
@@ -64,7 +64,7 @@ def build(gr: Any, bank: AdapterBank) -> None:
                            max_lines=12, elem_id="marks", scale=3)  # fmt: skip
         like = gr.File(label="A text to be like", file_types=[".txt", ".md"], elem_id="like", height=140)
     with gr.Row():
-        count = gr.Slider(16, MOST_TEXTS, value=ROUND.texts, step=16, label="Texts to learn from", elem_id="count")
+        count = gr.Slider(16, MOST_TEXTS, value=ROUND.texts, step=STEP, label="Texts to learn from", elem_id="count")
         name = gr.Textbox("taught", label="Name of the adapter", elem_id="name")
     planned = gr.HTML(elem_id="plan", padding=False)
     with gr.Row():
@@ -96,7 +96,10 @@ def _first_prompts(bank: AdapterBank) -> str:
 
 
 def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int) -> tuple[str, str, Seen, float, int]:
-    """The texts, and how many a round learns from: on a slow machine fewer than asked for, once it is known."""
+    """The texts, and how many a round learns from: on a slow machine fewer than asked for.
+
+    All at once: a click on *Teach* between the two would have learnt from as many as were asked for.
+    """
     try:
         seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
         pace = pace_of(bank.base, seen.prompts)
