@@ -43,7 +43,7 @@ from .marks import ROUND, rules_of
 RULES = "rules.yaml"
 TRIED = 8
 """Tokens of each text that the time of a round is guessed from."""
-WAIT, FEWEST, STEP = 200, 16, 8
+WAIT, FEWEST, STEP = 170, 16, 8
 """Seconds that a round is planned for unless more is asked for: five minutes, less what a plan may be off and the texts
 that are shown side by side afterwards; the texts that it has in any case, and by how many others come."""
 _NAME = re.compile(r"\w[\w.-]*")
