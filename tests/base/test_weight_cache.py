@@ -146,6 +146,7 @@ def test_two_that_begin_together_write_one_file(load_tiny, cache, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu", "a load left torch as it was while it built a model"
     assert written == [the_file(cache)]
     assert not list(cache.glob("*.writing"))
 

@@ -9,15 +9,14 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import XFactorError
 from ..lowmem.gguf_file import GgufFile, PackedTensor
 from ..lowmem.gguf_layers import GgufEmbedding, GgufLinear, PackedMatrix
+from ..lowmem.streaming import empty_weights
 from .gguf_config import config_of
 from .gguf_tokenizer import ends_of
 from .identity import SAMPLED_VALUES, BaseIdentity, digest_of, sketch_of
@@ -57,7 +56,7 @@ def load_gguf(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
         XFactorError: the file's fields or tensors are not those of a whole model of a family in `FAMILIES`.
     """
     config = config_of(file)
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    with empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     filled = set()
     for tensor in file.tensors.values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -135,13 +137,24 @@ def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
+BUILDING = threading.RLock()
+"""Held while functions of torch's are replaced, as below: two threads at once would leave them replaced for good."""
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside, parameters are made on the meta device and not initialised, buffers as usual; one thread at a time."""
+    with BUILDING, no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
+
+
 def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and buffers (causal masks, rotary frequencies) as constructed."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedCheckpoint(f"{folder} is quantised already")
     try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedCheckpoint(f"{folder}: {first_line(error)}") from error
