@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +20,14 @@ from ..lowmem.linears import listed
 from ..lowmem.memory import peaks
 from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
-from ..lowmem.streaming import UnsupportedCheckpoint, load_mapped, load_streaming, quantize_linears, write_mapped
+from ..lowmem.streaming import (
+    BUILDING,
+    UnsupportedCheckpoint,
+    load_mapped,
+    load_streaming,
+    quantize_linears,
+    write_mapped,
+)
 from ..options import LoadOptions
 from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
@@ -121,6 +130,18 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
+def _one_at_a_time(load: Callable[..., Base]) -> Callable[..., Base]:
+    """A layer that another thread made while a model is built would be made without values."""
+
+    @wraps(load)
+    def alone(*args: Any, **options: Any) -> Base:
+        with BUILDING:
+            return load(*args, **options)
+
+    return alone
+
+
+@_one_at_a_time
 def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
     """Load the model and its tokenizer, unless `vocabulary` holds that already.
 
