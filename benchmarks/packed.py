@@ -125,8 +125,8 @@ def write(folder: Path) -> str:
         ("logits", by_logits, "kl"), ("rates", by_rates, "rates"), ("decoding", by_decoding, "decoding"),
         ("whole", by_whole, "run"),
     ):  # fmt: skip
-        tables.append(module.table([record for record in records if kind in record]) + "\n")
-        (folder / f"{name}.md").write_text(tables[-1], encoding="utf-8")
+        text = module.table([record for record in records if kind in record]) + "\n"
+        tables.append(store.write_text(folder / f"{name}.md", text))
     return "\n".join(tables)
 
 

@@ -36,9 +36,14 @@ def _packed(folder: Path) -> None:
     """The tables of GGUF files; left as they are where the extra serve is not installed."""
     try:
         from packed import write
-    except ModuleNotFoundError:
-        return
-    write(folder)
+    except ModuleNotFoundError as error:
+        if error.name not in ("gguf", "xllamacpp"):
+            raise
+        click.echo(
+            f"the tables of {folder.name} are left as they are: {error.name} is missing, of the extra serve", err=True
+        )
+    else:
+        write(folder)
 
 
 MAKERS: dict[str, Callable[[Path], object]] = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,10 +19,10 @@ from ..lowmem.memory import peaks
 from ..lowmem.noise import quiet_bitsandbytes
 from ..lowmem.scratch import release_scratch
 from ..lowmem.streaming import (
-    BUILDING,
     UnsupportedCheckpoint,
     load_mapped,
     load_streaming,
+    one_at_a_time,
     quantize_linears,
     write_mapped,
 )
@@ -130,18 +128,7 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def _one_at_a_time(load: Callable[..., Base]) -> Callable[..., Base]:
-    """A layer that another thread made while a model is built would be made without values."""
-
-    @wraps(load)
-    def alone(*args: Any, **options: Any) -> Base:
-        with BUILDING:
-            return load(*args, **options)
-
-    return alone
-
-
-@_one_at_a_time
+@one_at_a_time()
 def load_base(choice: ModelChoice, options: LoadOptions = LoadOptions(), vocabulary: Vocabulary | None = None) -> Base:
     """Load the model and its tokenizer, unless `vocabulary` holds that already.
 

@@ -28,7 +28,7 @@ from ..lowmem.activations import checkpointed_blocks, prepare_for_training
 from ..lowmem.checkpoint_files import PIECE_BYTES
 from ..lowmem.peft_parts import unwrapped
 from ..lowmem.quantized import QuantizedLinear
-from ..lowmem.streaming import BUILDING, QUANTIZED, replace_linears
+from ..lowmem.streaming import QUANTIZED, one_at_a_time, replace_linears
 from ..options import LoraOptions
 
 QUANTISING = {"int8": 5, "nf4": 17}
@@ -112,7 +112,7 @@ def build(config: PretrainedConfig, shape: Shape, device: str) -> PreTrainedMode
     On the meta device it has no values, elsewhere uninitialised ones for the base.
     """
     stored = torch.float32 if shape.method == "full" else DTYPES[shape.dtype]
-    with BUILDING, torch.device("meta"), no_init_weights():
+    with one_at_a_time(), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=stored)
     if shape.quantization in QUANTIZED:
         replace_linears(model, shape.quantization)

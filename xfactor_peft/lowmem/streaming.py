@@ -137,14 +137,21 @@ def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
-BUILDING = threading.RLock()
-"""Held while functions of torch's are replaced, as below: two threads at once would leave them replaced for good."""
+_BUILDING = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside, no other thread builds a model: functions of torch's are replaced for that. Two at once would leave them
+    replaced for good, and a layer that one makes while the other builds would be without values."""
+    with _BUILDING:
+        yield
 
 
 @contextmanager
 def empty_weights() -> Iterator[None]:
     """Inside, parameters are made on the meta device and not initialised, buffers as usual; one thread at a time."""
-    with BUILDING, no_init_weights(), init_empty_weights(include_buffers=False):
+    with one_at_a_time(), no_init_weights(), init_empty_weights(include_buffers=False):
         yield
 
 

@@ -33,14 +33,14 @@ class Wanted(NamedTuple):
     teacher: TiltedStates | None = None
 
 
-class _Logits(NamedTuple):
+class PieceLogits(NamedTuple):
     """Logits of one piece, float32 or better: the student's, and the teacher's where there is one."""
 
     hidden: torch.Tensor
     bias: torch.Tensor | None
     set_logits: torch.Tensor | None
     members: torch.Tensor
-    wanted: Wanted
+    wanted: Wanted = Wanted(None)
 
     def student(self, part: slice, w: torch.Tensor) -> torch.Tensor:
         z = self._plain(self.hidden, self.bias, part, w)
@@ -71,7 +71,7 @@ class PackedKL(torch.autograd.Function):
         members: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, mass, gradients = _passes(_Logits(hidden, bias, set_logits, members, wanted), weight)
+            loss, mass, gradients = _passes(PieceLogits(hidden, bias, set_logits, members, wanted), weight)
         given = (hidden, bias, set_logits)
         ctx.save_for_backward(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, given, strict=True))
@@ -89,7 +89,7 @@ class PackedKL(torch.autograd.Function):
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def _passes(logits: _Logits, weight: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor, _Gradients]:
+def _passes(logits: PieceLogits, weight: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor, _Gradients]:
     """Loss, masses, and gradients for hidden, bias and set_logits, float32 or better."""
     hidden, bias, set_logits, members, wanted = logits
     positions, exact = len(hidden), torch.promote_types(hidden.dtype, torch.float32)

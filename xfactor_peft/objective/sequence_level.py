@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..lowmem.gguf_layers import PackedMatrix
 from .kl import chunk_positions
+from .packed_kl import PieceLogits
 
 
 class PositionGradients(NamedTuple):
@@ -73,7 +74,8 @@ def position_gradients(
     sets = len(members)
     strengths = strengths.float().to(device)
     if isinstance(weight, PackedMatrix):
-        return _of_packed(hidden, base_hidden, weight, ids, bias, set_logits, members, strengths)
+        policy, base = PieceLogits(hidden, bias, set_logits, members), PieceLogits(base_hidden, bias, None, members)
+        return _of_packed(policy, base, weight, ids, strengths)
     out = PositionGradients(
         torch.empty(n, sets, device=device), torch.empty(n, device=device),
         torch.empty_like(hidden), torch.empty_like(hidden),
@@ -102,36 +104,22 @@ def position_gradients(
 
 
 def _of_packed(
-    hidden: torch.Tensor,
-    base_hidden: torch.Tensor,
-    weight: PackedMatrix,
-    ids: torch.Tensor,
-    bias: torch.Tensor | None,
-    set_logits: torch.Tensor | None,
-    members: torch.Tensor,
-    strengths: torch.Tensor,
+    policy: PieceLogits, base: PieceLogits, weight: PackedMatrix, ids: torch.Tensor, strengths: torch.Tensor
 ) -> PositionGradients:
     """`position_gradients` in pieces of the vocabulary, each for all positions, so that W is unpacked twice in all.
 
     The first pass leaves log sum exp of both and J, whose sum is scaled down whenever another piece makes the policy's
     log sum exp grow; the second makes the logits again.
     """
+    hidden, members = policy.hidden, policy.members
     n, sets = len(hidden), len(members)
-
-    def logits(part: slice, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The policy's and the base's, float32."""
-        z, base = (hidden @ w.T).float(), (base_hidden @ w.T).float()
-        if bias is not None:
-            z, base = z.add_(bias[part]), base.add_(bias[part])
-        return z if set_logits is None else z.addmm_(set_logits.float(), members[:, part]), base
-
     total, base_total = torch.full((2, n), float("-inf"))
     value = torch.zeros(n)
     for part, w in weight.pieces(hidden.dtype):
-        z, base = logits(part, w)
+        z, plain = policy.student(part, w), base.student(part, w)
         grown = torch.logaddexp(total, z.logsumexp(1))
-        base_total = torch.logaddexp(base_total, base.logsumexp(1))
-        worth = base.sub_(z).addmm_(strengths, members[:, part])
+        base_total = torch.logaddexp(base_total, plain.logsumexp(1))
+        worth = plain.sub_(z).addmm_(strengths, members[:, part])
         value = value * (total - grown).exp() + (worth * z.sub_(grown[:, None]).exp_()).sum(1)
         total = grown
     shift = total - base_total
@@ -139,8 +127,8 @@ def _of_packed(
     mass, kl, now_set = torch.zeros(n, sets), torch.zeros(n), torch.zeros(n, sets)
     now_hidden, mean_row = torch.zeros(2, n, hidden.shape[1])
     for part, w in weight.pieces(hidden.dtype):
-        z, base = logits(part, w)
-        log_ratio = base.neg_().add_(z).sub_(shift[:, None])
+        z, plain = policy.student(part, w), base.student(part, w)
+        log_ratio = plain.neg_().add_(z).sub_(shift[:, None])
         pi = z.sub_(total[:, None]).exp_()
         kl += (pi * log_ratio).sum(1)
         mass += pi @ members[:, part].T
