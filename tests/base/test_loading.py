@@ -9,7 +9,9 @@ import torch
 
 from tests.training.uniform import QUICK, x_target
 from xfactor_peft import LoadOptions, LoraOptions, TrainOptions, XFactorError, train
-from xfactor_peft.base.loading import load_base, quantized_by
+from xfactor_peft.base import hardware
+from xfactor_peft.base.hardware import pick_dtype, quantized_by
+from xfactor_peft.base.loading import load_base
 from xfactor_peft.base.quantised import numbers
 from xfactor_peft.base.resolve import resolve_model
 from xfactor_peft.options import Recipe
@@ -49,6 +51,16 @@ def test_the_cpu_is_ours_and_the_gpu_bitsandbytes():
         assert quantized_by(options, torch.device("cpu")) == "native"
         assert quantized_by(options, torch.device("cuda")) == "bitsandbytes"
     assert quantized_by(LoadOptions(), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_the_default_where_it_is_fast_and_named_slow_elsewhere(fast, monkeypatch, recwarn):
+    monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: fast)
+    assert pick_dtype("auto", torch.device("cpu")) == ("bf16" if fast else "fp32")
+    assert pick_dtype("fp32", torch.device("cpu")) == "fp32"
+    assert not recwarn
+    assert pick_dtype("bf16", torch.device("cpu")) == "bf16"
+    assert ["only emulates bf16" in str(one.message) for one in recwarn] == ([] if fast else [True])
 
 
 @pytest.mark.parametrize(("quantization", "backend"), KINDS)

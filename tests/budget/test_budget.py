@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny import KINDS
 from xfactor_peft import LoraOptions, MemoryOptions, TokenSet, TrainOptions, UniformTarget, XFactorError, train
-from xfactor_peft.base.loading import pick_dtype
+from xfactor_peft.base.hardware import pick_dtype
 from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.budget.dry_run import Shape, measure_step
 from xfactor_peft.budget.memory_model import blocks_to_recompute, predict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
 from .gguf import identify_gguf, load_gguf
 from .gguf_tokenizer import open_gguf, tokenizer_of
+from .hardware import DTYPES, pick_device, pick_dtype, quantized_by
 from .identity import BaseIdentity, identify
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
@@ -38,7 +38,6 @@ from .vocabulary import Vocabulary, read_vocabulary, reason
 from .weight_cache import mapped_weights
 
 quiet_bitsandbytes()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 BATCH_NATS = 0.01
 """KL that the rest of a batch moves a next-token distribution by under int8: outlier columns are found over all rows.
@@ -98,34 +97,6 @@ class Base:
             "quantized_layers": self.quantized,
             "unquantized_weights": self.unquantized,
         }
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """Resolve "auto" to CUDA where there is one, else the CPU; raises XFactorError for one that is not there."""
-    if device == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if several else torch.device("cuda")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise XFactorError(f"`device={device}` is unknown; use auto, cpu or cuda") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise XFactorError(f"`device={device}`: there is no such CUDA device; use `device=cpu`")
-    if chosen.type not in ("cpu", "cuda"):
-        raise XFactorError(f"`device={device}` is not supported; use auto, cpu or cuda")
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> str:
-    """Resolve "auto": bf16 where the hardware multiplies it natively (AMX, AVX512-BF16, recent GPUs), else fp32."""
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
 
 
 @one_at_a_time()
@@ -241,15 +212,6 @@ def _check_calls(model: PreTrainedModel) -> None:
 def load(model: str = "auto", options: LoadOptions = LoadOptions(), *, offline: bool = False) -> Base:
     """`resolve_model`, then `load_base`: the one call that most programs need."""
     return load_base(resolve_model(model, offline=offline), options)
-
-
-def quantized_by(options: LoadOptions, device: torch.device) -> str | None:
-    """Who quantises: "native", "bitsandbytes", or None for nobody."""
-    if options.quantization is None:
-        return None
-    if options.backend == "auto":
-        return "native" if device.type == "cpu" else "bitsandbytes"
-    return options.backend
 
 
 def _load_model(

@@ -21,7 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from ..base.claims import check_architecture, check_claims
 from ..base.gguf_config import config_of
 from ..base.gguf_tokenizer import open_gguf
-from ..base.loading import DTYPES, switch_off_dropout
+from ..base.hardware import DTYPES
+from ..base.loading import switch_off_dropout
 from ..errors import XFactorError, first_line
 from ..lora.wrap import add_lora
 from ..lowmem.activations import checkpointed_blocks, prepare_for_training

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from ..base.loading import DTYPES
+from ..base.hardware import DTYPES
 from ..lowmem.kv_cache import token_bytes
 from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe

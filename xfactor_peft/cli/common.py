@@ -143,7 +143,7 @@ def load_options(flags: dict[str, Any], *, master_weights: bool = False) -> Load
     Raises:
         XFactorError: options that exclude each other.
     """
-    from ..base.loading import pick_device, quantized_by
+    from ..base.hardware import pick_device, quantized_by
     from ..errors import XFactorError
     from ..lowmem.imports import allow_bitsandbytes, leave_out_bitsandbytes
     from ..options import LoadOptions

@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     import psutil
     import torch
 
-    from ..base.loading import pick_device, pick_dtype
+    from ..base.hardware import pick_device, pick_dtype
     from ..lowmem.memory import mib
 
     device = pick_device()

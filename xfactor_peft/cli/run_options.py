@@ -114,7 +114,8 @@ def plan_run(
     Raises:
         XFactorError: this kind of run cannot be predicted.
     """
-    from ..base.loading import check_gguf_options, check_mapped, pick_device, pick_dtype, quantized_by
+    from ..base.hardware import pick_device, pick_dtype, quantized_by
+    from ..base.loading import check_gguf_options, check_mapped
     from ..budget.dry_run import Shape
     from ..budget.memory_model import resident
     from ..budget.phases import Course

@@ -58,14 +58,23 @@ def spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling:
         raise XFactorError(
             f"the tokenizer {type(tokenizer).__name__} does not say how its tokens are spelt; save it as tokenizer.json"
         )
-    spec = json.loads(backend.to_str())
-    decoder = spec.get("decoder")
+    decoder = _said(backend.decoder)
     if decoder is None:
-        if '"ByteLevel"' in json.dumps(spec.get("pre_tokenizer")):  # all that it looks up is in the alphabet
+        if '"ByteLevel"' in json.dumps(_said(backend.pre_tokenizer)):  # all that it looks up is in the alphabet
             return _of_parts([{"type": "ByteLevel"}])
         return Spelling("whole words", (lambda token: f" {token}",))  # tokenizers joins tokens with spaces then
-    falls_back = (spec.get("model") or {}).get("byte_fallback") and '"ByteFallback"' not in json.dumps(decoder)
+    falls_back = '"ByteFallback"' not in json.dumps(decoder) and _falls_back(backend.model)
     return _of_parts([*([{"type": "ByteFallback"}] if falls_back else []), decoder])
+
+
+def _said(part: Any) -> Any:
+    """What tokenizer.json says of one part of a tokenizer; the whole file holds the vocabulary, which takes long."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _falls_back(model: Any) -> bool:
+    """Whether it spells unknown characters as bytes; a Unigram model says so in its state alone."""
+    return bool(model.byte_fallback if hasattr(model, "byte_fallback") else _said(model).get("byte_fallback"))
 
 
 def _of_parts(parts: list[dict[str, Any]]) -> Spelling:
