@@ -84,7 +84,7 @@ def test_play_has_dials(run, adapters_root, tiny_folders):
     assert "max new tokens 3\n" in output
     assert output.count("/rate picks the scale of one adapter") == 1
     assert "adapter x holds no dial" in output
-    assert "unknown command /lenght. Did you mean 'length'?" in output
+    assert "unknown command /lenght. Did you mean '/length'?" in output
     assert "--max-new-tokens must be at least 1; got 0" in output
     assert "/seed needs a number; got ''" in output
     answers = [part.split("\n")[0] for part in output.split("base> ")[4:6]]
