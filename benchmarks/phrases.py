@@ -150,16 +150,15 @@ def script(model: Path, tokens: int, force: bool) -> None:
 
 
 def _script(model: Path, tokens: int) -> Record:
-    keep, length = BUILD / "no-han", 250
+    keep, length = BUILD / "no-han", 100
     shutil.rmtree(keep, ignore_errors=True)
     words = ["train", "--script", "Han=0", "--no-eval"]
     one = train([*words, "--model", str(model)], store.cores(), keep=keep)
     proof = one.pop("record")["phrases"]["proof"]
     bank = AdapterBank(xf.load(str(model)), keep.parent)
     target = parse_rules({"goals": [{"script": "Han", "rate": 0}]}).target
-    arms = Arms(
-        bank.base, TokenAutomaton(bank.base.tokenizer, target.patterns, bank.base.vocab_size), (), HAN, 0, length
-    )
+    automaton = TokenAutomaton(bank.base.tokenizer, target.patterns, bank.base.vocab_size)
+    arms = Arms(bank.base, automaton, (), HAN, 0, length, cache=1024)
     found = {}
     for name, count in (("before", 64), ("after", -(-tokens // length))):
         texts = arms.draw(0, count)

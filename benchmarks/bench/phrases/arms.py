@@ -36,14 +36,22 @@ WINDOWS = 40
 
 
 class Arms:
-    """What the arms share: a base, patterns, prompts, and `count` texts of `length` tokens to be scored by."""
+    """What the arms share: a base, patterns, prompts, and `count` texts of `length` tokens to be scored by; `cache` is
+    the MiB of those that are drawn at once."""
 
     def __init__(
-        self, base: Base, automaton: TokenAutomaton, fit: Sequence[str], prompts: Sequence[str], count: int, length: int
+        self,
+        base: Base,
+        automaton: TokenAutomaton,
+        fit: Sequence[str],
+        prompts: Sequence[str],
+        count: int,
+        length: int,
+        cache: int = 512,
     ) -> None:
         self.base, self.automaton, self.fit, self.prompts = base, automaton, fit, prompts
         self.count, self.length = count, length
-        self.author = Author(base, automaton)
+        self.author = Author(base, automaton, cache=cache)
         self.policy = self.author.policy
 
     def draw(self, number: int, count: int, prompts: Sequence[str] | None = None, **how: object) -> Texts:
