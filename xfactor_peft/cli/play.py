@@ -166,7 +166,8 @@ class Session:
             "quit": lambda _: self._quit(),
         }
         if command not in actions:
-            return f"unknown command /{command}.{did_you_mean(f"/{command}", [f"/{name}" for name in COMMANDS])}\n{HELP}"
+            meant = did_you_mean(f"/{command}", [f"/{name}" for name in COMMANDS])
+            return f"unknown command /{command}.{meant}\n{HELP}"
         return actions[command](argument.strip())
 
     def _adapter(self, name: str) -> str:
