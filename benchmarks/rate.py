@@ -2,6 +2,7 @@
 
     python benchmarks/rate.py run --model demo            every arm that has no result yet
     python benchmarks/rate.py run --arms tilt,sequence --rates 0.1 --seeds 0
+    python benchmarks/rate.py run --arms sequence-w1      planning that pays for what it does outside of the set
     python benchmarks/rate.py report                      table.md and rate-kl.png from the results
 
 One JSON a run in benchmarks/results/rate/: settings, scores, versions, machine. A run that failed keeps its row.
@@ -35,7 +36,7 @@ def jobs_of(arms: list[str], options: dict) -> list[Job]:
     for seed in map(int, options["seeds"]):
         for arm in arms:
             few = options["few_rates"] if arm in AT_FEW_RATES else [0.0]
-            for rate in options["rates"] if arm in AT_EVERY_RATE else few:
+            for rate in options["rates"] if arm.startswith(AT_EVERY_RATE) else few:
                 spec = {"arm": arm, "wanted": rate, "seed": seed, **settings}
                 name = f"{arm}-{rate:g}-seed{seed}"
                 jobs.append(Job(f"{name}.json", name, "rate.measure:measure", spec, arm))

@@ -227,6 +227,8 @@ class ObjectiveOptions(_Recorded):
         kl_to_base: weight W of KL(base || model), which is added to the uniform target's loss.
         sequence_level: after the tilt, learn to plan whole texts (see `training.sequence`).
         sequence_steps: at most so many batches of samples in that phase.
+        outside_price: weight w of the KL outside of the set, which planning pays and a tilt does not (see
+            `objective.sequence_level`): how much it must keep to the base's own kind of text.
         early_stop: stop when the loss no longer falls (the tilted target only).
         dial: measure R at several scales of the finished adapter (a rate only).
         frontier: measure the exact logit bias at the same rate (a rate only).
@@ -237,6 +239,7 @@ class ObjectiveOptions(_Recorded):
     kl_to_base: float = 0.0
     sequence_level: bool = False
     sequence_steps: int = 80
+    outside_price: float = 0.0
     early_stop: bool = True
     dial: bool = True
     frontier: bool = True
@@ -245,6 +248,7 @@ class ObjectiveOptions(_Recorded):
     def __post_init__(self) -> None:
         _check(0 <= self.kl_to_base < math.inf, "`kl_to_base` must be at least 0", f"{self.kl_to_base:g}")
         _check(self.sequence_steps >= 1, "`sequence_steps` must be at least 1", self.sequence_steps)
+        _check(0 <= self.outside_price < math.inf, "`outside_price` must be at least 0", f"{self.outside_price:g}")
         if self.contexts not in (None, "random", "self") and not Path(self.contexts).is_file():
             raise XFactorError(f"`contexts` must be random, self or a text file; {self.contexts!r} is none of them")
 

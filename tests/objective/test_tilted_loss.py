@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from xfactor_peft.objective import reference
 from xfactor_peft.objective.kl import Teacher, tilted_kl_loss
-from xfactor_peft.objective.sequence_level import advantages, position_gradients
+from xfactor_peft.objective.sequence_level import Worth, advantages, position_gradients
 
 SHAPES = [(7, 13, 101), (16, 8, 64), (5, 32, 507)]
 
@@ -128,7 +128,8 @@ def test_the_teacher_is_in_float32_or_better():
     torch.testing.assert_close(log_q, z.log_softmax(1))
 
 
-def test_position_gradients_are_those_of_autograd():
+@pytest.mark.parametrize("price", [0.0, 0.7])
+def test_position_gradients_are_those_of_autograd(price):
     """The exact immediate part and the score part, against the surrogate written out with whole tensors."""
     values = case(9, 6, 40, torch.float32)
     generator = torch.Generator().manual_seed(5)
@@ -139,14 +140,21 @@ def test_position_gradients_are_those_of_autograd():
     weight, bias, members = values["weight"], values["bias"], values["members"]
     out = position_gradients(
         hidden.detach(), values["teacher"].hidden, weight, ids,
-        bias=bias, set_logits=s.detach(), members=members, strengths=strengths,
+        bias=bias, set_logits=s.detach(), worth=Worth(members, strengths, price),
     )  # fmt: skip
     log_pi = (F.linear(hidden, weight, bias) + s @ members).log_softmax(1)
     log_p = F.linear(values["teacher"].hidden, weight, bias).log_softmax(1)
     pi = log_pi.exp()
     kl = (pi * (log_pi - log_p)).sum(1)
     mass = pi @ members.T
-    surrogate = ((mass * strengths).sum(1) - kl + advantage * log_pi.gather(1, ids[:, None]).squeeze(1)).sum()
+    others = members.amax(0) == 0
+    among, base_among = (one[:, others].log_softmax(1) for one in (log_pi, log_p))
+    outside = (pi[:, others] * (among - base_among)).sum(1)
+    assert outside.min() > 0.1
+    torch.testing.assert_close(out.outside, outside.detach() if price else torch.zeros(9))
+    surrogate = (
+        (mass * strengths).sum(1) - kl - price * outside + advantage * log_pi.gather(1, ids[:, None]).squeeze(1)
+    ).sum()
     expected_hidden, expected_set = torch.autograd.grad(surrogate, [hidden, s])
     torch.testing.assert_close(out.kl, kl.detach())
     torch.testing.assert_close(out.mass, mass.detach())

@@ -10,8 +10,8 @@ import re
 _SAME = (
     "alpha", "adapter", "auto_batch", "batch_size", "beta", "chars", "chat", "checkpointing", "contains",
     "contexts", "device", "dtype", "force", "fsdp", "goal", "grad_accum", "ignore_case", "kl_to_base", "keep",
-    "length", "list", "lr", "max_new_tokens", "method", "model", "offline", "optimizer", "output", "phrases",
-    "port", "prompts", "rate", "rates_from", "regex", "repeats", "resume", "revision", "rules", "same_rate",
+    "length", "list", "lr", "max_new_tokens", "method", "model", "offline", "optimizer", "output", "outside_price",
+    "phrases", "port", "prompts", "rate", "rates_from", "regex", "repeats", "resume", "revision", "rules", "same_rate",
     "save_every", "scale", "script", "seed", "seq_len", "sequence_level", "sequence_steps", "steps", "system",
     "temperature", "texts", "tensors", "token_ids", "top_k", "top_p", "weight_decay", "weights", "words",
 )  # fmt: skip

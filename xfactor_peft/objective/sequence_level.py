@@ -29,16 +29,25 @@ from .kl import chunk_positions
 from .packed_kl import PieceLogits
 
 
+class Worth(NamedTuple):
+    """What a token is worth at n positions beside its KL: members F (K, V), strengths lambda (n, K), price w."""
+
+    members: torch.Tensor
+    strengths: torch.Tensor
+    outside_price: float = 0.0
+
+
 class PositionGradients(NamedTuple):
     """What one pass over the logits leaves of each position (n = N * T).
 
-    `mass` (n, K) and `kl` (n,) are m_k(c) and KL(pi||p | c). The gradient of the objective with respect to the hidden
-    state is `now_hidden` + A `score_hidden`, and likewise for the set logits; no (n, V)
-    tensor outlives its chunk.
+    `mass` (n, K) and `kl` (n,) are m_k(c) and KL(pi||p | c), `outside` (n,) is KL_out where it has a price, else 0. The
+    gradient of the objective with respect to the hidden state is `now_hidden` + A `score_hidden`, and likewise for the
+    set logits; no (n, V) tensor outlives its chunk.
     """
 
     mass: torch.Tensor
     kl: torch.Tensor
+    outside: torch.Tensor
     now_hidden: torch.Tensor
     score_hidden: torch.Tensor
     now_set: torch.Tensor
@@ -54,12 +63,12 @@ def position_gradients(
     *,
     bias: torch.Tensor | None,
     set_logits: torch.Tensor | None,
-    members: torch.Tensor,
-    strengths: torch.Tensor,
+    worth: Worth,
 ) -> PositionGradients:
     """Exact expectations over the vocabulary at n positions, in chunks.
 
-    With z the policy's logits, g(i) = sum_k lambda_k F_k(i) - log pi(i)/p(i) and J = sum_i pi(i) g(i):
+    With z the policy's logits, g(i) = sum_k lambda_k F_k(i) - log pi(i)/p(i) - w 1[i not in S] log pi_o(i)/p_o(i) and
+    J = sum_i pi(i) g(i):
 
         dJ/dz_i = pi(i) (g(i) - J),        d log pi(x)/dz_i = 1[i = x] - pi(i).
 
@@ -67,17 +76,16 @@ def position_gradients(
         hidden: (n, D), the policy's states; base_hidden: (n, D), the base's.
         weight: W (V, D), may be packed; bias: (V,) or None; both shared.
         ids: (n,), the sampled tokens x.
-        set_logits: (n, K) or None; members: F (K, V);
-            strengths: lambda at every position, (n, K).
+        set_logits: (n, K) or None.
     """
-    n, device = len(hidden), hidden.device
-    sets = len(members)
-    strengths = strengths.float().to(device)
+    (n, _), device, (members, _, price) = hidden.shape, hidden.device, worth
+    sets, strengths = len(members), worth.strengths.float().to(device)
     if isinstance(weight, PackedMatrix):
         policy, base = PieceLogits(hidden, bias, set_logits, members), PieceLogits(base_hidden, bias, None, members)
-        return _of_packed(policy, base, weight, ids, strengths)
+        return _of_packed(policy, base, weight, ids, Worth(members, strengths, price))
+    others = (members.amax(0) == 0).float() if price else None
     out = PositionGradients(
-        torch.empty(n, sets, device=device), torch.empty(n, device=device),
+        torch.empty(n, sets, device=device), torch.empty(n, device=device), torch.zeros(n, device=device),
         torch.empty_like(hidden), torch.empty_like(hidden),
         torch.empty(n, sets, device=device), torch.empty(n, sets, device=device),
     )  # fmt: skip
@@ -88,15 +96,21 @@ def position_gradients(
         if set_logits is not None:
             z.addmm_(set_logits[part].float(), members)
         log_pi = z.log_softmax(1)
-        log_ratio = log_pi - F.linear(base_hidden[part], weight, bias).float().log_softmax(1)
-        pi = log_pi.exp()
+        log_p = F.linear(base_hidden[part], weight, bias).float().log_softmax(1)
+        log_ratio, pi = log_pi - log_p, log_pi.exp()
         out.kl[part] = (pi * log_ratio).sum(1)
         out.mass[part] = mass = pi @ members.T
         x = ids[part]
         out.score_set[part] = members.T[x] - mass
         out.score_hidden[part] = weight[x] - pi.to(weight.dtype) @ weight
-        g = log_ratio.neg_().addmm_(strengths[part], members)
         value = (mass * strengths[part]).sum(1) - out.kl[part]
+        if others is not None:
+            share = (pi @ others).log() - (log_p.exp() @ others).log()  # of all others, so what is left is among them
+            among = (log_ratio - share[:, None]).mul_(others)
+            out.outside[part] = (pi * among).sum(1)
+            log_ratio += price * among
+            value -= price * out.outside[part]
+        g = log_ratio.neg_().addmm_(strengths[part], members)
         dz = g.sub_(value[:, None]).mul_(pi)
         out.now_set[part] = dz @ members.T
         out.now_hidden[part] = dz.to(weight.dtype) @ weight
@@ -104,41 +118,55 @@ def position_gradients(
 
 
 def _of_packed(
-    policy: PieceLogits, base: PieceLogits, weight: PackedMatrix, ids: torch.Tensor, strengths: torch.Tensor
+    policy: PieceLogits, base: PieceLogits, weight: PackedMatrix, ids: torch.Tensor, worth: Worth
 ) -> PositionGradients:
     """`position_gradients` in pieces of the vocabulary, each for all positions, so that W is unpacked twice in all.
 
-    The first pass leaves log sum exp of both and J, whose sum is scaled down whenever another piece makes the policy's
-    log sum exp grow; the second makes the logits again.
+    The first pass leaves log sum exp of both, over all tokens and over those outside of the sets, and J, whose sums are
+    scaled down whenever another piece makes the policy's log sum exp grow; the second makes the logits again.
     """
-    hidden, members = policy.hidden, policy.members
+    hidden, (members, strengths, price) = policy.hidden, worth
     n, sets = len(hidden), len(members)
-    total, base_total = torch.full((2, n), float("-inf"))
-    value = torch.zeros(n)
+    in_sets = members.amax(0) > 0
+    total, base_total, rest, base_rest = torch.full((4, n), float("-inf"))
+    value, among = torch.zeros(2, n)
     for part, w in weight.pieces(hidden.dtype):
-        z, plain = policy.student(part, w), base.student(part, w)
+        z, plain, inside = policy.student(part, w), base.student(part, w), in_sets[part]
         grown = torch.logaddexp(total, z.logsumexp(1))
         base_total = torch.logaddexp(base_total, plain.logsumexp(1))
-        worth = plain.sub_(z).addmm_(strengths, members[:, part])
-        value = value * (total - grown).exp() + (worth * z.sub_(grown[:, None]).exp_()).sum(1)
+        rest = torch.logaddexp(rest, z.masked_fill(inside, float("-inf")).logsumexp(1))
+        base_rest = torch.logaddexp(base_rest, plain.masked_fill(inside, float("-inf")).logsumexp(1))
+        shrunk, odds = (total - grown).exp(), plain.sub_(z)
+        pi = z.sub_(grown[:, None]).exp_()
+        among = among * shrunk - (odds.masked_fill(inside, 0.0) * pi).sum(1)
+        value = value * shrunk + (odds.addmm_(strengths, members[:, part]) * pi).sum(1)
         total = grown
-    shift = total - base_total
-    value += shift
+    shift, apart = total - base_total, rest - base_rest
+    outside = among - (rest - total).exp() * apart
+    value += shift - price * outside
     mass, kl, now_set = torch.zeros(n, sets), torch.zeros(n), torch.zeros(n, sets)
     now_hidden, mean_row = torch.zeros(2, n, hidden.shape[1])
     for part, w in weight.pieces(hidden.dtype):
         z, plain = policy.student(part, w), base.student(part, w)
-        log_ratio = plain.neg_().add_(z).sub_(shift[:, None])
+        odds = plain.neg_().add_(z)
         pi = z.sub_(total[:, None]).exp_()
-        kl += (pi * log_ratio).sum(1)
+        kl += (pi * (odds - shift[:, None])).sum(1)
         mass += pi @ members[:, part].T
         mean_row += pi.to(w.dtype) @ w
-        dz = log_ratio.neg_().addmm_(strengths, members[:, part]).sub_(value[:, None]).mul_(pi)
+        if price:
+            odds += price * (odds - apart[:, None]).masked_fill_(in_sets[part], 0.0)
+        dz = odds.sub_(shift[:, None]).neg_().addmm_(strengths, members[:, part]).sub_(value[:, None]).mul_(pi)
         now_set += dz @ members[:, part].T
         now_hidden += dz.to(w.dtype) @ w
     score = weight.rows(ids) - mean_row
     return PositionGradients(
-        mass, kl, now_hidden.to(hidden.dtype), score.to(hidden.dtype), now_set, members.T[ids] - mass
+        mass,
+        kl,
+        outside if price else torch.zeros(n),
+        now_hidden.to(hidden.dtype),
+        score.to(hidden.dtype),
+        now_set,
+        members.T[ids] - mass,
     )
 
 

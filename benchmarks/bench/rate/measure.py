@@ -55,9 +55,10 @@ def _train(base, tokens: xf.TokenSet, spec: Record, on_step: OnStep):
     if arm.startswith("blocks-r"):
         r = int(arm.removeprefix("blocks-r"))
         lora = xf.LoraOptions(r=r, alpha=2 * r, target="all")
+    price = float(arm.partition("-w")[2] or 0) if arm.startswith("sequence") else 0.0
     objective = xf.ObjectiveOptions(
-        sequence_level=arm == "sequence", sequence_steps=steps, dial=False, frontier=False
-    )  # fmt: skip
+        sequence_level=arm.startswith("sequence"), sequence_steps=steps, outside_price=price, dial=False, frontier=False
+    )
     options = xf.TrainOptions(method="full" if arm == "uniform-full" else "lora", seed=spec["seed"])
     return xf.train(
         base, target, options, lora, None, objective, on_step=lambda step: on_step(step.step + 1, step.loss)

@@ -45,9 +45,11 @@ class Sequence:
 
     def _trainer(self) -> SequenceTrainer:
         rate, train, members = self._rate, self._rate.run.recipe.train, self._rate.samples.members
+        price = rate.run.recipe.objective.outside_price
+        options = SequenceOptions(lr=train.learning_rate, outside_price=price, seed=train.seed)
         return SequenceTrainer(
             rate.run.split_model, rate.head, members, rate.run.base_only, rate.wanted.to(members),
-            rate.strengths.to(members), rate.samples.length, SequenceOptions(lr=train.learning_rate, seed=train.seed),
+            rate.strengths.to(members), rate.samples.length, options,
         )  # fmt: skip
 
     def _stopped(self) -> bool:
@@ -62,19 +64,20 @@ class Sequence:
         if rate.head is not None:
             rate.correct_head()
 
-        def price() -> float:
+        def price() -> tuple[float, float]:
             with phase("comparing with the tilt"):
                 texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
             return trainer.price(texts, rate.strengths.to(trainer.rates))
 
-        weights, report.kl = state.weights(), price()
+        weights, (report.kl, extra) = state.weights(), price()
         state.load_weights(state.before)
-        report.kl_of_tilt = price()
-        report.kept = report.kl < report.kl_of_tilt
+        report.kl_of_tilt, none = price()
+        report.kept = report.kl + extra < report.kl_of_tilt + none
         if report.kept:
             state.load_weights(weights)
         else:
-            costs = f"KL {report.kl:.4f}, the tilt's {report.kl_of_tilt:.4f}"
+            charged = f" and {extra:.4f} for what it does outside of the set" if extra else ""
+            costs = f"KL {report.kl:.4f}{charged}, the tilt's {report.kl_of_tilt:.4f}"
             rate.stopped = f"planning gained nothing ({costs}), so the tilt is kept"
 
 

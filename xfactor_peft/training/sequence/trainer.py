@@ -23,7 +23,7 @@ from ...base.split_model import SplitModel
 from ...budget.phases import SEQUENCES
 from ...lora.set_head import SetHead
 from ...objective.objectives import AdapterOff, base_hidden
-from ...objective.sequence_level import PositionGradients, Value, advantages, position_gradients
+from ...objective.sequence_level import PositionGradients, Value, Worth, advantages, position_gradients
 from ...sampling.calibration import RateController
 
 SPREAD = 1.0
@@ -40,6 +40,7 @@ class SequenceOptions:
     decay: float = 0.9
     warm_up: int = 2
     spread: float = SPREAD
+    outside_price: float = 0.0
     seed: int = 0
 
 
@@ -115,16 +116,18 @@ class SequenceTrainer:
         return SequenceStep(step, rate, kl, float(self.controller.strengths[0]), norm, explained, spread, seconds)
 
     @torch.no_grad()
-    def price(self, ids: torch.Tensor, strengths: torch.Tensor) -> float:
-        """Mean KL per token on sequences (N, P + T) of the policy, moved to the wanted rates R along dKL/dR = lambda:
+    def price(self, ids: torch.Tensor, strengths: torch.Tensor) -> tuple[float, float]:
+        """(KL, w KL_out), means per token on sequences (N, P + T) of the policy.
 
-        mean KL - lambda (m - R), with m the set masses; `strengths` is lambda (K,).
+        The KL is moved to the wanted rates R along dKL/dR = lambda: KL - lambda (m - R), with m the set masses;
+        `strengths` is lambda (K,).
         """
-        parts = []
+        moved, outside = [], []
         for rows in ids.to(self.split_model.weight.device).split(ROWS):
             gradients = self._pass(rows, strengths.expand(len(rows), self.length, -1)).gradients
-            parts.append(gradients.kl - (gradients.mass - self.rates) @ strengths)
-        return float(torch.cat(parts).mean())
+            moved.append(gradients.kl - (gradients.mass - self.rates) @ strengths)
+            outside.append(self.options.outside_price * gradients.outside)
+        return float(torch.cat(moved).mean()), float(torch.cat(outside).mean())
 
     def _set_learning_rate(self, progress: float) -> None:
         """Constant for half of the run, then linear down to a tenth."""
@@ -141,7 +144,8 @@ class SequenceTrainer:
         kl = torch.cat([part.gradients.kl for part in parts]).view(mass.shape[:2])
         # The last term is the part of the prior's increment that does not depend on the token.
         prior = (self.options.spread / self._variance * self.rates * excess).sum(-1)
-        rewards = (mass * strengths).sum(-1) + prior - kl
+        outside = torch.cat([part.gradients.outside for part in parts]).view(kl.shape)
+        rewards = (mass * strengths).sum(-1) + prior - kl - self.options.outside_price * outside
         states = torch.cat([part.hidden.detach() for part in parts])
         scaled = excess / self._variance.sqrt()
         with torch.no_grad():
@@ -175,8 +179,7 @@ class SequenceTrainer:
             ids[:, -self.length :].flatten(),
             bias=self.split_model.bias,
             set_logits=None if logits is None else logits.detach().flatten(0, 1),
-            members=self.members,
-            strengths=strengths.flatten(0, 1),
+            worth=Worth(self.members, strengths.flatten(0, 1), self.options.outside_price),
         )
         return _Rows(hidden, logits, gradients)
 
