@@ -112,3 +112,10 @@ def test_nothing_heavy_is_imported_before_it_is_used(name):
 def test_reading_an_adapter_folder_takes_few_modules():
     found = imported("from xfactor_peft.adapters.adapter import read_adapter")
     assert sum(name.startswith("xfactor_peft") for name in found) <= 20
+
+
+@pytest.mark.parametrize("words", [["tokens", "--model", "demo"], ["adapters", "list"]])
+def test_what_loads_no_model_imports_nothing_that_does(words):
+    found = imported(f"from xfactor_peft.cli import main; main({words}, standalone_mode=False)")
+    assert not {"xfactor_peft.base.loading", "transformers.modeling_utils", "peft"} & found
+    assert "xfactor_peft.cli" in found

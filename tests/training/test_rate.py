@@ -217,12 +217,26 @@ def test_swaps_with_an_adapter_of_another_shape(tiny, load_tiny, tmp_path):
     assert not torch.allclose(second, base)
 
 
-def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
-    tokens = taught_to_fork(tiny)
+def planned(base, **more):
+    """A rate of 0.2 on a model whose texts fork, with whole texts planned."""
+    tokens = taught_to_fork(base)
     scores = EvalOptions(("b", "a"), 32, SamplingOptions(max_new_tokens=64, seed=5))
-    objective = ObjectiveOptions(sequence_level=True, sequence_steps=25, dial=False)
+    objective = ObjectiveOptions(sequence_level=True, sequence_steps=25, dial=False, **more)
     options = TrainOptions(steps=20, seq_len=24, lr=3e-3)
-    result = train(tiny, TiltedTarget.of(tokens, 0.2), options, None, scores, objective)
+    return train(base, TiltedTarget.of(tokens, 0.2), options, None, scores, objective)
+
+
+def test_what_planning_does_outside_of_the_set_has_a_price(load_tiny):
+    """The fork is taken by other tokens than the set's: a price on these makes it dear."""
+    runs = (planned(load_tiny(), outside_price=price, frontier=False) for price in (0.0, 20.0))
+    free, priced = (run.after for run in runs)
+    assert free.kl_parts["outside"] > 0.02
+    assert priced.kl_parts["outside"] < 0.3 * free.kl_parts["outside"]
+    assert priced.rate == pytest.approx(0.2, abs=0.04)
+
+
+def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
+    result = planned(tiny)
     assert result.lora.target == "all,head"
     assert len(result.rate.sequence.steps) == 25
     assert result.after.rate == pytest.approx(0.2, abs=0.04)

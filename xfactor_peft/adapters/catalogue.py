@@ -14,7 +14,7 @@ from ..errors import XFactorError
 from ..tokens.rule import Rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
 from .card import about, asked, steps_made
-from .factors import layer_scaling
+from .config import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
 
 

@@ -7,6 +7,7 @@ stranger's, import a module or change the base's weights.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -78,3 +79,12 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (is_text, "text"),
     "revision": (is_text, "text"),
 }
+
+
+def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), after PEFT's pattern for the layer: the first
+    that is all of its name, or the end of it behind a dot."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(own, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from ..errors import XFactorError
 from .adapter import AdapterInfo, layers_of
+from .config import layer_scaling
 from .files import WEIGHTS
 
 
@@ -57,13 +55,6 @@ def read_all(infos: list[AdapterInfo]) -> list[dict[str, Factors]]:
             if sizes.setdefault(name, size) != size:
                 raise XFactorError(f"{infos[0].name} and {info.name} are for bases of different sizes, see {name}")
     return parts
-
-
-def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), after PEFT's pattern for the layer."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def mixed_factors(infos: list[AdapterInfo], weights: list[float]) -> dict[str, Factors]:

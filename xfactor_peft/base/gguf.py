@@ -17,9 +17,10 @@ from ..errors import XFactorError
 from ..lowmem.gguf_file import GgufFile, PackedTensor
 from ..lowmem.gguf_layers import GgufEmbedding, GgufLinear, PackedMatrix
 from ..lowmem.streaming import empty_weights
+from .fingerprints import SAMPLED_VALUES
 from .gguf_config import config_of
 from .gguf_tokenizer import ends_of
-from .identity import SAMPLED_VALUES, BaseIdentity, digest_of, sketch_of
+from .identity import BaseIdentity, digest_of, sketch_of
 
 SKETCHED, SKETCHED_VALUES = 32, 32
 """Matrices, and values of each, by which another quantisation of a model is known again."""
@@ -182,4 +183,4 @@ def _sketch(file: GgufFile) -> str:
     width = min(SKETCHED_VALUES, *(tensor.shape[-1] for tensor in chosen))
     first = [replace(tensor, shape=(1, tensor.shape[-1]), data=tensor.data[:1]) for tensor in chosen]
     values = torch.cat([tensor.unpacked(torch.float32)[:, :width] for tensor in first])
-    return sketch_of(b"".join(vector.numpy().tobytes() for vector in vectors), values)
+    return sketch_of(b"".join(vector.numpy().tobytes() for vector in vectors), values.numpy())

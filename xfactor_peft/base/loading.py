@@ -28,10 +28,11 @@ from ..lowmem.streaming import (
 from ..options import LoadOptions
 from .claims import check_vocabulary
 from .fallback import bitsandbytes_config, from_pretrained, trainable_4bit
+from .fingerprints import identify
 from .gguf import identify_gguf, load_gguf
 from .gguf_tokenizer import open_gguf, tokenizer_of
 from .hardware import DTYPES, pick_device, pick_dtype, quantized_by
-from .identity import BaseIdentity, identify
+from .identity import BaseIdentity
 from .quantised import quantized_layers, quantized_types, unquantized_share, unquantized_weights
 from .resolve import ModelChoice, resolve_model
 from .vocabulary import Vocabulary, read_vocabulary, reason

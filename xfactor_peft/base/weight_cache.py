@@ -23,7 +23,8 @@ from ..errors import XFactorError, first_line
 from ..lowmem.checkpoint_files import stored_tensors
 from ..lowmem.memory import mib
 from ..lowmem.weight_file import describe, read_weights
-from .identity import digest_of, weight_files, weights_fingerprints
+from .fingerprints import weight_files, weights_fingerprints
+from .identity import digest_of
 
 FORMAT = 1
 LIMIT = 32 * 2**30
