@@ -43,7 +43,9 @@ from .marks import ROUND, rules_of
 RULES = "rules.yaml"
 TRIED = 8
 """Tokens of each text that the time of a round is guessed from."""
-WAIT, FEWEST, STEP = 170, 16, 8
+SLOWER = 1.5
+"""What a token of a whole round took over one of these few: 1.3, 1.4, 1.5 and 1.8 times as long in four rounds."""
+WAIT, FEWEST, STEP = 250, 16, 8
 """Seconds that a round is planned for unless more is asked for: five minutes, less what a plan may be off and the texts
 that are shown side by side afterwards; the texts that it has in any case, and by how many others come."""
 _NAME = re.compile(r"\w[\w.-]*")
@@ -60,7 +62,7 @@ def pace_of(base: Base, prompts: Sequence[str]) -> float:
         author.write(prompts[:1], ROUND.eval_texts, SamplingOptions(tokens))
         times.append(time.perf_counter())
     begin, longer = times[1] - times[0], times[2] - times[1]
-    return (max(longer - begin, 0.0) / TRIED + begin / ROUND.length) / ROUND.eval_texts
+    return SLOWER * (max(longer - begin, 0.0) / TRIED + begin / ROUND.length) / ROUND.eval_texts
 
 
 def works(rules: Rules) -> dict[str, float]:
