@@ -228,7 +228,7 @@ class ObjectiveOptions(_Recorded):
         sequence_level: after the tilt, learn to plan whole texts (see `training.sequence`).
         sequence_steps: at most so many batches of samples in that phase.
         outside_price: weight w of the KL outside of the set, which planning pays and a tilt does not (see
-            `objective.sequence_level`): how much it must keep to the base's own kind of text.
+            `objective.sequence_level`): how much it must keep to the base's own kind of text; 0 for the least KL.
         early_stop: stop when the loss no longer falls (the tilted target only).
         dial: measure R at several scales of the finished adapter (a rate only).
         frontier: measure the exact logit bias at the same rate (a rate only).
@@ -239,7 +239,7 @@ class ObjectiveOptions(_Recorded):
     kl_to_base: float = 0.0
     sequence_level: bool = False
     sequence_steps: int = 80
-    outside_price: float = 0.0
+    outside_price: float = 1.0
     early_stop: bool = True
     dial: bool = True
     frontier: bool = True

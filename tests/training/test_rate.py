@@ -236,7 +236,7 @@ def test_what_planning_does_outside_of_the_set_has_a_price(load_tiny):
 
 
 def test_planning_goes_below_the_logit_bias_where_planning_pays(tiny):
-    result = planned(tiny)
+    result = planned(tiny, outside_price=0.0)
     assert result.lora.target == "all,head"
     assert len(result.rate.sequence.steps) == 25
     assert result.after.rate == pytest.approx(0.2, abs=0.04)

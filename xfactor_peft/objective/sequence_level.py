@@ -105,10 +105,10 @@ def position_gradients(
         out.score_hidden[part] = weight[x] - pi.to(weight.dtype) @ weight
         value = (mass * strengths[part]).sum(1) - out.kl[part]
         if others is not None:
-            share = (pi @ others).log() - (log_p.exp() @ others).log()  # of all others, so what is left is among them
+            share = (pi @ others).log() - (log_p.exp_() @ others).log()  # of all others, so what is left is among them
             among = (log_ratio - share[:, None]).mul_(others)
             out.outside[part] = (pi * among).sum(1)
-            log_ratio += price * among
+            log_ratio.add_(among, alpha=price)
             value -= price * out.outside[part]
         g = log_ratio.neg_().addmm_(strengths[part], members)
         dz = g.sub_(value[:, None]).mul_(pi)

@@ -56,8 +56,9 @@ def _train(base, tokens: xf.TokenSet, spec: Record, on_step: OnStep):
         r = int(arm.removeprefix("blocks-r"))
         lora = xf.LoraOptions(r=r, alpha=2 * r, target="all")
     price = float(arm.partition("-w")[2] or 0) if arm.startswith("sequence") else 0.0
+    planned = arm.startswith("sequence")
     objective = xf.ObjectiveOptions(
-        sequence_level=arm.startswith("sequence"), sequence_steps=steps, outside_price=price, dial=False, frontier=False
+        sequence_level=planned, sequence_steps=steps, outside_price=price, dial=False, frontier=False
     )
     options = xf.TrainOptions(method="full" if arm == "uniform-full" else "lora", seed=spec["seed"])
     return xf.train(

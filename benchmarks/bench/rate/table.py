@@ -16,7 +16,8 @@ from .curve import Curve
 
 TABLE, BIAS_TABLE, PLOT = "table.md", "logit-bias.md", "rate-kl.png"
 LABELS = {
-    "tilt": "tilted, set head", "sequence": "sequence-level", "suppress": "tilted, R = 0",
+    "tilt": "tilted, set head", "sequence-w1": "sequence-level", "sequence": "sequence-level, no price",
+    "suppress": "tilted, R = 0",
     "blocks-r1": "tilted, attention/MLP r=1", "blocks-r4": "tilted, attention/MLP r=4",
     "blocks-r16": "tilted, attention/MLP r=16", "uniform-lora": "uniform, LoRA r=8", "uniform-full": "uniform, full",
     "trl": "GRPO (trl)",
@@ -109,7 +110,7 @@ def plot(file: Path, curve: Curve, groups: Groups) -> None:
     used = [(p["set_mass"], p["kl_from_base"]) for p in curve.points if p["strength"] > 0]
     axes.plot(*zip(*used, strict=True), "k-", lw=1.2, label="exact logit bias")
     axes.axvline(curve.points[0]["set_mass"], color="0.7", lw=1, ls=":", label="base")
-    markers = iter("osD^v<>Pp")
+    markers = iter("osD^v<>Pp*")
     for arm, label in LABELS.items():
         scores = [r["after"] for key, group in groups.items() if key[0] == arm for r in group if r["status"] == "ok"]
         points = [(s["set_mass"], s["kl_from_base"], *s["kl_interval"]) for s in scores]
