@@ -245,7 +245,9 @@ def table(folder: Path) -> Table:
         rate, variety = (_mean(records, f"{key}{end}") for key in ("per_1000_words", "distinct_2"))
         kl = NONE if arm == "base" else _mean(records, "kl")
         prose = _mean(records, f"prose{end}")
-        whole = [f"{median(r[key] for r in records):,.0f}" if arm == "unslop" else NONE for key in ("seconds", "peak")]
+        timed = [r["seconds"] for r in records if arm == "unslop" and r["hardware"]["threads"] > 1]  # on both cores
+        peaks = [r["peak"] for r in records if arm == "unslop"]
+        whole = [f"{median(values):,.0f}" if values else NONE for values in (timed, peaks)]
         rows.append([label, rate, kl, variety, prose, *whole, str(len(records))])
     headers = ["", "in 1,000 words", "KL, nats a token", "distinct-2", "perplexity of prose", "s", "MiB", "seeds"]
     return Table(headers, rows)
