@@ -112,7 +112,13 @@ def test_two_sets_each_hold_their_rate(tiny):
         ({"temperature": 0.0}, None, {}, "`temperature` must be greater than 0 for a rate"),
         ({"prompts": "nowhere"}, None, {}, "`prompts` must be a file"),
         ({"same_rate": "here"}, None, {}, "`same_rate` must be one of everywhere, on-average"),
-        ({"same_rate": "everywhere"}, 0.2, {"early_stop": False}, "`same_rate=everywhere` is for a set head that"),
+        (
+            {"same_rate": "everywhere"},
+            0.2,
+            {"sequence_level": True},
+            "`same_rate=everywhere` is for the set head alone",
+        ),
+        ({"same_rate": "everywhere"}, 0.2, {"early_stop": False}, "`same_rate=everywhere` is for the set head alone"),
         ({"temperature": 0.5}, "strength", {}, "`goal.strength` is taken as it is"),
     ],
 )

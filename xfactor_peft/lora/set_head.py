@@ -11,9 +11,6 @@ The base's weights are never written, so an output embedding that is tied to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -84,16 +81,6 @@ class SetHead(nn.Module):
         self.direction.copy_(direction)
         self.offset.copy_(offset)
         self.write()
-
-    @contextmanager
-    def at(self, direction: torch.Tensor, offset: torch.Tensor) -> Iterator[None]:
-        """Inside, the head is a (K, D) and b (K,); then what it was."""
-        now = self.direction.detach().clone(), self.offset.detach().clone()
-        self.set(direction, offset)
-        try:
-            yield
-        finally:
-            self.set(*now)
 
     @torch.no_grad()
     def shift(self, amount: torch.Tensor) -> None:

@@ -181,11 +181,10 @@ class TiltedTarget:
             raise XFactorError("`sequence_level=True` needs `goal.rate`, not `goal.strength`")
         if objective.rate != RateOptions() and self.rates is None:
             raise XFactorError("`goal.strength` is taken as it is; to say where a rate holds give `goal.rate`")
-        planned = objective.sequence_level and lora.head and any(self.rates or ())
-        if objective.rate.same_rate == "everywhere" and not (planned or self.looks(lora, objective)):
+        if objective.rate.same_rate == "everywhere" and not self.looks(lora, objective):
             raise XFactorError(
-                "`same_rate=everywhere` is for a set head that is fitted in one go: it needs a rate above 0 and "
-                "`lora.target=head`, without `contexts` and with `early_stop`, or `sequence_level` and a set head"
+                "`same_rate=everywhere` is for the set head alone, fitted in one go: it needs a rate above 0 and "
+                "`lora.target=head`, without `sequence_level` and `contexts`, and with `early_stop`"
             )
 
     def looks(self, lora: LoraOptions, objective: ObjectiveOptions) -> bool:

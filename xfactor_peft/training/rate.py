@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..sampling.calibration import Trace, calibrate
 from ..sampling.contexts import OPENING, tokens_left
 from ..sampling.own_samples import OwnSamples
 from ..sampling.reweighting import Estimate, TiltedSamples
-from .rate_head import PLANNED, HeadReport, fit_head, head_facts
+from .rate_head import HeadReport, head_facts
 from .run import TrainingRun
 from .sequence.trainer import SequenceStep
 
@@ -115,16 +114,9 @@ class RateRun:
             checkpointer.save(0, {"history": [], "random": random_states()}, {})
 
     def correct_head(self) -> None:
-        """Move the set head until the sampled rates are the wanted ones: after every family of prompts, by a term that
-        looks at the state, or on average over them, by its offset."""
+        """Move the set head's offset until the sampled rates are the wanted ones."""
         head = self.head
         assert head is not None
-        if self.run.recipe.objective.rate.same_rate != "on-average" and self.wanted.any():
-            now = head.direction.detach().clone(), head.offset.detach().clone()
-            found = fit_head(head, self.samples, self.wanted, partial(head.at, *now), self.drawn, PLANNED)
-            means = [torch.tensor(one["rates"]).view(-1, len(self.wanted)).mean(0).tolist() for one in found.rounds]
-            self.calibration += [{"rates": rates} for rates in means]
-            return
 
         def measure(offset: torch.Tensor, index: int) -> torch.Tensor:
             head.shift(offset.to(head.offset) - head.offset.detach())

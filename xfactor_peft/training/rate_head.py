@@ -7,7 +7,7 @@ fitted so far wrote, since a text with set tokens in it needs another tilt than 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,8 +27,6 @@ from ..sampling.own_samples import OwnSamples
 Drawn = Callable[[str, Callable[[], Any]], Any]
 TEXTS = (16, 16, 16, 32)
 """Texts a family of every round, the base's first."""
-PLANNED = (16, 32)
-"""The same for a policy that plans, which is near its rate."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,13 @@ class HeadReport:
 
 
 def fit_head(
-    head: SetHead,
-    own: OwnSamples,
-    wanted: torch.Tensor,
-    base_only: Callable[[], AbstractContextManager],
-    drawn: Drawn,
-    texts_of_rounds: Sequence[int] = TEXTS,
+    head: SetHead, own: OwnSamples, wanted: torch.Tensor, base_only: Callable[[], AbstractContextManager], drawn: Drawn
 ) -> HeadReport:
-    """Fit to the rates (K,) what `head` says beyond what it says now, which is nothing where it is at 0.
+    """Fit `head`, which is at 0, to the rates (K,).
 
     Args:
-        base_only: a context in which the model is what the fit tilts: the base, or a policy as it is now.
+        base_only: a context in which the model is the base.
         drawn: keeps what was sampled (see `RateRun.drawn`).
-        texts_of_rounds: texts a family of every round.
 
     Raises:
         XFactorError: no tilt of the base has these rates.
@@ -93,20 +85,19 @@ def fit_head(
     samples, offset = own.families, takes_logit_bias(own.base.model)
     temperature, atoms, rounds = samples.decoding.temperature, samples.atoms, Trace()
     fitter = HeadFitter(atoms, wanted.tolist(), intercept=offset)
-    begun = head.direction.detach().clone(), head.offset.detach().clone()
-    fitted = tuple(torch.zeros_like(part, device="cpu") for part in begun)
-    for index, texts in enumerate(texts_of_rounds):
-        with phase(f"fitting the set head, round {index + 1} of {len(texts_of_rounds)}"):
+    fitted = head.direction.detach().cpu(), head.offset.detach().cpu()
+    for index, texts in enumerate(TEXTS):
+        with phase(f"fitting the set head, round {index + 1} of {len(TEXTS)}"):
             seed = 7919 * (own.seed + 1) + 1000 + index
             contexts, rates = _contexts(drawn, f"round {index}", partial(samples.contexts, texts, seed, base_only))
             rounds.append({"rates": rates.mean(1).flatten().tolist()})
             if not index:  # rates that no tilt reaches are refused
                 solve_rates(torch.cat([p.masses.flatten(0, 1) for p in contexts]), atoms.patterns, wanted.tolist())
-            elif index + 1 == len(texts_of_rounds):
+            elif index + 1 == len(TEXTS):
                 found = price(contexts, atoms, *fitted)  # of the head that wrote these texts
             fitter.add(contexts)
             fitted = fitter.head()
-            head.set(*(start + temperature * part.to(start) for start, part in zip(begun, fitted, strict=True)))
+            head.set(*(temperature * part for part in fitted))
     first = float(torch.tensor(rounds[0]["rates"])[:: len(wanted)].mean())
     return HeadReport(
         families=samples.names,
