@@ -32,7 +32,7 @@ def recipe(target: str = "all", **objective) -> Recipe:
         (Course.of(recipe("head", early_stop=False), rate=True),
          ["load", "R before", "calibration", "training", "R after", "dial", "saving"]),
         (Course.of(recipe("all,head", sequence_level=True), rate=True),
-         ["load", "R before", "calibration", "planning texts", "fitting the set head", "R after", "dial", "saving"]),
+         ["load", "R before", "calibration", "planning texts", "R after", "dial", "saving"]),
     ],
 )  # fmt: skip
 def test_a_plan_has_the_phases_of_its_command(tiny_folders, course, names):

@@ -3,7 +3,7 @@
     load       held + what reading and quantising the largest layer takes
     sampling   held + kernels + key-value cache + states, logits and scores
     training   `memory_model.predict`
-    planning   as training, on whole batches of sampled texts; then the set head is fitted, as sampling
+    planning   as training, on whole batches of sampled texts
     saving     held + kernels + 2 trained
 
 `held` is the process's own and the weights. Every phase begins with what the ones before it leave: compiled kernels,
@@ -21,7 +21,7 @@ from ..lowmem.kv_cache import token_bytes
 from ..objective.kl import CHUNK_BYTES
 from ..options import Recipe
 from ..sampling.contexts import OPENING
-from ..sampling.family_samples import PLANNED_ROUNDS, ROUNDS, STATES
+from ..sampling.family_samples import ROUNDS, STATES
 from ..sampling.metrics import POSITIONS
 from ..sampling.own_samples import LENGTH, LONG, OPENINGS, TEXTS
 from ..sampling.position_scores import SCORE_BYTES
@@ -120,9 +120,6 @@ def predict_phases(
         total = predict(texts_step, whole, recomputed, baseline=baseline, kinds=kinds).total
         found.append(Phase("planning texts", total))
     trained = 4 * step.trainable if shape.method == "lora" else 0
-    if texts_step is not None:
-        fit = _fit_bytes(step.width, PLANNED_ROUNDS)
-        found.append(Phase("fitting the set head", sampler(trained + fit).peak(TEXTS, OPENING + LONG)))
     again = step.weights if shape.method == "full" else 0  # the base, read once more to compare with
     if course.texts:
         kinds += 1
@@ -134,9 +131,9 @@ def predict_phases(
     return tuple(found)
 
 
-def _fit_bytes(width: int, rounds: int = ROUNDS) -> int:
+def _fit_bytes(width: int) -> int:
     """States that a set head is fitted in, bf16, and its moments: float64, their sum, one family's and a factor."""
-    return rounds * STATES * width * 2 + 3 * (width + 1) ** 2 * 8
+    return ROUNDS * STATES * width * 2 + 3 * (width + 1) ** 2 * 8
 
 
 @dataclass(frozen=True)

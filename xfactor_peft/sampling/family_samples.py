@@ -18,9 +18,8 @@ from ..tokens.ends import special_ids
 from .position_scores import SCORE_BYTES
 from .sampler import Samples, sample
 
-STATES, ROUNDS, PLANNED_ROUNDS = 8_000, 4, 2
-"""Most states that are kept of a round, over all families: those of a wide model take 8 KiB each; rounds in which a
-head is fitted, and of those after planning."""
+STATES, ROUNDS = 8_000, 4
+"""Most states that are kept of a round, over all families, and rounds: those of a wide model take 8 KiB each."""
 PIECE = 32
 """Tokens of a text in which a head holds its rate."""
 
