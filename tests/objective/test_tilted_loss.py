@@ -163,6 +163,21 @@ def test_position_gradients_are_those_of_autograd(price):
     torch.testing.assert_close(out.now_set + advantage[:, None] * out.score_set, expected_set, atol=1e-4, rtol=1e-4)
 
 
+def test_a_policy_that_says_nothing_but_the_set_has_finite_gradients():
+    """Its mass outside underflows."""
+    values = case(9, 6, 40, torch.float32)
+    members, hidden = values["members"], values["hidden"]
+    worth = Worth(members, torch.ones(9, 2), 0.7)
+    out = position_gradients(
+        hidden, values["teacher"].hidden, values["weight"], torch.zeros(9, dtype=torch.long),
+        bias=values["bias"], set_logits=torch.full((9, 2), 400.0), worth=worth,
+    )  # fmt: skip
+    assert out.mass.amax(1).min() > 0.999
+    for part in out:
+        assert torch.isfinite(part).all()
+    assert out.outside.abs().max() < 1e-6
+
+
 def test_advantages_by_hand():
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[5.0, 3.0, 1.0]])
     full, targets = advantages(rewards, values, 1.0)

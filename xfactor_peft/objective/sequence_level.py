@@ -105,8 +105,8 @@ def position_gradients(
         out.score_hidden[part] = weight[x] - pi.to(weight.dtype) @ weight
         value = (mass * strengths[part]).sum(1) - out.kl[part]
         if others is not None:
-            share = (pi @ others).log() - (log_p.exp_() @ others).log()  # of all others, so what is left is among them
-            among = (log_ratio - share[:, None]).mul_(others)
+            share, base_share = ((p @ others).clamp(min=1e-30).log() for p in (pi, log_p.exp_()))
+            among = (log_ratio - (share - base_share)[:, None]).mul_(others)  # what is left is among the others
             out.outside[part] = (pi * among).sum(1)
             log_ratio.add_(among, alpha=price)
             value -= price * out.outside[part]
