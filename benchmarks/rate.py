@@ -2,7 +2,7 @@
 
     python benchmarks/rate.py run --model demo            every arm that has no result yet
     python benchmarks/rate.py run --arms tilt,sequence --rates 0.1 --seeds 0
-    python benchmarks/rate.py run --arms sequence-w1      planning that pays for what it does outside of the set
+    python benchmarks/rate.py run --arms sequence-w0.3    planning at another price of what it does outside of the set
     python benchmarks/rate.py report                      table.md and rate-kl.png from the results
 
 One JSON a run in benchmarks/results/rate/: settings, scores, versions, machine. A run that failed keeps its row.
@@ -22,7 +22,7 @@ from xfactor_peft.errors import XFactorError
 
 AT_EVERY_RATE, AT_FEW_RATES = ("tilt", "sequence"), ("blocks-r1", "blocks-r4", "blocks-r16", "trl")
 ARMS = ("bias", "tilt", "suppress", "blocks-r1", "blocks-r4", "blocks-r16", "uniform-lora", "uniform-full", "trl",
-        "sequence")  # fmt: skip
+        "sequence-w1", "sequence")  # fmt: skip
 
 
 def numbers(context, option, text: str) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -61,6 +62,20 @@ def test_bf16_is_the_default_where_it_is_fast_and_named_slow_elsewhere(fast, mon
     assert not recwarn
     assert pick_dtype("bf16", torch.device("cpu")) == "bf16"
     assert ["only emulates bf16" in str(one.message) for one in recwarn] == ([] if fast else [True])
+
+
+def test_emulated_bf16_is_named_once_whoever_asks(monkeypatch):
+    """A plan and a load ask from different places."""
+    monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: False)
+
+    def ask():
+        pick_dtype("bf16", torch.device("cpu"))
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        ask()
+        ask()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(("quantization", "backend"), KINDS)

@@ -81,10 +81,12 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def of_layer(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """What PEFT's patterns say of a layer: the first that is all of its name, or the end of it behind a dot."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
 def layer_scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), after PEFT's pattern for the layer: the first
-    that is all of its name, or the end of it behind a dot."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(own, config["lora_alpha"])
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023)."""
+    alpha = of_layer(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

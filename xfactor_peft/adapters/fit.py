@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +15,7 @@ from ..base.loading import Base
 from ..checkpoint.durable import file_hash
 from ..errors import XFactorError, XFactorWarning
 from .adapter import AdapterInfo
+from .config import of_layer
 from .files import CONFIG, RECORD, WEIGHTS
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_((?P<side>[AB])\.(?P<kind>weight|bias)|"
@@ -89,8 +89,7 @@ def _check_layer(config: dict[str, Any], layer: str, parts: dict[str, _Shape], w
     allowed = wanted | ({"B.bias"} if config.get("lora_bias") else set())
     if extra := parts.keys() - allowed:
         raise XFactorError(f"{where} is damaged: {layer} has a {sorted(extra)[0]} that its configuration has not")
-    patterns = config.get("rank_pattern") or {}
-    rank = patterns.get(get_pattern_key(list(patterns), layer), config["r"])
+    rank = of_layer(config.get("rank_pattern") or {}, layer, config["r"])
     found = (parts["A.weight"][0], parts["B.weight"][-1])
     if found != (rank, rank):
         raise XFactorError(f"{where} is damaged: {layer} is of rank {found[0]} and {found[1]}, not {rank}")

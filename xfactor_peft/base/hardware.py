@@ -42,7 +42,8 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
         slow = (
             f"this {device.type.upper()} only emulates bf16: it takes half the memory of fp32 and many times its time"
         )
-        warnings.warn(f"{slow}; `dtype=fp32` is the fast one here", XFactorWarning, stacklevel=3)
+        # located here, so that Python says it once, whoever asks: the plan, then the load
+        warnings.warn(f"{slow}; `dtype=fp32` is the fast one here", XFactorWarning, stacklevel=1)
     return dtype
 
 

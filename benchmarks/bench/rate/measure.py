@@ -55,10 +55,13 @@ def _train(base, tokens: xf.TokenSet, spec: Record, on_step: OnStep):
     if arm.startswith("blocks-r"):
         r = int(arm.removeprefix("blocks-r"))
         lora = xf.LoraOptions(r=r, alpha=2 * r, target="all")
-    price = float(arm.partition("-w")[2] or 0) if arm.startswith("sequence") else 0.0
-    planned = arm.startswith("sequence")
+    kind, _, price = arm.partition("-w")
     objective = xf.ObjectiveOptions(
-        sequence_level=planned, sequence_steps=steps, outside_price=price, dial=False, frontier=False
+        sequence_level=kind == "sequence",
+        sequence_steps=steps,
+        outside_price=float(price or 0),
+        dial=False,
+        frontier=False,
     )
     options = xf.TrainOptions(method="full" if arm == "uniform-full" else "lora", seed=spec["seed"])
     return xf.train(

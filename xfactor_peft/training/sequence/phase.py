@@ -69,14 +69,14 @@ class Sequence:
                 texts = samples.draw(samples.seed * 7 + 30_000, CHECK_TEXTS)
             return trainer.price(texts, rate.strengths.to(trainer.rates))
 
-        weights, (report.kl, extra) = state.weights(), price()
+        weights, (report.kl, charge) = state.weights(), price()
         state.load_weights(state.before)
-        report.kl_of_tilt, none = price()
-        report.kept = report.kl + extra < report.kl_of_tilt + none
+        report.kl_of_tilt, charge_of_tilt = price()
+        report.kept = report.kl + charge < report.kl_of_tilt + charge_of_tilt
         if report.kept:
             state.load_weights(weights)
         else:
-            charged = f" and {extra:.4f} for what it does outside of the set" if extra else ""
+            charged = f" and {charge:.4f} for what it does outside of the set" if charge else ""
             costs = f"KL {report.kl:.4f}{charged}, the tilt's {report.kl_of_tilt:.4f}"
             rate.stopped = f"planning gained nothing ({costs}), so the tilt is kept"
 

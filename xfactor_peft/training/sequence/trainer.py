@@ -33,14 +33,17 @@ ROWS = 32
 
 @dataclass(frozen=True)
 class SequenceOptions:
-    """Settings of the sequence-level phase; the defaults are those of the figures."""
+    """Settings of the sequence-level phase; the defaults are those of the figures.
+
+    `outside_price` is the run's own (see `ObjectiveOptions`).
+    """
 
     sequences: int = SEQUENCES
     lr: float = 1e-3
     decay: float = 0.9
     warm_up: int = 2
     spread: float = SPREAD
-    outside_price: float = 0.0
+    outside_price: float = 1.0
     seed: int = 0
 
 
