@@ -57,6 +57,7 @@ def test_the_cpu_is_ours_and_the_gpu_bitsandbytes():
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_the_default_where_it_is_fast_and_named_slow_elsewhere(fast, monkeypatch, recwarn):
     monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: fast)
+    hardware._name_slow.cache_clear()
     assert pick_dtype("auto", torch.device("cpu")) == ("bf16" if fast else "fp32")
     assert pick_dtype("fp32", torch.device("cpu")) == "fp32"
     assert not recwarn
@@ -67,12 +68,13 @@ def test_bf16_is_the_default_where_it_is_fast_and_named_slow_elsewhere(fast, mon
 def test_emulated_bf16_is_named_once_whoever_asks(monkeypatch):
     """A plan and a load ask from different places."""
     monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: False)
+    hardware._name_slow.cache_clear()
 
     def ask():
         pick_dtype("bf16", torch.device("cpu"))
 
     with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("default")
+        warnings.simplefilter("always")
         ask()
         ask()
     assert len(seen) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
 
 import torch
 
@@ -39,12 +40,15 @@ def pick_dtype(dtype: str, device: torch.device) -> str:
     if dtype == "auto":
         return "bf16" if multiplies_bf16(device) else "fp32"
     if dtype == "bf16" and not multiplies_bf16(device):
-        slow = (
-            f"this {device.type.upper()} only emulates bf16: it takes half the memory of fp32 and many times its time"
-        )
-        # located here, so that Python says it once, whoever asks: the plan, then the load
-        warnings.warn(f"{slow}; `dtype=fp32` is the fast one here", XFactorWarning, stacklevel=1)
+        _name_slow(device.type)
     return dtype
+
+
+@cache
+def _name_slow(kind: str) -> None:
+    """Once a process: a plan asks, and then the load."""
+    slow = f"this {kind.upper()} only emulates bf16: it takes half the memory of fp32 and many times its time"
+    warnings.warn(f"{slow}; `dtype=fp32` is the fast one here", XFactorWarning, stacklevel=4)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
