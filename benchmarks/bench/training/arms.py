@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _TARGETS = {"all": "attention + MLP", "attention": "attention", "mlp": "MLP", "all,head": "attention + MLP + set head"}
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit"}
@@ -63,8 +63,14 @@ LORA_INT8 = Arm(dtype="auto", quantization="int8")
 LORA_NF4 = Arm(dtype="auto", quantization="nf4")
 
 CORE = (FULL, FULL_BF16, FULL_8BIT_ADAM, LORA_FP32, LORA_BF16, LORA_INT8, LORA_NF4)
+OPTIMIZERS = FULL_8BIT_ADAM, FULL_ADAFACTOR
 ALL = (*CORE[:3], FULL_ADAFACTOR, *CORE[3:])
-GRID = tuple(Arm(target=target, r=r) for target in ("attention", "mlp", "all", "all,head") for r in (1, 4, 8, 16, 64))
+GRID = tuple(
+    Arm(dtype="fp32", target=target, r=r)
+    for target in ("attention", "mlp", "all", "all,head")
+    for r in (1, 4, 8, 16, 64)
+)
 CROSS = tuple(arm for arm in GRID if arm.r == 8 or arm.target == "all")
 """Every rank in one place, and every place at one rank."""
-PRECISIONS = (LORA_FP32, LORA_INT8, LORA_NF4, FULL, FULL_BF16, FULL_8BIT_ADAM, FULL_ADAFACTOR)
+OTHERS = (LORA_BF16, LORA_INT8, LORA_NF4, FULL, FULL_BF16, *(replace(arm, dtype="fp32") for arm in OPTIMIZERS))
+"""Other precisions than the float32 of `GRID`, and full fine-tuning."""

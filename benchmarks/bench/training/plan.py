@@ -94,19 +94,17 @@ def plan(preset: Preset, model: str, real: str | None = None, pretrained: str | 
     return runs + [Run("shape", arm, f"{preset.shape}-shape", shape, lr=1e-4) for arm in preset.shape_arms]
 
 
-def source_runs(
-    model: str, settings: Settings, rates: dict[str, tuple[float, ...]], precision: str = "fp32"
-) -> list[Run]:
-    """The base, then full fine-tuning and LoRA with AdamW at the source's rates."""
+def source_runs(model: str, settings: Settings, rates: dict[str, tuple[float, ...]]) -> list[Run]:
+    """The base, then full fine-tuning and LoRA with AdamW at the source's rates, in float32 as there."""
     found = [Run("source", arms.BASE, model, settings)]
-    for arm in (Arm("full", precision, optimizer="adamw"), Arm(dtype=precision, optimizer="adamw")):
+    for arm in (Arm("full", "fp32", optimizer="adamw"), Arm(dtype="fp32", optimizer="adamw")):
         found += [Run("source", arm, model, settings, lr=rate) for rate in rates[arm.method]]
     return found
 
 
 def pretrained_runs(model: str, wanted: RealPlan) -> list[Run]:
-    """The source's table for each letter, in bf16 as the model is kept, then ranks, places and precisions."""
-    runs = [run for settings in wanted.sources for run in source_runs(model, settings, wanted.source_rates, "bf16")]
+    """The source's table for each letter, then ranks, places and precisions."""
+    runs = [run for settings in wanted.sources for run in source_runs(model, settings, wanted.source_rates)]
     rates = ((arm, PLACE_RATES.get(arm.optimizer, PLACE_RATES[arm.method])) for arm in wanted.place_arms)
     runs += [Run("places", arm, model, wanted.places, lr=rate) for arm, rate in rates]
     return runs + [Run("shape", arm, model, COST, lr=1e-4) for arm in wanted.cost_arms]

@@ -109,13 +109,13 @@ QUICK = Preset(
 )  # fmt: skip
 PAPER = Preset(
     "paper", arms.CORE, DEMO, sweep_steps=20, rates=QUICK.rates, source=SOURCE, shape_arms=arms.ALL, real=True,
-    pretrained=RealPlan(REAL_SOURCES, places=PLACES, place_arms=(*arms.CROSS, *arms.PRECISIONS), cost_arms=arms.ALL),
+    pretrained=RealPlan(REAL_SOURCES, places=PLACES, place_arms=(*arms.CROSS, *arms.OTHERS), cost_arms=arms.ALL),
 )  # fmt: skip
 FULL = Preset(
     "full", arms.ALL, replace(DEMO, steps=300), seeds=(0, 1, 2, 3, 4),
     source=SOURCE, shape_arms=arms.ALL, shape_steps=8, real=True,
     pretrained=RealPlan(
-        (REAL_SOURCE, replace(REAL_SOURCE, contains="X")), places=PLACES, place_arms=(*arms.GRID, *arms.PRECISIONS),
+        (REAL_SOURCE, replace(REAL_SOURCE, contains="X")), places=PLACES, place_arms=(*arms.GRID, *arms.OTHERS),
         cost_arms=arms.ALL,
     ),
 )  # fmt: skip
