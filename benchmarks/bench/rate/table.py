@@ -12,6 +12,7 @@ from xfactor_peft.errors import XFactorError
 from .. import store
 from ..store import Record
 from ..tables import NONE, Table
+from . import bound
 from .curve import Curve
 
 TABLE, BIAS_TABLE, PLOT = "table.md", "logit-bias.md", "rate-kl.png"
@@ -60,6 +61,8 @@ def report(folder: Path) -> str:
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
     plot(folder / PLOT, curve, groups)
+    if (folder / "bound").is_dir():
+        pages["bound"] = bound.write(folder)
     return "\n".join(pages.values())
 
 
