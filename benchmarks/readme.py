@@ -65,9 +65,11 @@ PASTED = {
     "gguf-rates": "gguf/rates.md",
     "gguf-decoding": "gguf/decoding.md",
     "gguf-whole": "gguf/whole.md",
+    "headline": "paper/headline.md",
     "lowmem": "lowmem",
     "phrases": "phrases",
     "rate": "rate",
+    "rate-bound": "rate/bound.md",
     "whole": "whole",
 }
 """Markers: the folder whose table goes between them, or the table itself."""

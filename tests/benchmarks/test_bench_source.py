@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from bench.training.pages import beginning, table_page
+from bench.training.arms import LORA_FP32
+from bench.training.pages import beginning, headline, table_page
 from bench.training.plan import RUNS
 from bench.training.report import REPORT, TABLE, write_report
 from bench.training.results import load
@@ -44,3 +45,22 @@ def test_what_is_planned_and_not_run_is_said(folder):
     write_report(folder)
     assert "Not run yet: demo-train-full-fp32." in (folder / TABLE).read_text(encoding="utf-8")
     assert "Planned and not run yet" in (folder / REPORT).read_text(encoding="utf-8")
+
+
+def test_the_readme_has_a_screen_of_the_real_model_alone(folder):
+    """Untrained, full at both rates, LoRA at its two highest, and what the set head adds; nothing of the demo model."""
+    results = load(folder)
+    assert headline(results) is None
+    real = [replace(row, model="smollm2", contains="x") for row in results.of("source")]
+    source = real[-1]
+    head = replace(source, group="places", arm=replace(LORA_FP32, target="all,head"))
+    table = headline(replace(results, rows=(*results.rows, *real, head)))
+    assert [line[0] for line in table.rows] == [
+        "base, not trained",
+        "full, lr 1e-06",
+        "full, lr 0.0001",
+        "LoRA r=8, attention + MLP, lr 0.0001",
+        "LoRA r=8, attention + MLP, lr 0.001",
+        f"LoRA r=8, attention + MLP + set head, {source.settings['steps']} steps",
+    ]
+    assert headline(replace(results, rows=(*results.rows, *real))) is None  # without the head it would say half

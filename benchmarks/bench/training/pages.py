@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 from ..store import Record
 from ..tables import NONE, Table, model_name, number, share, with_interval
+from .arms import LORA_FP32
 from .metrics import METRICS, steps_to_rate
+from .models import REAL
 from .results import Results, Row
 
 SOURCE_TABLE = "source-"
@@ -65,6 +68,7 @@ SOURCE = ("loss, first → last", "floor", "rate", "R of the source's sample", "
           "distinct_2")  # fmt: skip
 PLACES = ("trainable", "loss, first → last", "floor", "rate", "kl", "prose, before → after", "distinct_2",
           "train_peak")  # fmt: skip
+HEADLINE = ("rate", "loss, first → last", "prose, before → after", "train_peak")
 
 
 def _cell(results: Results, row: Row, column: str) -> str:
@@ -107,6 +111,20 @@ def all_tables(results: Results) -> dict[str, Table]:
         caption += f"{sizes['seq_len']} tokens{next((f', {threads_of(row)}' for row in rows if row.good), '')}."
         found[f"shape-{rows[0].model}"] = arms_table(results, rows, COST, caption)
     return found
+
+
+def headline(results: Results) -> Table | None:
+    """For the README: the real model untrained, full fine-tuning, LoRA, LoRA with the set head; None without these."""
+    sources = [row for rows in results.tables("source")[:1] for row in rows if row.model == REAL.name and row.good]
+    lora = [row for row in sources if row.arm.method == "lora"]
+    heads = [row for row in results.of("places") if row.arm == replace(LORA_FP32, target="all,head") and row.good]
+    rows = [row for row in sources if row not in lora] + lora[-2:] + heads
+    if not lora or not heads:
+        return None
+    table = arms_table(results, rows, HEADLINE, "")
+    steps = [f", {row.settings['steps']} steps" if row in heads else "" for row in rows]
+    lines = [[line[0].replace(", fp32", "") + more, *line[1:]] for line, more in zip(table.rows, steps, strict=True)]
+    return Table(table.headers, lines)
 
 
 def threads_of(row: Row) -> str:

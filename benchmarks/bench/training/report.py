@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..store import Record
 from ..tables import file_size, model_name, number, share
 from . import arms, plots
-from .pages import all_tables, planned, sweep_table, table_page, threads_of, where_of
+from .pages import all_tables, headline, planned, sweep_table, table_page, threads_of, where_of
 from .results import Results, Row, load
 
 TEMPLATE = "report.html.j2"
-REPORT, TABLE, PLOTS = "report.html", "table.md", "plots"
+REPORT, TABLE, HEADLINE, PLOTS = "report.html", "table.md", "headline.md", "plots"
 LETTERS, SAME = 420, 40
 """A sample is shown so far, and left out where its beginning is that of one shown before."""
 PLACES_SHOWN = 9
@@ -32,6 +32,8 @@ def write_report(folder: Path) -> str:
     """
     results = load(folder)
     (folder / TABLE).write_text(table_page(results), encoding="utf-8")
+    if table := headline(results):
+        (folder / HEADLINE).write_text(table.markdown() + "\n", encoding="utf-8")
     pictures = plots.save_png(results, folder / PLOTS)
     (folder / REPORT).write_text(html(results), encoding="utf-8")
     failures = sum(len(row.failures) for row in results.rows)
