@@ -249,6 +249,12 @@ class ObjectiveOptions(_Recorded):
         _check(0 <= self.kl_to_base < math.inf, "`kl_to_base` must be at least 0", f"{self.kl_to_base:g}")
         _check(self.sequence_steps >= 1, "`sequence_steps` must be at least 1", self.sequence_steps)
         _check(0 <= self.outside_price < math.inf, "`outside_price` must be at least 0", f"{self.outside_price:g}")
+        planning = self.sequence_steps, self.outside_price
+        _check(
+            self.sequence_level or planning == (80, 1.0),
+            "`sequence_steps` and `outside_price` are about planning whole texts; they need `sequence_level=True`",
+            planning,
+        )
         if self.contexts not in (None, "random", "self") and not Path(self.contexts).is_file():
             raise XFactorError(f"`contexts` must be random, self or a text file; {self.contexts!r} is none of them")
 

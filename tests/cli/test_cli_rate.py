@@ -46,6 +46,22 @@ def test_goals_and_sequence_level(run, tiny_folders):
     assert Path("adapters/X-rate-0.2-and-1-more-all-head/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("flags", "constant"), [([], False), (["--no-early-stop"], True)])
+def test_a_head_that_is_one_constant_says_so(run, tiny_folders, flags, constant):
+    brief = ["--steps", 1, "--seq-len", 16, "--no-dial", "--no-eval"]
+    output = run(
+        "train", "--model", tiny_folders["gpt2"], "--dtype", "fp32", "--target-rate", 0.2, *brief, *flags
+    ).output
+    assert ("the set head is one constant" in " ".join(output.split())) == constant
+
+
+def test_words_without_a_token_are_named(run, tiny_folders):
+    """They are no part of the set, and a user who wrote them would not know."""
+    brief = ["--steps", 1, "--seq-len", 8, "--no-eval", "--output", "out"]
+    output = run("train", "--model", tiny_folders["gpt2"], *brief, "--words", "fox,zymurgy").output
+    assert "left out, for the vocabulary has no token for it: zymurgy" in " ".join(output.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -64,6 +80,8 @@ def test_goals_and_sequence_level(run, tiny_folders):
         (["--lambda", "inf"], "--lambda must be between"),
         (["--contexts", "nowhere"], "--contexts must be random, self or a text file"),
         (["--kl-to-base", "-1"], "--kl-to-base must be at least 0"),
+        (["--target-rate", "0.1", "--outside-price", "2"], "--sequence-steps and --outside-price are about planning"),
+        (["--sequence-steps", "7"], "they need --sequence-level"),
     ],
 )
 def test_mistakes_are_one_line(run, tiny_folders, flags, message):

@@ -23,8 +23,8 @@ RULES = {
 }
 
 
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+def run(*arguments, code=0, given=None):
+    result = CliRunner().invoke(main, [str(a) for a in arguments], input=given)
     assert result.exit_code == code, result.output
     return result.stdout
 
@@ -51,6 +51,7 @@ def test_the_words_are_gone(trained):
 
 def test_its_own_record_makes_it_again(trained):
     folder, _ = trained
+    assert (folder / "plain" / "run.yaml").read_text().startswith("# Repeats this run: xfactor train --config ")
     run("train", "--config", folder / "plain" / "run.yaml", "--output", folder / "again", "--no-eval")
     first, second = ((folder / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "again"))
     assert first == second
@@ -75,6 +76,25 @@ def test_eval_counts_what_it_is_about(trained):
     base, adapted = scores.values()
     assert adapted["per_1000_words"] < 0.3 * base["per_1000_words"]
     assert base["kl"] == 0 < adapted["kl"]
+
+
+def test_eval_takes_prompts_from_standard_input_and_for_a_chat(trained):
+    """Both are refused or lost for adapters that are about tokens alone."""
+    folder, _ = trained
+    arguments = ("eval", "--adapter", folder / "plain", "--repeats", 2, "--json", "-", "--prompts", "-")
+    for given in ("Once upon a time", json.dumps({"prompt": "Tell me a story.", "chat": True})):
+        record = json.loads(run(*arguments, given=given))
+        assert record["decoding"]["prompts"] == 1
+
+
+def test_a_reference_text_takes_the_place_of_rates_and_says_so(trained):
+    folder, _ = trained
+    (folder / "words.txt").write_text("the")
+    (folder / "human.txt").write_text("The fox saw the cat.")
+    words = f"{folder / 'words.txt'}=x0.5"
+    shown = CliRunner().invoke(main, ["train", "--phrases", words, "--rates-from", str(folder / "human.txt")])
+    assert shown.exit_code == 2
+    assert "--rates-from sets every rate; drop the one of" in " ".join(shown.output.split())
 
 
 def test_generated_texts_show_what_they_hold(trained):

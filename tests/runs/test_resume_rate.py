@@ -64,7 +64,8 @@ def run(base, output, sequence=False, crash_at=None, **more):
             raise Crash
 
     tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
-    objective = ObjectiveOptions(sequence_level=sequence, sequence_steps=6, dial=False, frontier=False)
+    planning = {"sequence_level": True, "sequence_steps": 6} if sequence else {}
+    objective = ObjectiveOptions(dial=False, frontier=False, **planning)
     folder = FolderOptions(save_every=4, resume=more.pop("resume", False))
     recipe = Recipe(OPTIONS, evaluation=QUICK, objective=objective, **more)
     return train_to_folder(base, TiltedTarget.of(tokens, 0.2), output, recipe, folder, on_step=on_step)

@@ -48,7 +48,7 @@ def write_run(ctx: click.Context, flags: dict[str, Any], choice: ModelChoice, ou
         for param in _options(ctx.command)
         if param.name not in _NOT_KEPT and _has_value(values.get(param.name))
     }
-    head = f"# Repeats this run: xfactor train --config {output / RUN} --output ANOTHER_FOLDER\n"
+    head = f"# Repeats this run: xfactor {ctx.command.name} --config {output / RUN} --output ANOTHER_FOLDER\n"
     text = head + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     write_atomically(output / RUN, text.encode())
 

@@ -66,22 +66,23 @@ def command(**flags: Any) -> None:
     from ..options import EvalOptions
     from ..sampling.frontier import measure_frontier
     from ..sampling.metrics import evaluate
-    from ..sampling.prompt_families import families_of, read_families
+    from ..sampling.prompt_families import PromptFamily, families_of, read_families
     from .console import console, print_json
     from .summary import print_frontier, print_goals, print_scores
 
+    families: list[PromptFamily] = []
     options = EvalOptions(repeats=flags["repeats"], sampling=sampling(flags))
     if path := flags["prompts"]:
         families = families_of(from_stdin(), path) if str(path) == "-" else read_families(path)
-        if any(family.chat for family in families):
-            raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
         options = replace(options, prompts=tuple(prompt for family in families for prompt in family.prompts))
     base = load(own_base(flags, flags["adapters"], flags["adapters_dir"]))
     bank = AdapterBank(base, flags["adapters_dir"])
     split_model, given = split(base.model), token_set(flags, base)
     mixes = [Mix(), *(mix for mix in load_mixes(bank, flags["adapters"]) if mix.parts)]
     if given is None and (phrases := phrase_adapters(bank)):
-        return eval_phrases(bank, mixes, phrases, flags)
+        return eval_phrases(bank, mixes, phrases, flags, options.prompts if flags["prompts"] else None)
+    if any(family.chat for family in families):
+        raise XFactorError("--prompts: what is scored is plain text; leave chat prompts out")
     sets = column_sets(bank, mixes, given)
     reference = split(load({**flags, "model": flags["base_model"]}).model) if flags["base_model"] else None
     columns, tokens = {}, sets[0][0]

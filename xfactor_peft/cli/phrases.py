@@ -164,16 +164,17 @@ def phrase_adapters(bank: AdapterBank) -> list[str]:
     return found
 
 
-def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags: dict[str, Any]) -> None:
+def eval_phrases(
+    bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags: dict[str, Any], others: Sequence[str] | None
+) -> None:
     """Score the base and adapters for phrases on their own texts, with all that the adapters are about.
 
-    Prompts and chat are those of the first adapter's rules, the held-out ones, unless --prompts says others.
+    Prompts and chat are those of the first adapter's rules, the held-out ones, unless `others` are given.
     """
     from ..adapters.files import write_json
     from ..phrases.evaluation import Author
     from ..phrases.goals import patterns_of
     from ..phrases.rules import parse_rules
-    from ..sampling.prompt_families import read_families
     from ..tokens.automaton import TokenAutomaton
     from ..tokens.printable import counted
     from .summary import decoding_text
@@ -181,9 +182,7 @@ def eval_phrases(bank: AdapterBank, mixes: list[Mix], adapters: list[str], flags
     if flags["frontier"] or flags["base_model"]:
         raise XFactorError("--frontier and --base have no meaning for adapters for phrases; drop them")
     rules = parse_rules(bank.adapters[adapters[0]].record.get("rules"))
-    prompts, patterns = list(rules.held_out or rules.prompts), patterns_of(bank.adapters.values())
-    if flags["prompts"]:
-        prompts = [prompt for family in read_families(flags["prompts"]) for prompt in family.prompts]
+    prompts, patterns = list(others or rules.held_out or rules.prompts), patterns_of(bank.adapters.values())
     count, decoding = flags["repeats"] * len(prompts), sampling(flags)
     automaton = TokenAutomaton(bank.base.tokenizer, patterns, bank.base.vocab_size)
     author, columns = Author(bank.base, automaton, rules.chat), {}
@@ -224,10 +223,13 @@ def _rules(ctx: click.Context, flags: dict[str, Any]) -> tuple[Rules, list[Measu
         return replace(rules, options=_options(ctx, flags, rules.options)), None
     texts = [_as_goal(kind, text) for kind in ("phrases", "script", "chars") for text in flags[kind]]
     goals = tuple(_read_goal(text) for text in (*texts, *flags["goals"]))
+    asked = [text for kind in ("phrases", "script", "chars") for text in flags[kind]] + list(flags["goals"])
     target, measured = PhraseTarget(goals) if goals else None, None
     if flags["rates_from"]:
         if target is None:
             raise XFactorError("`rates_from` needs `phrases`: what is to be as in the text?")
+        if rated := [text for text in asked if _has_rate(text)]:
+            raise XFactorError(f"`rates_from` sets every rate; drop the one of {rated[0]!r}, or train two adapters")
         target, measured = like(flags["rates_from"], target.patterns)
     assert target is not None  # or `wants_phrases` had said no
     fit, held_out = prompts_of(flags)
@@ -246,14 +248,19 @@ def prompts_of(flags: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def _as_goal(kind: str, text: str) -> str:
     """FILE or FILE=RATE as a goal; without a rate, never."""
+    return f"{kind}:{text}" if _has_rate(text) else f"{kind}:{text}=0"
+
+
+def _has_rate(text: str) -> bool:
+    """Whether it ends with =RATE."""
     from ..phrases.goals import Wanted
 
     _, equals, rate = text.rpartition("=")
     try:
         Wanted.parse(rate if equals else "")
     except XFactorError:
-        return f"{kind}:{text}=0"
-    return f"{kind}:{text}"
+        return False
+    return True
 
 
 def _read_goal(text: str) -> PhraseGoal:

@@ -9,7 +9,7 @@ from ..base.loading import Base
 from ..base.quantised import numbers
 from ..lora.wrap import matched_modules, unmatched_modules
 from ..lowmem.linears import listed
-from ..objective.targets import Target
+from ..objective.targets import Target, TiltedTarget
 from ..options import Recipe
 from ..sampling.frontier import Frontier
 from ..sampling.metrics import Evaluation
@@ -28,6 +28,7 @@ MOST_PRICE = 1.15
 def print_start(base: Base, target: Target, recipe: Recipe) -> None:
     """The token sets, the matched layers and the recipe."""
     options, lora = recipe.train, recipe.lora
+    sets = [goal.tokens for goal in target.goals] or [target.tokens]
     if not target.goals:
         tokens = target.tokens
         console.print(f"tokens: {tokens.describe()}, {len(tokens)} of {tokens.vocab_size}")
@@ -35,6 +36,8 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
         wanted = f"rate {goal.rate:g}" if goal.rate is not None else f"lambda {goal.strength:g}"
         size = f"{len(goal.tokens)} of {goal.tokens.vocab_size}"
         console.print(f"tokens: {goal.tokens.describe()}, {size}; wanted {wanted}")
+    if left_out := [word for tokens in sets for word in tokens.without_token]:
+        console.print(f"left out, for the vocabulary has no token for it: {', '.join(left_out)}", markup=False)
     if options.method == "lora" and lora is not None:
         matched = matched_modules(base.model, lora.target)
         if lora.head:
@@ -46,6 +49,9 @@ def print_start(base: Base, target: Target, recipe: Recipe) -> None:
             console.print(f"lora: r {lora.r}, alpha {lora.alpha}, on {sum(matched.values())} layers ({layers})")
         if unmatched := unmatched_modules(base.model, lora.target):
             console.print(f"no lora on {listed(unmatched)}, which stay as they are", markup=False)
+        rated = lora.target == "head" and any(goal.rate for goal in target.goals)
+        if rated and isinstance(target, TiltedTarget) and not target.looks(lora, recipe.objective):
+            console.print("the set head is one constant: a rate holds on average over kinds of prompts, not after each")
     contexts = {"random": "random tokens", "self": "tokens of the model's own"}.get(
         target.contexts(recipe.objective), f"tokens of {recipe.objective.contexts}"
     )

@@ -140,13 +140,13 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     target = make_target(flags, vocabulary)
     assert recipe.lora is not None  # `make_recipe` decides it
     output = flags["output"] or Path("adapters") / default_name(target, recipe.train, recipe.lora)
+    name_resume_command(output)
     if not flags["resume"]:
         check_output(output, force=flags["force"])
     plan, load = _plan(flags, choice, load, recipe)
     base = load_chosen(choice, load, vocabulary=vocabulary)
     if flags["preset"] == "source" and recipe.evaluation:
         recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
-    name_resume_command(output)
     print_start(base, target, recipe)
     if plan is not None:
         recipe = replace(recipe, memory=_as_planned(recipe.memory, plan, packed=choice.gguf is not None))

@@ -56,13 +56,8 @@ def _train(base, tokens: xf.TokenSet, spec: Record, on_step: OnStep):
         r = int(arm.removeprefix("blocks-r"))
         lora = xf.LoraOptions(r=r, alpha=2 * r, target="all")
     kind, _, price = arm.partition("-w")
-    objective = xf.ObjectiveOptions(
-        sequence_level=kind == "sequence",
-        sequence_steps=steps,
-        outside_price=float(price or 0),
-        dial=False,
-        frontier=False,
-    )
+    planning = {"sequence_level": True, "sequence_steps": steps, "outside_price": float(price or 0)}
+    objective = xf.ObjectiveOptions(dial=False, frontier=False, **(planning if kind == "sequence" else {}))
     options = xf.TrainOptions(method="full" if arm == "uniform-full" else "lora", seed=spec["seed"])
     return xf.train(
         base, target, options, lora, None, objective, on_step=lambda step: on_step(step.step + 1, step.loss)
