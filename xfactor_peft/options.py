@@ -314,7 +314,7 @@ class ChatOptions(_Recorded):
     """Whether a prompt is a question in the tokenizer's chat template, or plain text to continue.
 
     `mode` is "on", "off", or "auto": on where the tokenizer has a template. `system` is the system's message, `earlier`
-    the turns before the prompt, questions and answers by turns. R of a set of tokens is measured after plain text always.
+    the turns before the prompt, questions and answers by turns. R of a set of tokens is measured after plain text.
 
     Raises:
         XFactorError: an unknown mode, or a system's message without a chat.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from xfactor_peft.errors import XFactorError
+
 ROOT = Path(__file__).parents[2]
 FAST = ["--steps", "30", "--seq-len", "16", "--lr", "1e-2", "--eval-tokens", "16", "--eval-repeats", "1"]
 
@@ -86,7 +88,7 @@ def test_play_has_dials(run, adapters_root, tiny_folders):
     assert "adapter x holds no dial" in output
     assert "unknown command /lenght. Did you mean '/length'?" in output
     assert "--max-new-tokens must be at least 1; got 0" in output
-    assert "/seed needs a number; got ''" in output
+    assert "/seed needs a whole number; got ''" in output
     answers = [part.split("\n")[0] for part in output.split("base> ")[4:6]]
     assert answers[0] == answers[1] != ""  # greedy
 
@@ -122,6 +124,37 @@ def test_play_completes_commands_and_adapters(tiny, adapters_root):
     assert session.completions("/adapter ") == ["head", "x", "z"]
     assert session.completions("/adapter x:0.7+h") == ["head"]
     assert session.completions("The f") == session.completions("/adapter q") == []
+
+
+def test_play_changes_nothing_on_bad_input(tiny, adapters_root):
+    from xfactor_peft.bank.bank import AdapterBank
+    from xfactor_peft.cli.play import Session
+    from xfactor_peft.options import ChatOptions, SamplingOptions
+
+    session = Session(AdapterBank(tiny, adapters_root), SamplingOptions(), ChatOptions("on", earlier=("a", "b")))
+    for line in ("/length nan", "/length inf", "/length 1.5", "/seed nan"):
+        with pytest.raises(XFactorError, match="needs a whole number"):
+            session.answer(line)
+    assert session.answer("/seed 9007199254740993") == "seed 9007199254740993"
+    tiny.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    try:
+        with pytest.raises(XFactorError, match="context"):
+            list(session.stream("word " * 400))
+    finally:
+        tiny.tokenizer.chat_template = None
+    assert session.chat.earlier == ("a", "b")  # what was said is not forgotten with the prompt that is refused
+
+
+def test_a_rate_takes_the_place_of_a_weight(tiny, adapters_root, monkeypatch):
+    from xfactor_peft.bank.bank import AdapterBank
+    from xfactor_peft.cli.play import Session
+    from xfactor_peft.options import SamplingOptions
+
+    session = Session(AdapterBank(tiny, adapters_root), SamplingOptions())
+    session.answer("/adapter x:0.5")
+    monkeypatch.setattr(session.bank, "scale_for_rate", lambda name, rate: 0.8)
+    session.answer("/rate 10%")
+    assert session.bank.active.parts == (("x", 0.8),)
 
 
 def test_play_ends_with_the_input(run, tiny_folders):

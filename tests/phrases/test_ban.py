@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import regex
 import torch
+from transformers import AddedToken
 
 from tests.tokens.test_patterns import demo_tokenizer, llama_tokenizer
 from xfactor_peft.errors import XFactorError
@@ -29,6 +30,14 @@ def test_no_sequence_of_the_tokens_left_has_a_banned_character(tokenizer):
     text = b"".join(texts[i] for i in drawn).decode("utf-8", "replace")
     assert not regex.search(r"\p{Han}", text)
     assert proof.checked == len(left) > 0.5 * len(texts)
+
+
+def test_a_marker_that_can_be_drawn_is_text():
+    tokenizer = demo_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    marker = tokenizer.convert_tokens_to_ids("<tool>")
+    assert marker in ban(tokenizer, (Pattern("<", "char"),), len(tokenizer)).banned
+    assert marker not in ban(tokenizer, (Pattern("é", "char"),), len(tokenizer)).banned
 
 
 def test_a_ban_of_whole_characters_alone_is_not_enough(tokenizer):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from xfactor_peft.cli.phrases import _as_goal
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.phrases.goals import PhraseTarget, Wanted, is_phrase_goal, parse_phrase_goal
 from xfactor_peft.phrases.lists import overused, writing_prompts
@@ -47,6 +48,41 @@ def test_goals_of_the_command_line(tmp_path):
     assert not is_phrase_goal("words:f.txt=0.1")
     with pytest.raises(XFactorError, match="KIND:VALUE=RATE"):
         parse_phrase_goal("phrases:slop.txt")
+
+
+def test_small_rates_say_themselves_again():
+    for rate in (Wanted(5e-5, "w"), Wanted(3e-7, "t"), Wanted(5e-5), Wanted(2.0, "w")):
+        assert Wanted.parse(rate.text()) == rate
+
+
+@pytest.mark.parametrize(
+    "part", [{"prompts": [{"Continue": "The ship"}]}, {"goals": [{"phrases": [True], "rate": 0}]},
+             {"goals": [{"chars": [7], "rate": 0}]}, {"prompts": ["a"], "held_out": [1]}]
+)  # fmt: skip
+def test_what_yaml_reads_as_no_text_is_refused(part):
+    rules = {"goals": [{"phrases": ["king"], "rate": 0}], **part}
+    with pytest.raises(XFactorError, match="put that into quotes"):
+        parse_rules(rules)
+
+
+def test_numbers_are_numbers_however_they_are_written(tmp_path):
+    (tmp_path / "rules.yaml").write_text(FILE.replace("seed: 3", "lr: 1e-3"))
+    assert read_rules(tmp_path / "rules.yaml").options.lr == 1e-3
+    record = {"format": 1, "rules": {**read_rules(tmp_path / "rules.yaml").record()}}
+    record["rules"]["options"]["lr"] = 5e-5
+    (tmp_path / "xfactor.json").write_text(json.dumps(record))
+    assert read_rules(tmp_path / "xfactor.json").options.lr == 5e-5
+    with pytest.raises(XFactorError, match="chat"):
+        parse_rules({"goals": [{"phrases": ["king"], "rate": 0}], "chat": ["on"]})
+
+
+def test_a_rate_that_is_none_is_no_part_of_the_characters():
+    """They would all be banned."""
+    for text in ("—=10%", "—=0.5"):
+        with pytest.raises(XFactorError, match="no rate of phrases"):
+            _as_goal("chars", text)
+    assert _as_goal("chars", "—=") == "chars:—==0"
+    assert _as_goal("chars", "—=x0.5") == "chars:—=x0.5"
 
 
 def test_a_pattern_belongs_to_one_goal():

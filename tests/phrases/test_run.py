@@ -87,6 +87,14 @@ def test_eval_takes_prompts_from_standard_input_and_for_a_chat(trained):
         assert record["decoding"]["prompts"] == 1
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("xfactor_peft.phrases.train.train_phrases", lambda *_: pytest.fail("it has begun"))
+    shown = CliRunner().invoke(main, ["unslop", "--model", "demo", "--output", str(tmp_path / "file" / "out")])
+    assert shown.exit_code == 2
+    assert "cannot be written" in shown.output
+
+
 def test_a_reference_text_takes_the_place_of_rates_and_says_so(trained):
     folder, _ = trained
     (folder / "words.txt").write_text("the")

@@ -86,23 +86,24 @@ def train_and_save(
     """Load, train, save, print."""
     from ..adapters.files import RECORD
     from ..adapters.output import check_replaceable
+    from ..checkpoint.locks import folder_lock
     from ..phrases.goals import describe
     from ..phrases.saving import save_phrases
     from ..phrases.train import train_phrases
     from .progress import TrainingProgress
 
-    output = flags["output"]
-    check_replaceable(output, force=flags["force"])  # before anything is computed
-    base = load(flags)
-    goals = rules.target.goals
-    console.print(f"phrases: {describe(goals[:3])}{f' and {len(goals) - 3} more' if len(goals) > 3 else ''}")
-    console.print(f"prompts: {len(rules.prompts)} to learn from, {len(rules.held_out)} held out")
-    with TrainingProgress(1):
-        result = train_phrases(base, rules.target, rules.prompts, rules.held_out, rules.options, rules.chat)
-    reference = [m.rate for m in measured] if measured else None
-    record = save_phrases(result, output, force=flags["force"], rules=rules.record(), reference=reference)
-    again = {name: flags[name] for name in _BASE} | {"rules": output / RECORD} if ctx.command.name == "train" else flags
-    write_run(ctx, again, base.choice, output)
+    output, goals = flags["output"], rules.target.goals
+    with folder_lock(output):  # which also shows, before anything is computed, that it can be written
+        check_replaceable(output, force=flags["force"])
+        base = load(flags)
+        console.print(f"phrases: {describe(goals[:3])}{f' and {len(goals) - 3} more' if len(goals) > 3 else ''}")
+        console.print(f"prompts: {len(rules.prompts)} to learn from, {len(rules.held_out)} held out")
+        with TrainingProgress(1):
+            result = train_phrases(base, rules.target, rules.prompts, rules.held_out, rules.options, rules.chat)
+        reference = [m.rate for m in measured] if measured else None
+        record = save_phrases(result, output, force=flags["force"], rules=rules.record(), reference=reference)
+        own = {name: flags[name] for name in _BASE} | {"rules": output / RECORD}
+        write_run(ctx, own if ctx.command.name == "train" else flags, base.choice, output)
     _print_summary(result)
     _print_next(result, output, flags)
     if flags["as_json"]:
@@ -247,8 +248,19 @@ def prompts_of(flags: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _as_goal(kind: str, text: str) -> str:
-    """FILE or FILE=RATE as a goal; without a rate, never."""
-    return f"{kind}:{text}" if _has_rate(text) else f"{kind}:{text}=0"
+    """FILE or FILE=RATE as a goal; without a rate, never.
+
+    Raises:
+        XFactorError: what follows the last = has a digit, so that it is meant as a rate, and is none.
+    """
+    if _has_rate(text):
+        return f"{kind}:{text}"
+    _, equals, rate = text.rpartition("=")
+    if equals and any(map(str.isdigit, rate)) and not (kind == "phrases" and Path(text).is_file()):
+        from ..phrases.goals import Wanted
+
+        Wanted.parse(rate)
+    return f"{kind}:{text}=0"
 
 
 def _has_rate(text: str) -> bool:

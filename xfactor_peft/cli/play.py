@@ -158,9 +158,9 @@ class Session:
             "scale": lambda text: self._use(self.chosen, _number(text, "/scale")),
             "list": lambda _: self._list(),
             "rate": self._rate,
-            "length": lambda text: self._set("max_new_tokens", int(_number(text, "/length"))),
+            "length": lambda text: self._set("max_new_tokens", _whole(text, "/length")),
             "temperature": lambda text: self._set("temperature", _number(text, "/temperature")),
-            "seed": lambda text: self._set("seed", int(_number(text, "/seed"))),
+            "seed": lambda text: self._set("seed", _whole(text, "/seed")),
             "new": lambda _: self._new(),
             "help": lambda _: HELP,
             "quit": lambda _: self._quit(),
@@ -184,12 +184,13 @@ class Session:
     def _rate(self, text: str) -> str:
         if len(self.chosen.parts) != 1:
             raise XFactorError("/rate picks the scale of one adapter; choose one with /adapter first")
-        return self._use(self.chosen, self.bank.scale_for_rate(self.chosen.names[0], parse_rate(text)))
+        name = self.chosen.names[0]
+        return self._use(Mix.of(name), self.bank.scale_for_rate(name, parse_rate(text)))
 
     def _set(self, name: str, value: float) -> str:
         changes: dict[str, Any] = {name: value}
         self.options = replace(self.options, **changes)
-        return f"{name.replace('_', ' ')} {value:g}"
+        return f"{name.replace('_', ' ')} {value if isinstance(value, int) else format(value, 'g')}"
 
     def completions(self, line: str) -> list[str]:
         """What the last word of `line` may become: a command, or after /adapter a name."""
@@ -234,15 +235,16 @@ class Session:
             yield from stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat)
             return
         room = tokens_left(base, self.options.max_new_tokens)
-        while self.chat.earlier and len(question(base.tokenizer, prompt, self.chat)) > room:
-            self.chat = replace(self.chat, earlier=self.chat.earlier[2:])
+        chat = self.chat
+        while chat.earlier and len(question(base.tokenizer, prompt, chat)) > room:
+            chat = replace(chat, earlier=chat.earlier[2:])
         try:
-            for ids in stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=self.chat):
+            for ids in stream(self.bank.model, base.tokenizer, prompt, self.options, piece=1, chat=chat):
                 yield ids
         finally:
             if ids:
                 answer = str(base.tokenizer.decode(ids, skip_special_tokens=True))
-                self.chat = replace(self.chat, earlier=(*self.chat.earlier, prompt, answer))
+                self.chat = replace(chat, earlier=(*chat.earlier, prompt, answer))
 
 
 def _number(text: str, command: str) -> float:
@@ -250,3 +252,10 @@ def _number(text: str, command: str) -> float:
         return float(text)
     except ValueError as error:
         raise XFactorError(f"{command} needs a number; got {text!r}") from error
+
+
+def _whole(text: str, command: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise XFactorError(f"{command} needs a whole number; got {text!r}") from error

@@ -146,7 +146,8 @@ def run(ctx: click.Context, flags: dict[str, Any]) -> None:
     plan, load = _plan(flags, choice, load, recipe)
     base = load_chosen(choice, load, vocabulary=vocabulary)
     if flags["preset"] == "source" and recipe.evaluation:
-        recipe = replace(recipe, evaluation=_source_evaluation(base, flags["eval_tokens"]))
+        repeats = flags["eval_repeats"] if given(ctx, "eval_repeats") else 1
+        recipe = replace(recipe, evaluation=_source_evaluation(base, flags, repeats))
     print_start(base, target, recipe)
     if plan is not None:
         recipe = replace(recipe, memory=_as_planned(recipe.memory, plan, packed=choice.gguf is not None))
@@ -209,8 +210,10 @@ def _as_planned(memory: MemoryOptions, plan: Plan, *, packed: bool) -> MemoryOpt
     return MemoryOptions(plan.recomputed, memory.budget or plan.memory.total)
 
 
-def _source_evaluation(base: Base, new: int | None) -> EvalOptions:
-    """One top-50 sample as in the original exercise, 200 tokens in all unless `new` tokens are asked for."""
+def _source_evaluation(base: Base, flags: dict[str, Any], repeats: int) -> EvalOptions:
+    """Top-50 samples as in the original exercise, 200 tokens in all unless other tokens are asked for."""
+    new = flags["eval_tokens"]
     if new is None:
         new = SOURCE_TOKENS - len(base.tokenizer(SOURCE_PROMPT)["input_ids"])
-    return EvalOptions((SOURCE_PROMPT,), 1, SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K))
+    sampling = SamplingOptions(max_new_tokens=new, top_k=SOURCE_TOP_K, seed=flags["seed"])
+    return EvalOptions((SOURCE_PROMPT,), repeats, sampling)

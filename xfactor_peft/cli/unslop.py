@@ -92,4 +92,9 @@ def command(ctx: click.Context, **flags: Any) -> None:
         r=flags["lora_r"], texts=flags["texts"], length=flags["length"], eval_texts=flags["eval_texts"],
         seed=flags["seed"],
     )  # fmt: skip
-    train_and_save(ctx, flags, Rules(target, tuple(fit), tuple(held_out), options=options), measured)
+    train_and_save(
+        ctx,
+        {**flags, "rate": None} if measured else flags,
+        Rules(target, tuple(fit), tuple(held_out), options=options),
+        measured,
+    )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import XFactorError
 from ..tokens.patterns import Pattern, names
-from ..tokens.token_bytes import token_bytes
+from ..tokens.token_bytes import markers, token_bytes
 
 REPLACEMENT = "\ufffd"
 BAN = -100.0
@@ -44,7 +44,8 @@ def ban(tokenizer: PreTrainedTokenizerBase, patterns: Iterable[Pattern], vocab_s
         XFactorError: a pattern of more than one character, U+FFFD, which bytes of no character are shown as, or nothing
             that could be left out.
     """
-    texts = {i: raw for i, raw in token_bytes(tokenizer).items() if i < vocab_size}
+    shown = {i: marker.encode() for i, marker in markers(tokenizer).items()}  # not special, so they can be drawn
+    texts = {i: raw for i, raw in {**token_bytes(tokenizer), **shown}.items() if i < vocab_size}
     encodings = characters(patterns)
     banned = np.array([i for i, raw in sorted(texts.items()) if fault(raw, encodings)], dtype=np.int64)
     if not len(banned):

@@ -18,7 +18,7 @@ from ..tokens.patterns import Pattern, phrases, read_phrases
 
 UNITS = {"x": "of the base's own", "w": "per 1,000 words", "t": "per 1,000 tokens"}
 KINDS = ("phrases", "phrase", "chars", "script")
-_RATE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)/1000(w|t)")
+_RATE = re.compile(r"((?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)/1000(w|t)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class PhraseHead(nn.Module):
         super().__init__()
         self.tokens = torch.from_numpy(tokens)
         rows = weight.rows(self.tokens) if isinstance(weight, PackedMatrix) else weight[self.tokens]
-        self.base_weight = rows.detach().float()
-        self.base_bias = None if bias is None else bias[self.tokens].detach().float()
+        self.base_weight = rows.detach().float().cpu()  # as the states of texts are, wherever the model is
+        self.base_bias = None if bias is None else bias[self.tokens].detach().float().cpu()
         self.banned = torch.zeros(0, dtype=torch.long)
         self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
         self.b = nn.Parameter(torch.zeros(len(tokens), rank))
@@ -123,12 +123,13 @@ class PhraseHead(nn.Module):
     def state_loss(self, policy: SplitModel, hidden: torch.Tensor, at: Positions, rows: torch.Tensor) -> torch.Tensor:
         """Mean KL(q || student) at these positions over the whole vocabulary, for a trunk that changes: its states are
         `hidden` (n, D). The gradient reaches them and b."""
-        size, bias = policy.weight.shape[0], policy.bias
-        own = torch.zeros(size) if bias is None else bias.detach().float()
-        own = own.index_add(0, self.tokens, self.offset).to(hidden.dtype)
-        teacher = StateTeacher(at.states(rows).to(hidden), bias, self.tokens, at.log_weights(rows))
-        b = torch.zeros(max(1, len(self.a)), size).index_copy_(1, self.tokens, self.b.detach().T)
-        term = hidden.float() @ self.a.detach().T if len(self.a) else None
+        size, bias, device = policy.weight.shape[0], policy.bias, hidden.device
+        own = torch.zeros(size) if bias is None else bias.detach().float().cpu()
+        own = own.index_add(0, self.tokens, self.offset).to(hidden)
+        log_w = at.log_weights(rows).to(device)
+        teacher = StateTeacher(at.states(rows).to(hidden), bias, self.tokens.to(device), log_w)
+        b = torch.zeros(max(1, len(self.a)), size).index_copy_(1, self.tokens, self.b.detach().T).to(device)
+        term = hidden.float() @ self.a.detach().T.to(device) if len(self.a) else None
         return tilted_kl_loss(hidden, policy.weight, teacher, b, bias=own, set_logits=term).loss
 
     @torch.no_grad()
@@ -142,7 +143,7 @@ class PhraseHead(nn.Module):
     @torch.no_grad()
     def add_to(self, z: torch.Tensor, hidden: torch.Tensor, states: np.ndarray) -> None:
         """u in place: texts drawn from the student (a `texts.Tilt`)."""
-        z.index_add_(1, self.tokens.to(z.device), self(hidden.float()).to(z))
+        z.index_add_(1, self.tokens.to(z.device), self(hidden.float().cpu()).to(z))
         z[:, self.banned.to(z.device)] += BAN
 
     def ban(self, ids: np.ndarray) -> None:

@@ -15,7 +15,8 @@ options: {texts: 256, seed: 0}                               # `PhraseOptions`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def read_rules(path: str | Path) -> Rules:
         text = path.read_text(encoding="utf-8-sig")
         if len(text) > 4 * 2**20:
             raise XFactorError(f"`rules` {path} is larger than 4 MiB")
-        value = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise XFactorError(f"`rules` {path}: cannot be read as YAML: {error}") from error
+        value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise XFactorError(f"`rules` {path}: cannot be read as YAML or JSON: {error}") from error
     if isinstance(value, Mapping) and "format" in value:
         value = value.get("rules")
     try:
@@ -100,12 +101,13 @@ def parse_rules(value: Any, folder: Path = Path()) -> Rules:
         raise XFactorError("`options` must be a table of settings")
     _known(options, tuple(f.name for f in fields(PhraseOptions)), "`options`")
     chat = value.get("chat", "auto")
-    chat = str({True: "on", False: "off"}.get(chat, chat))  # YAML's own reading of on and off
+    if isinstance(chat, bool):  # YAML's own reading of on and off
+        chat = "on" if chat else "off"
     try:
-        made = PhraseOptions(**options)
+        made = PhraseOptions(**{name: _number(setting) for name, setting in options.items()})
     except TypeError as error:
         raise XFactorError(f"`options`: {error}") from error
-    return Rules(PhraseTarget(goals), tuple(fit), tuple(held_out), ChatOptions(chat, value.get("system")), made)
+    return Rules(PhraseTarget(goals), tuple(fit), tuple(held_out), ChatOptions(str(chat), value.get("system")), made)
 
 
 def _known(value: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
@@ -125,19 +127,39 @@ def _goal(value: Any, folder: Path) -> PhraseGoal:
     if not isinstance(ignore_case, bool):
         raise XFactorError(f"`ignore_case` must be true or false; got {ignore_case!r}")
     if kind == "phrases" and isinstance(what, list):
-        return PhraseGoal(str(value.get("name") or kind), phrases(map(str, what), ignore_case=ignore_case), wanted)
+        return PhraseGoal(str(value.get("name") or kind), phrases(_texts(what, kind), ignore_case=ignore_case), wanted)
     if kind == "phrases":
         found = read_phrases(folder / str(what), ignore_case=ignore_case)
         return PhraseGoal(str(value.get("name") or what), found, wanted)
     if isinstance(what, list):
-        what = ("," if kind == "script" else "").join(map(str, what))
+        what = ("," if kind == "script" else "").join(_texts(what, kind))
     return phrase_goal(kind, str(what), wanted, ignore_case=ignore_case)
 
 
 def _lines(value: Any, folder: Path, what: str) -> list[str]:
     if isinstance(value, list):
-        return [str(line) for line in value]
+        return list(_texts(value, what))
     return text_of(folder / str(value), f"`{what}` {value}").splitlines()
+
+
+def _texts(values: Iterable[Any], what: str) -> Iterable[str]:
+    """The same, once each is text: YAML reads `yes`, `007` and `Write a story: a fox` as something else.
+
+    Raises:
+        XFactorError: one is none.
+    """
+    for value in values:
+        if not isinstance(value, str):
+            raise XFactorError(f"`{what}`: {value!r} is what YAML reads where a text is meant; put that into quotes")
+        yield value
+
+
+def _number(setting: Any) -> Any:
+    """A setting; 1e-3, which YAML takes for a text, as the number that it is."""
+    try:
+        return float(setting) if isinstance(setting, str) else setting
+    except ValueError:
+        return setting
 
 
 def _goal_record(goal: PhraseGoal) -> dict[str, Any]:

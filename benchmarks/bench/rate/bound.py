@@ -41,7 +41,7 @@ from ..tables import Table
 BOUND_TABLE = "bound.md"
 LABELS = {"sequence": "sequence-level, no price", "sequence-w1": "sequence-level"}
 LENGTH = 64
-ROUNDS, PARTICLES, FINAL = 5, 32, 64
+ROUNDS, PARTICLES, FINAL, REPEATS = 5, 16, 64, 3
 RESAMPLED, STEP_PRICE = 0.5, 0.3
 
 
@@ -212,7 +212,8 @@ def tilted(sampler: Sampler, prompts: tuple[str, ...], strength: float, texts: i
 
 
 def least(sampler: Sampler, prompts: tuple[str, ...], rate: float, spread: float, on_step: OnStep) -> Record:
-    """The bound at this R and spread, in nats a token, between its own bounds; and what the best policy has."""
+    """The bound at this R and spread, in nats a token, between its own bounds, with two standard errors of either; and
+    what the best policy has."""
     variance = (spread * LENGTH) ** 2
     f = Potential(1.5 + 10 * rate, 0.5 / (rate * (1 - rate) * LENGTH), rate * LENGTH)
     for number in range(ROUNDS):
@@ -220,23 +221,29 @@ def least(sampler: Sampler, prompts: tuple[str, ...], rate: float, spread: float
         histograms = torch.stack([sampler.counts(run) for run in runs])
         f = dual(histograms, torch.tensor([run.log_z for run in runs], dtype=torch.float64), f, variance)
         on_step(number + 1, f.strength)
-    below = [sampler.run(prompt, f, FINAL, 10_000 + n) for n, prompt in enumerate(prompts)]
+    below = [sampler.run(prompt, f, FINAL, 10_000 + n) for n, prompt in enumerate(prompts * REPEATS)]
     kept = [run.ids[int(torch.searchsorted(run.weights.cumsum(0), 0.5))] for run in below]  # drawn: order is chance
-    pairs = enumerate(zip(prompts, kept, strict=True))
+    pairs = enumerate(zip(prompts * REPEATS, kept, strict=True))
     above = [sampler.run(prompt, f, FINAL, 20_000 + n, ids) for n, (prompt, ids) in pairs]
     fixed = f.strength * f.centre - f.evenness * variance / 2
-    most, fewest = (mean(run.log_z for run in runs) for runs in (above, below))
+    (most, most_error), (fewest, fewest_error) = (_mean([run.log_z for run in runs]) for runs in (above, below))
     counts = torch.stack([sampler.counts(run) for run in below]).mean(0)
     at = torch.arange(LENGTH + 1, dtype=torch.float64)
     return {
-        "low": (fixed - most) / LENGTH,
-        "high": (fixed - fewest) / LENGTH,
+        "low": (fixed - most - 2 * most_error) / LENGTH,
+        "high": (fixed - fewest + 2 * fewest_error) / LENGTH,
         "strength": f.strength,
         "evenness": f.evenness,
         "best_rate": float(counts @ at) / LENGTH,
         "best_spread": math.sqrt(float(counts @ (at - f.centre) ** 2)) / LENGTH,
         "effective": mean(effective(run.weights.log()) for run in below),
     }
+
+
+def _mean(log_z: list[float]) -> tuple[float, float]:
+    """The mean over prompts and `REPEATS`, and its standard error: of the noise alone, not of how prompts differ."""
+    runs = torch.tensor(log_z, dtype=torch.float64).view(REPEATS, -1)
+    return float(runs.mean()), float((runs.var(0) / REPEATS).mean().div(runs.shape[1]).sqrt())
 
 
 def measure(spec: Record, on_step: OnStep) -> Record:
