@@ -16,7 +16,6 @@ loads anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -24,6 +23,7 @@ import torch
 from ..lowmem.gguf_layers import PIECE as GGUF_PIECE
 from ..lowmem.int8_matmul import PRODUCT_BYTES
 from ..objective.kl import LOGITS_BYTES, PIECE_BYTES
+from .control_groups import left_by_groups
 from .dry_run import Shape, StepMemory
 
 LOSS_CHUNKS = {False: 3.5, True: 5.5}
@@ -119,20 +119,10 @@ def file_pages() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still take: of the GPU, or of the machine within its control group's limit."""
+    """Bytes that this process could still take: of the GPU, or of the machine within its control groups' limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *_control_group()])
-
-
-def _control_group() -> list[int]:
-    """What a container's limit leaves, as a list of one number, or of none without a limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return [] if limit == "max" else [max(0, int(limit) - int(used))]
-    except (OSError, ValueError):
-        return []
+    return min([psutil.virtual_memory().available, *left_by_groups()])
 
 
 def blocks_to_recompute(step: StepMemory, shape: Shape, budget: int, *, baseline: int) -> int | None:
