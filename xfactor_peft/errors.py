@@ -12,6 +12,10 @@ class XFactorError(ValueError):
     """
 
 
+class OutOfRoom(XFactorError):
+    """The memory or the disk is full: the same run can go on from what it saved, once there is room."""
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of another library's says, in one line: its first, or its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,6 +1,8 @@
 """A run for a rate that was stopped in any of its phases goes on and ends with the same bytes."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 
@@ -16,6 +18,7 @@ from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.runs import folder as folder_module
 from xfactor_peft.runs import run as run_module
 from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
@@ -153,6 +156,60 @@ def test_stopped_while_lambda_is_sought_no_sample_is_lost(load_tiny, whole, tmp_
     assert made[3] == made[2]  # the sample that was stopped is the first to be drawn again
     assert not {*made[:2]} & {*made[3:]}
     assert_same(tmp_path / "a", expected)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A function: the `count`-th call of `owner.name`, and no other, raises `error`."""
+
+    def fail(owner, name, error, count=2):
+        plain, calls = getattr(owner, name), []
+
+        def counted(*arguments):
+            calls.append(arguments)
+            if len(calls) == count:
+                raise error
+            return plain(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return fail
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("case", ["head", "attention"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [((torch, "save", FULL), "No space left"), ((RateRun, "drawn", MemoryError()), "out of memory")],
+    ids=["disk", "memory"],
+)
+def test_without_room_the_rounds_before_stay(load_tiny, whole, failing, tmp_path, case, place, said):
+    expected = whole(case)
+    failing(*place)
+    with pytest.raises(XFactorError, match=rf"{said}.*is of step 0"):
+        run(load_tiny(), tmp_path / "a", **CASES[case])
+    assert len([*(tmp_path / ".a.partial/checkpoints").iterdir()]) == 1
+    run(load_tiny(), tmp_path / "a", resume=True, **CASES[case])
+    assert_same(tmp_path / "a", expected)
+
+
+def test_an_adapter_that_found_no_room_is_resumed(load_tiny, whole, failing, tmp_path):
+    expected = whole("head")
+    failing(folder_module, "save_result", FULL, 1)
+    with pytest.raises(XFactorError, match=r"cannot be written \(No space left.*; what there is stays in"):
+        run(load_tiny(), tmp_path / "a")
+    run(load_tiny(), tmp_path / "a", resume=True)
+    assert_same(tmp_path / "a", expected)
+
+
+def test_what_cannot_be_reached_leaves_nothing(load_tiny, failing, tmp_path):
+    """The control: rounds are saved, and resuming would fail again."""
+    failing(RateRun, "drawn", XFactorError("no tilt has these rates"))
+    with pytest.raises(XFactorError, match="no tilt"):
+        run(load_tiny(), tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_its_state_planning_differs(load_tiny, whole, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import XFactorError
+from ..errors import OutOfRoom
 from .durable import file_hash, write_atomically
 
 FORMAT = 2
@@ -48,7 +48,7 @@ class Checkpoints:
         """Write a checkpoint of tensors and plain values, then remove all but the newest `keep`.
 
         Raises:
-            XFactorError: it cannot be written; those before it stay.
+            OutOfRoom: it cannot be written; those before it stay.
         """
         content = {"format": FORMAT, "step": step, "facts": facts, "state": state}
         path = self.folder / f"step-{step:08d}.pt"
@@ -58,7 +58,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             last = "no checkpoint is there yet" if self.saved is None else f"the last whole one is of step {self.saved}"
             reason = getattr(error, "strerror", None) or str(error)
-            raise XFactorError(
+            raise OutOfRoom(
                 f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}); {last}"
             ) from error
         self.saved = step

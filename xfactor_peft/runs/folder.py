@@ -22,7 +22,7 @@ from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
 from ..checkpoint.state import Step, steps_of
-from ..errors import XFactorError
+from ..errors import OutOfRoom, XFactorError
 from ..training.train import TrainResult
 from .save_result import complete_record, save_result
 
@@ -81,7 +81,7 @@ class RunFolder:
                     file.write(_line(asdict(step)))
                     file.flush()
                 except OSError as error:
-                    raise XFactorError(f"{self.path / METRICS} cannot be written ({error.strerror})") from error
+                    raise OutOfRoom(f"{self.path / METRICS} cannot be written ({error.strerror})") from error
 
             yield write
 
@@ -109,7 +109,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise XFactorError(f"{self.output} cannot be written ({error.strerror}); {left}") from error
+            raise OutOfRoom(f"{self.output} cannot be written ({error.strerror}); {left}") from error
 
     def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
@@ -126,8 +126,10 @@ class RunFolder:
             return stopped
         return Interrupted(f"stopped; step {saved} is saved; resume with `resume=True`", stopped.status - 128)
 
-    def discard_if_empty(self) -> None:
-        """Remove the folder of a run that failed before its first step."""
+    def discard_if_empty(self, error: XFactorError) -> None:
+        """Remove the folder of a run that failed before its first step, unless what it saved can be resumed."""
+        if isinstance(error, OutOfRoom) and self.checkpoints.saved is not None:
+            return
         with suppress(OSError):
             if self.record is None and self.start is None and len((self.path / METRICS).read_bytes().splitlines()) == 1:
                 shutil.rmtree(self.path)

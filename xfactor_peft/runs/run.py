@@ -105,8 +105,8 @@ def train_to_folder(
                 return result, place.complete(result)
             except Interrupted as stopped:
                 raise place.with_resume_hint(stopped) from None
-            except XFactorError:
-                place.discard_if_empty()
+            except XFactorError as error:
+                place.discard_if_empty(error)
                 raise
 
 

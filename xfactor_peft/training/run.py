@@ -21,7 +21,7 @@ from ..budget.phases import SAMPLING_BYTES
 from ..budget.plan import limit_of, recompute_in
 from ..checkpoint.checkpointer import NoCheckpoints
 from ..checkpoint.state import Step
-from ..errors import XFactorError
+from ..errors import OutOfRoom, XFactorError
 from ..lora.wrap import adapter_off, add_lora
 from ..lowmem.activations import prepare_for_training
 from ..lowmem.allocator import spare_heap
@@ -172,7 +172,7 @@ class TrainingRun:
 
     @contextmanager
     def explaining_out_of_memory(self) -> Iterator[None]:
-        """Inside, memory that runs out becomes an XFactorError that says what would have fitted."""
+        """Inside, memory that runs out becomes an OutOfRoom that says what would have fitted."""
         try:
             yield
         except OUT_OF_MEMORY as error:
@@ -180,7 +180,7 @@ class TrainingRun:
                 raise
             hint = self.hooks.checkpointer.resume_hint()
             reason = explain(self.base, self.shape, self.recipe.train.grad_accum, error=error, resume_hint=hint)
-            raise XFactorError(reason) from None  # the traceback would hold on to the memory
+            raise OutOfRoom(reason) from None  # the traceback would hold on to the memory
 
 
 def run_shape(base: Base, target: Target, recipe: Recipe, lora: LoraOptions) -> Shape:
