@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 from tests.training.uniform import QUICK, x_target
 from xfactor_peft.options import LoraOptions, Recipe, TrainOptions
@@ -25,6 +26,19 @@ def run(base, output, options=OPTIONS, crash_at=None, **more):
     folder = FolderOptions(**{"save_every": 5, **{k: more.pop(k) for k in FOLDER & more.keys()}})
     recipe = Recipe(options, evaluation=QUICK, **{"lora": LoraOptions(r=2), **more})
     return train_to_folder(base, x_target(base), output, recipe, folder, on_step=on_step)
+
+
+def stop_at_the_second(measure):
+    """`TrainingRun.measure`, which a signal stops when R is measured after training."""
+    made = []
+
+    def measured(self):
+        made.append(self)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(self)
+
+    return measured
 
 
 def weights(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs.crashing import Crash, metrics, run, scores, weights
+from tests.runs.crashing import Crash, metrics, run, scores, stop_at_the_second, weights
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
@@ -208,6 +209,36 @@ def test_resume_on_the_command_line(tiny_folders, tmp_path, monkeypatch):
     assert metrics(Path("a")) == metrics(Path("whole"))
     again = CliRunner().invoke(main, ["train", "--resume", "a"])
     assert (again.exit_code, "the run is finished" in again.output) == (2, True)
+
+
+def test_a_published_adapter_stays_when_resuming_is_refused(tiny_folders, load_tiny, tmp_path, monkeypatch):
+    """Only its scores are missing: whatever is wrong with the attempt, the adapter keeps its name."""
+    from click.testing import CliRunner
+
+    from xfactor_peft.adapters.adapter import read_adapter
+    from xfactor_peft.cli import main
+    from xfactor_peft.training.run import TrainingRun
+
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", str(tiny_folders["gpt2"]), "--dtype", "fp32", "--seq-len", "8", "--steps", "2",
+             "--eval-tokens", "4", "--eval-repeats", "1", "--output", "a"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
+        stopped = CliRunner().invoke(main, words)
+    assert "the adapter is whole in a, its scores are not; resume with xfactor train --resume a" in stopped.output
+    settings = Path("a/settings.json")
+    kept = settings.read_text()
+    settings.write_text(json.dumps({name: value for name, value in json.loads(kept).items() if name != "beta"}))
+    refused = CliRunner().invoke(main, ["train", "--resume", "a"])
+    assert (refused.exit_code, "begun by another version" in refused.output) == (2, True)
+    read_adapter(Path("a"))
+    with pytest.raises(XFactorError, match="the run has another train"):
+        run(load_tiny(), Path("a"), resume=True)
+    read_adapter(Path("a"))
+    settings.write_text(kept)
+    assert CliRunner().invoke(main, ["train", "--resume", "a"]).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert json.loads(Path("a/xfactor.json").read_text())["after"]
 
 
 def test_killed_at_random_moments_nothing_is_lost():

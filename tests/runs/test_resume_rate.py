@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from tests.runs.crashing import Crash, metrics, scores, weights
+from tests.runs.crashing import Crash, metrics, scores, stop_at_the_second, weights
 from tests.training.uniform import QUICK
 from xfactor_peft.adapters.adapter import read_adapter
 from xfactor_peft.checkpoint.checkpointer import Checkpointer, NoCheckpoints
@@ -284,15 +284,3 @@ def test_a_run_that_saves_nothing_offers_no_resuming(load_tiny, tmp_path, monkey
     with pytest.raises(XFactorError, match="there is nothing to resume"):
         interrupted_settings(tmp_path / "a")
     read_adapter(tmp_path / "a")
-
-
-def stop_at_the_second(measure):
-    made = []
-
-    def measured(self):
-        made.append(self)
-        if len(made) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return measure(self)
-
-    return measured

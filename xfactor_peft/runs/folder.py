@@ -54,9 +54,12 @@ class RunFolder:
         """A new folder, or with `resume` the one that is there; raises XFactorError where that cannot be."""
         path = staging_of(output)
         if resume:
-            _withdraw(output)
+            found = _unfinished(output)
+            header = _checked_header(output, found, header)
+            if found != path:  # published, but not measured: it has its hidden name again until it is
+                os.replace(found, path)
             checkpoints = Checkpoints(path / CHECKPOINTS)
-            return cls(output, path, _checked_header(output, path, header), checkpoints, checkpoints.latest())
+            return cls(output, path, header, checkpoints, checkpoints.latest())
         check_output(output, force=force)
         path = prepare_output(output, force=force)
         run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
@@ -148,13 +151,12 @@ def check_output(output: Path, *, force: bool) -> None:
 
 
 def interrupted_settings(output: Path) -> dict[str, Any]:
-    """The `settings.json` of an interrupted run.
+    """The `settings.json` of an interrupted run, whose folder stays where it is.
 
     Raises:
         XFactorError: there is no interrupted run at `output`.
     """
-    path = staging_of(output)
-    _withdraw(output)
+    path = _unfinished(output)
     if not (path / SETTINGS).is_file():
         if not (output / RECORD).is_file():
             raise XFactorError(f"{output} cannot be resumed: there is no interrupted run")
@@ -169,10 +171,11 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
     return value
 
 
-def _withdraw(output: Path) -> None:
-    """Give a published folder whose scores were not measured its hidden name again, so that the run can go on."""
-    if (output / SETTINGS).is_file() and (output / METRICS).is_file() and not staging_of(output).exists():
-        os.replace(output, staging_of(output))
+def _unfinished(output: Path) -> Path:
+    """Where an interrupted run is, if there is one: its hidden folder, or `output` if only its scores are missing."""
+    path = staging_of(output)
+    published = (output / SETTINGS).is_file() and (output / METRICS).is_file() and not path.exists()
+    return output if published else path
 
 
 def _tidy(output: Path) -> None:
