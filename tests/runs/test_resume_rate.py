@@ -17,14 +17,14 @@ from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.checkpoint.interruption import Interrupted
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import TiltedTarget
-from xfactor_peft.options import LoraOptions, ObjectiveOptions, Recipe, TrainOptions
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, RateOptions, Recipe, TrainOptions
 from xfactor_peft.runs import folder as folder_module
 from xfactor_peft.runs import run as run_module
 from xfactor_peft.runs.folder import interrupted_settings
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
 from xfactor_peft.sampling import calibration, own_samples
 from xfactor_peft.tokens.token_set import TokenSet
-from xfactor_peft.training import phases, rate_head
+from xfactor_peft.training import phases, rate_head, rate_report
 from xfactor_peft.training.rate import RateRun
 from xfactor_peft.training.run import TrainingRun
 from xfactor_peft.training.sequence import phase as sequence_phase
@@ -33,7 +33,11 @@ from xfactor_peft.training.sequence.state import SequenceState
 OPTIONS = TrainOptions(steps=12, batch_size=2, seq_len=16)
 BLOCKS = {"lora": LoraOptions(r=2, target="attention", dropout=0.2)}
 PLANNED = {"lora": LoraOptions(r=2, target="all,head"), "sequence": True}
-CASES = {"head": {}, "attention": BLOCKS, "planned": PLANNED, "planned without a head": {"sequence": True, **BLOCKS}}
+CONSTANT = {"rate": RateOptions("on-average"), "dial": True}
+CASES = {
+    "head": {}, "constant": CONSTANT, "attention": BLOCKS, "planned": PLANNED,
+    "planned without a head": {"sequence": True, **BLOCKS},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,14 +65,14 @@ def whole(short, load_tiny, tmp_path_factory):
     return folder
 
 
-def run(base, output, sequence=False, crash_at=None, **more):
+def run(base, output, sequence=False, dial=False, rate=RateOptions(), crash_at=None, **more):
     def on_step(step):
         if step.step == crash_at:
             raise Crash
 
     tokens = TokenSet.contains(base.tokenizer, "X", vocab_size=base.vocab_size)
     planning = {"sequence_level": True, "sequence_steps": 6} if sequence else {}
-    objective = ObjectiveOptions(dial=False, frontier=False, **planning)
+    objective = ObjectiveOptions(dial=dial, frontier=False, rate=rate, **planning)
     folder = FolderOptions(save_every=4, resume=more.pop("resume", False))
     recipe = Recipe(OPTIONS, evaluation=QUICK, objective=objective, **more)
     return train_to_folder(base, TiltedTarget.of(tokens, 0.2), output, recipe, folder, on_step=on_step)
@@ -271,6 +275,18 @@ def test_stopped_while_it_is_measured_the_adapter_is_there(load_tiny, whole, tmp
     assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in expected.iterdir()}
     with pytest.raises(XFactorError, match="the run is finished"):
         interrupted_settings(tmp_path / "a")
+
+
+def test_the_dial_of_a_tilt_rests_on_the_same_texts(load_tiny, whole, tmp_path, monkeypatch):
+    """Those that lambda was sought on, of which a run that resumes after that draws none."""
+    expected = whole("constant")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "measure", stop_at_the_second(TrainingRun.measure))
+        with pytest.raises(Interrupted, match="the adapter is whole"):
+            run(load_tiny(), tmp_path / "a", **CONSTANT)
+    run(load_tiny(), tmp_path / "a", resume=True, **CONSTANT)
+    assert len(report(expected)["dial"]) == len(rate_report.DIAL_SCALES)
+    assert_same(tmp_path / "a", expected)
 
 
 def test_a_run_that_saves_nothing_offers_no_resuming(load_tiny, tmp_path, monkeypatch):

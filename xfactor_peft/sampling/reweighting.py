@@ -53,6 +53,14 @@ class TiltedSamples:
         self._base: list[torch.Tensor] = []
         self._atoms: list[torch.Tensor] = []
 
+    def capture(self) -> dict[str, list[torch.Tensor]]:
+        """All texts, from which `restore` makes the same samples again."""
+        return {"strengths": self._strengths, "base": self._base, "atoms": self._atoms}
+
+    def restore(self, texts: dict[str, list[torch.Tensor]]) -> None:
+        """Hold the captured texts, and no others."""
+        self._strengths, self._base, self._atoms = (list(texts[name]) for name in ("strengths", "base", "atoms"))
+
     def add(self, strengths: torch.Tensor, masses: torch.Tensor, atoms: torch.Tensor) -> Estimate:
         """Texts sampled at `strengths` (K,): (N, T, P) tilted masses m(c), and the atom of each token, (N, T).
 

@@ -84,8 +84,9 @@ class Solve:
         rate, run = self._rate, self._rate.run
         run.enter(CALIBRATION)
         if start := rate.start:
-            rate.restore(start.facts["rate"])
-            load_random(start.state()["random"])
+            state = start.state()
+            rate.restore(start.facts["rate"], state)
+            load_random(state["random"])
         elif not rate.looks:
             rate.strengths = self._solved()
         if not rate.looks:

@@ -100,18 +100,24 @@ class RateRun:
         found = {"strengths": self.strengths.tolist(), "calibration": list(self.calibration), "stopped": self.stopped}
         return {**found, "head": head}
 
-    def restore(self, facts: dict[str, Any]) -> None:
-        """The inverse of `facts`, but for the head, which is made later."""
+    def restore(self, facts: dict[str, Any], state: dict[str, Any]) -> None:
+        """Become what a checkpoint's facts and state say, but for the head, which is made later."""
         self.strengths = torch.tensor(facts["strengths"], dtype=torch.float64)
         self.calibration, self.stopped = list(facts["calibration"]), facts["stopped"]
+        if "tilted" in state:
+            self.tilted.restore(state["tilted"])
 
     def enter(self, phase: str) -> None:
-        """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own."""
+        """Tell the checkpoints what they hold of this run from here on; lambda, once solved, has one of its own.
+
+        A tilt has nothing more to learn, so that one also holds the texts that its dial rests on.
+        """
         self.run.enter(phase, rate=self.facts())
         checkpointer = self.run.hooks.checkpointer
         if phase == SOLVED and self.start is None:
             self._kept = {}
-            checkpointer.save(0, {"history": [], "random": random_states()}, {})
+            state = {"history": [], "random": random_states(), "tilted": self.tilted.capture()}
+            checkpointer.save(0, state, {})
 
     def correct_head(self) -> None:
         """Move the set head's offset until the sampled rates are the wanted ones."""
