@@ -95,18 +95,28 @@ def test_the_text_at_the_top_is_what_comes(run, monkeypatch):
     assert marked == tokens[: len(marked)]
 
 
-def test_the_three_arms_are_those_of_the_results():
-    """The row of each in the table of rates: the mean of R over the seeds, and the KL."""
-    lines = (ROOT / "benchmarks/results/rate/table.md").read_text().splitlines()
+def test_the_wanted_rate_is_that_of_the_results():
+    """R after held-out kinds of prompts, the lowest and the highest of them, and the KL, of the head that looks."""
+    lines = (ROOT / "benchmarks/results/same_rate/same.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    found = {(row[0], row[1]): (row[3], row[5]) for row in rows if len(row) > 5}
-    shown = re.findall(r"^\| .+ \| (0\.\d{3}) \| (\d\.\d{3}) \|$", README, re.M)
-    for (rate, kl), arm in zip(
-        shown, [("tilted, set head", "0.1"), ("uniform, LoRA r=8", "–"), ("uniform, full", "–")], strict=True
-    ):
-        seeds = [float(one) for one in found[arm][0].split()]
-        assert float(rate) == pytest.approx(sum(seeds) / len(seeds), abs=6e-4), arm
-        assert float(kl) == pytest.approx(float(found[arm][1]), abs=6e-4), arm
+    [row] = [row for row in rows if row[:4] == ["demo", "0.1", "1, 1", "head"]]
+    text = " ".join(README.split())
+    rate, low, high, kl = re.search(
+        r"R = (0\.\d+) .*?, (0\.\d+) to (0\.\d+) by kind, at a KL of (0\.\d+)", text
+    ).groups()
+    assert (float(rate), float(kl)) == pytest.approx((float(row[6]), float(row[9])), abs=6e-4)
+    assert f"{low} {high}" == row[7]
+
+
+def test_the_real_model_is_in_one_screen():
+    """R, loss and memory of full fine-tuning and of LoRA."""
+    table = README.split("<!-- headline:begin -->")[1].split("<!-- headline:end -->")[0].strip().splitlines()
+    assert all(word in table[0] for word in ("R (95 %)", "loss", "prose", "MiB"))
+    assert [line.split("|")[1].split(",")[0].strip() for line in table[2:]] == [
+        "base",
+        *["full"] * 2,
+        *["LoRA r=8"] * 3,
+    ]
 
 
 def test_the_python_block_runs(capsys):
