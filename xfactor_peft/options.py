@@ -213,6 +213,11 @@ class RateOptions(_Recorded):
         if self.prompts is not None and not Path(self.prompts).is_file():
             raise XFactorError(f"`prompts` must be a file; {self.prompts!r} is none")
 
+    @property
+    def cuts(self) -> bool:
+        """Whether top-k or top-p leave tokens out."""
+        return self.top_k > 0 or self.top_p < 1
+
     def decoding(self, length: int, seed: int = 0) -> SamplingOptions:
         """The settings of a text of `length` tokens."""
         return SamplingOptions(length, self.temperature, self.top_k, self.top_p, seed)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from xfactor_peft.base.split_model import split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget
 from xfactor_peft.options import ObjectiveOptions, RateOptions, SamplingOptions, TrainOptions
+from xfactor_peft.sampling import own_samples
 from xfactor_peft.sampling.family_samples import FamilySamples
 from xfactor_peft.tokens.token_set import TokenSet
+from xfactor_peft.training import rate_report
 from xfactor_peft.training.train import train
 
 RATE = 0.2
@@ -92,6 +95,27 @@ def test_a_rate_is_that_of_the_decoding_it_was_asked_for(taught, prompts):
     base, _ = fitted(taught, prompts, None, **decoding)
     assert rates_of(base, taught[1], **decoding) == pytest.approx([RATE, RATE], abs=0.05)
     assert abs(rates_of(base, taught[1])[0] - RATE) + abs(rates_of(base, taught[1])[1] - RATE) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("same", "cut"), [(None, {"top_k": 3}), ("on-average", {"top_k": 3}), ("on-average", {"top_p": 0.5})]
+)
+def test_a_rate_and_its_dial_count_what_the_decoding_leaves(tiny, tmp_path, monkeypatch, same, cut):
+    """Most positions have no token of the set among the likeliest, until the adapter raises it."""
+    tokens = TokenSet.contains(tiny.tokenizer, "X", vocab_size=tiny.vocab_size)
+    monkeypatch.setattr(own_samples, "LONG", 64)
+    monkeypatch.setattr(own_samples, "LENGTH", 32)
+    monkeypatch.setattr(rate_report, "DIAL_SCALES", (0.25, 0.5))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The fox")
+    objective = ObjectiveOptions(rate=RateOptions(same, str(prompts), **cut))
+    result = train(tiny, TiltedTarget.of(tokens, RATE), TrainOptions(seq_len=24), evaluation=None, objective=objective)
+    rows = {"fox": [tiny.tokenizer("The fox")["input_ids"]]}
+    samples = FamilySamples(tiny, split(tiny.model), tokens.mask()[None].float(), rows, SamplingOptions(32, **cut))
+    assert float(samples.rates(200, 99).mean()) == pytest.approx(RATE, abs=0.03)
+    for scale, found in result.rate.dial:
+        with rescale_adapter_scale(result.model, scale):
+            assert found == pytest.approx(float(samples.rates(200, 99).mean()), abs=0.02)
 
 
 def test_two_sets_each_hold_their_rate(tiny):

@@ -107,6 +107,10 @@ class HeadFitter:
             self._unit = float((states - self._center).square().mean().sqrt().clamp(min=1e-12))
         self._rounds.append(families)
 
+    def aim(self, rates: torch.Tensor) -> None:
+        """Fit the heads from here on to rates (F, K), of every family its own, in place of the wanted ones."""
+        self._rates = rates
+
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """a (K, D) and b (K,) of the head that holds pieces as tightly as costs little in the newest contexts."""
         for excess in EXCESSES:
@@ -119,8 +123,8 @@ class HeadFitter:
         """a (K, D) and b (K,) of the head nearest the teacher, with the wanted rates on average over the contexts."""
         size, parts = len(self._center), self._weighted()
         gram, of_tilt, of_one = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-        for weight, family in parts:  # one after the other: a wide model's are large
-            each = self._moments(family, excess)
+        for weight, family, rates in parts:  # one after the other: a wide model's are large
+            each = self._moments(family, rates, excess)
             gram, of_tilt, of_one = gram + weight * each[0], of_tilt + weight * each[1], of_one + weight * each[2]
         for part in gram:
             part.diagonal()[:size] += RIDGE * part.diagonal()[:size].mean()
@@ -128,21 +132,23 @@ class HeadFitter:
         constant = torch.linalg.solve(gram, of_one.unsqueeze(2)).squeeze(2)  # the fit of lambda_b = 1
         return self._unscaled(self._at_the_rate(fit, constant))
 
-    def _weighted(self) -> list[tuple[float, Contexts]]:
-        """Every family's contexts of every round and their weight; weights sum to 1."""
-        weights = [OLDER**age for age in reversed(range(len(self._rounds)))]
-        total = sum(weights) * len(self._rounds[0])
+    def _weighted(self) -> list[tuple[float, Contexts, torch.Tensor]]:
+        """Every family's contexts of every round, their weight and the family's rates (K,); weights sum to 1."""
+        weights, count = [OLDER**age for age in reversed(range(len(self._rounds)))], len(self._rounds[0])
+        total, rates = sum(weights) * count, self._rates.expand(count, -1)
         pairs = zip(weights, self._rounds, strict=True)
-        return [(weight / total, family) for weight, families in pairs for family in families]
+        return [(weight / total, *part) for weight, families in pairs for part in zip(families, rates, strict=True)]
 
-    def _moments(self, family: Contexts, excess: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """E[v x x^T] (K, D', D'), E[v x lambda_b] and E[v x] (K, D') of a family, float64."""
+    def _moments(
+        self, family: Contexts, rates: torch.Tensor, excess: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E[v x x^T] (K, D', D'), E[v x lambda_b] and E[v x] (K, D') of a family with its rates (K,), float64."""
         masses, patterns = family.masses.double(), self._atoms.patterns
-        bounds = piece_tilts(masses, patterns, self._rates) + excess
-        tilts = bounded_tilts(masses, patterns, self._rates, bounds)
+        bounds = piece_tilts(masses, patterns, rates) + excess
+        tilts = bounded_tilts(masses, patterns, rates, bounds)
         tilts = tilts.repeat_interleave(family.states.shape[1], dim=0)
         x, m = self._inputs(family), family.tilted(tilts, patterns) @ patterns
-        v = torch.where(self._rates > 0, m * (1 - m), 1.0).float() / len(m)  # 0 needs its tilt everywhere
+        v = torch.where(rates > 0, m * (1 - m), 1.0).float() / len(m)  # 0 needs its tilt everywhere
         grams, of_tilt, of_one = [], [], []
         for weight, tilt in zip(v.T, tilts.T.float(), strict=True):
             vx = weight[:, None] * x
@@ -158,19 +164,20 @@ class HeadFitter:
 
     def _at_the_rate(self, fit: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
         """fit + s constant (K, D') with the s (K,) at which the mean rates are the wanted ones, by Newton's method."""
-        lines = []
-        for weight, family in self._weighted():
+        lines, level = [], torch.zeros(len(fit), dtype=torch.float64)
+        wanted = level.clone()
+        for weight, family, own in self._weighted():
             x = self._inputs(family)
             lines.append((weight, family, x @ fit.T.float(), x @ constant.T.float()))
-        level = torch.zeros_like(self._rates)
+            wanted += weight * own
         for _ in range(30):
             rates, slopes = torch.zeros_like(level), torch.zeros_like(level)
             for weight, family, start, along in lines:
                 m = family.tilted(start + along * level.float(), self._atoms.patterns) @ self._atoms.patterns
                 rates += weight * m.mean(0)
                 slopes += weight * (m * (1 - m) * along).mean(0)
-            step = (torch.logit(self._rates) - torch.logit(rates)) * rates * (1 - rates) / slopes
-            step = torch.where(self._rates > 0, step, 0.0).clamp(-1, 1)
+            step = (torch.logit(wanted) - torch.logit(rates)) * rates * (1 - rates) / slopes
+            step = torch.where(wanted > 0, step, 0.0).clamp(-1, 1)
             level = level + step
             if step.abs().max() < 1e-4:
                 break

@@ -116,7 +116,9 @@ class Solve:
             return torch.full_like(rate.wanted, SUPPRESS)
         contexts = target.contexts(rate.run.recipe.objective)
         with phase("drawing contexts"):
-            if contexts == "self":
+            if contexts == "self" and samples.rate.cuts:
+                masses = rate.uncut_masses(CONTEXTS)
+            elif contexts == "self":
                 masses = rate.tilted_texts(torch.zeros_like(rate.wanted), CONTEXTS, -1)[0].flatten(0, 1).double()
             else:
                 pool = context_pool(rate.run.base, contexts, options.seq_len, seed=options.seed, count=128)
@@ -127,13 +129,12 @@ class Solve:
             with phase(f"calibrating lambda, round {index + 1}"):
                 return rate.tilted_texts(strengths, texts, index)[1]
 
-        decoding = samples.rate
-        if decoding.top_k or decoding.top_p < 1:  # what they cut has no weight under any tilt
+        if samples.rate.cuts:  # what they cut has no weight under any tilt
             strengths, rounds = calibrate(lambda s, index: measure(s, TEXTS, index).rates, first, rate.wanted)
         else:
             strengths, rounds = calibrate_tilt(measure, rate.tilted, first, rate.wanted)
         rate.calibration = rounds
-        return strengths * decoding.temperature
+        return strengths * samples.rate.temperature
 
 
 class Distil:

@@ -142,6 +142,16 @@ class RateRun:
         masses, atoms = self.drawn(f"texts {index}", lambda: self.samples.texts(tilt, texts, index))
         return masses, self.tilted.add(strengths, masses, atoms)
 
+    def uncut_masses(self, texts: int) -> torch.Tensor:
+        """Masses of the atoms along about `texts` texts of the model before top-k and top-p cut any, (M, P) float64."""
+        families, seed = self.samples.families, 7919 * (self.samples.seed + 1) - 1
+
+        def draw() -> torch.Tensor:
+            parts, _ = families.contexts(-(-texts // len(families.prompts)), seed)
+            return torch.cat([part.masses.flatten(0, 1) for part in parts])
+
+        return self.drawn("uncut masses", draw).double()
+
     def is_tilt(self) -> bool:
         """Whether the adapter raises whole sets by constants and does nothing else."""
         return self.head is not None and not self.run.lora.blocks and not self.head.direction.any()

@@ -23,15 +23,20 @@ from ..progress import phase
 from ..sampling.calibration import Trace
 from ..sampling.intervals import mean_interval
 from ..sampling.own_samples import OwnSamples
+from ..sampling.reweighting import log_odds
 
 Drawn = Callable[[str, Callable[[], Any]], Any]
 TEXTS = (16, 16, 16, 32)
 """Texts a family of every round, the base's first."""
+MOST_SHIFT = 2.0
+"""Log-odds by which the aim of a family moves at most for what top-k and top-p cut."""
 
 
 @dataclass(frozen=True)
 class HeadReport:
     """How the head was fitted, JSON-serialisable; F families, K sets.
+
+    Where top-k or top-p cut tokens, the constants and the KL are of the distributions before the cut.
 
     Attributes:
         families: their names.
@@ -95,6 +100,8 @@ def fit_head(
                 solve_rates(torch.cat([p.masses.flatten(0, 1) for p in contexts]), atoms.patterns, wanted.tolist())
             elif index + 1 == len(TEXTS):
                 found = price(contexts, atoms, *fitted)  # of the head that wrote these texts
+            if index and own.rate.cuts:
+                fitter.aim(_aim(contexts, atoms.patterns, fitted, rates.mean(1), wanted))
             fitter.add(contexts)
             fitted = fitter.head()
             head.set(*(temperature * part for part in fitted))
@@ -114,6 +121,24 @@ def fit_head(
         rounds=rounds,
         dial=[(0.0, first), (1.0, float(rates[..., 0].mean()))],
     )
+
+
+def _aim(
+    contexts: list[Contexts],
+    patterns: torch.Tensor,
+    head: tuple[torch.Tensor, torch.Tensor],
+    cut: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Rates before top-k and top-p cut tokens, (F, K), with which those after the cut should be `wanted` (K,).
+
+        logit aim_f = logit R + logit uncut_f - logit cut_f
+
+    with the rates of the head that wrote these texts, before and after, `cut` (F, K).
+    """
+    uncut = torch.stack([(part.tilted(part.tilts(*head), patterns) @ patterns).mean(0) for part in contexts])
+    shift = (log_odds(uncut) - log_odds(cut)).clamp(-MOST_SHIFT, MOST_SHIFT)
+    return torch.where(wanted > 0, (log_odds(wanted) + shift).sigmoid(), 0.0)
 
 
 def _contexts(

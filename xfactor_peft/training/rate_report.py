@@ -97,11 +97,13 @@ def _dial(rate: RateRun) -> list[tuple[float, float]]:
     """Expected R of the first goal at several scales of the adapter.
 
     For a tilt, texts that there are say it, weighed; where they say too little, one of `SAMPLED_SCALES` is sampled,
-    and another left out, as log-odds between two points of the dial are nearly a line.
+    and another left out, as log-odds between two points of the dial are nearly a line. Where top-k or top-p cut, they
+    are none, and the texts' masses say nothing of what was cut: every scale is sampled.
     """
-    if rate.fitted is not None:
+    cuts = rate.samples.rate.cuts
+    if rate.fitted is not None and not cuts:
         return sorted([*rate.fitted.dial, *((s, _sampled(rate, s, n)) for n, s in enumerate(HEAD_SCALES))])
-    if not rate.is_tilt():
+    if cuts or not rate.is_tilt():
         return [(scale, _sampled(rate, scale, number)) for number, scale in enumerate(DIAL_SCALES)]
     unit = rate.strengths / rate.samples.rate.temperature  # as a bias of logits that decoding divides by it
     for number, scale in enumerate(SAMPLED_SCALES):
