@@ -11,7 +11,7 @@ from tests.sampling.test_chat import TEMPLATE
 from xfactor_peft.base.split_model import SplitModel, split
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.options import SamplingOptions
-from xfactor_peft.sampling import prompt_families
+from xfactor_peft.sampling import family_samples, prompt_families
 from xfactor_peft.sampling.family_samples import FamilySamples
 from xfactor_peft.sampling.prompt_families import PromptFamily, encode, fitting_prompts, read_families
 from xfactor_peft.tokens.token_set import TokenSet
@@ -57,6 +57,15 @@ def test_a_file_of_json_lines(tmp_path, tiny):
     assert rows["mail"][0] == tiny.tokenizer("Hi\nthere")["input_ids"]
 
 
+def test_more_families_than_a_rate_takes(tmp_path, tiny):
+    file = tmp_path / "own.txt"
+    file.write_text("The fox\n\n" * 65)
+    with pytest.raises(XFactorError, match="holds 65 kinds of prompts, a rate takes at most 64; join some"):
+        fitting_prompts(tiny, torch.zeros(1, 1, dtype=torch.long), str(file), 16)
+    file.write_text("The fox\n\n" * 64)
+    assert len(fitting_prompts(tiny, torch.zeros(1, 1, dtype=torch.long), str(file), 16)) == 64
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,6 +109,17 @@ def test_masses_are_those_of_the_decoding(tiny, decoding):
     torch.testing.assert_close(hits, masses, atol=0.025, rtol=0)
     assert masses.min() > 0.1
     assert samples.rates(4, 0).shape == (2, 4, 1)
+
+
+def test_every_piece_keeps_a_state_however_many_families_there_are(tiny, monkeypatch):
+    monkeypatch.setattr(family_samples, "STATES", 10)
+    members = TokenSet.contains(tiny.tokenizer, "e", vocab_size=tiny.vocab_size).mask()[None].float()
+    samples = FamilySamples(tiny, split(tiny.model), members, {"a": [[3, 4]], "b": [[5]]}, SamplingOptions(40))
+    found, _ = samples.contexts(6, 0)
+    for family in found:
+        assert family.states.shape == (6, 1, tiny.model.config.hidden_size)
+        assert family.states.isfinite().all()
+        torch.testing.assert_close(family.masses.sum(2), torch.ones(6, 1))
 
 
 def test_contexts_are_texts_of_the_model_with_masses_of_the_base(tiny):

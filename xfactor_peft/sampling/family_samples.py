@@ -19,7 +19,8 @@ from .position_scores import SCORE_BYTES
 from .sampler import Samples, sample
 
 STATES, ROUNDS = 8_000, 4
-"""Most states that are kept of a round, over all families, and rounds: those of a wide model take 8 KiB each."""
+"""About how many states are kept of a round over all families, at least one of each piece, and rounds: those of a wide
+model take 8 KiB each."""
 PIECE = 32
 """Tokens of a text in which a head holds its rate."""
 
@@ -70,7 +71,7 @@ class FamilySamples:
         """
         families, length = len(self.prompts), self.decoding.max_new_tokens
         piece = min(PIECE, length)
-        step = max(1, texts * length * families // STATES)
+        step = min(piece, max(1, texts * length * families // STATES))
         states: dict[int, torch.Tensor] = {}
         rates = torch.zeros(families * texts, len(self.members), dtype=torch.float64)
         for batch in self._drawn(texts, seed):

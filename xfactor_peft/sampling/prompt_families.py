@@ -25,6 +25,8 @@ from .contexts import tokens_left
 FIT, HELD_OUT = "fit", "held-out"
 OPENINGS = "openings"
 """The family of the model's own beginnings of texts."""
+MOST_FAMILIES = 64
+"""Families that a rate is calibrated on at most: texts are drawn after the prompts of each."""
 _BUNDLED = Path(__file__).with_suffix(".json")
 _KEYS = {"prompt": str, "family": str, "chat": bool}
 
@@ -123,7 +125,17 @@ def encode(base: Base, families: Iterable[PromptFamily], length: int) -> dict[st
 
 
 def fitting_prompts(base: Base, openings: torch.Tensor, file: str | None, length: int) -> dict[str, list[list[int]]]:
-    """What a rate is calibrated on: the user's families, or the model's own openings (N, P) and the bundled ones."""
+    """What a rate is calibrated on: the user's families, or the model's own openings (N, P) and the bundled ones.
+
+    Raises:
+        XFactorError: the file as in `read_families` and `encode`, or more than `MOST_FAMILIES` in it.
+    """
     if file is not None:
-        return encode(base, read_families(Path(file)), length)
+        families = read_families(Path(file))
+        if len(families) > MOST_FAMILIES:
+            raise XFactorError(
+                f"`prompts={file}` holds {len(families)} kinds of prompts, a rate takes at most {MOST_FAMILIES}; join "
+                "some: an empty line begins a new kind"
+            )
+        return encode(base, families, length)
     return {OPENINGS: openings.tolist(), **encode(base, bundled(FIT), length)}
