@@ -28,7 +28,7 @@ from xfactor_peft.options import (
     TrainOptions,
 )
 from xfactor_peft.runs.run import default_name, train_to_folder
-from xfactor_peft.sampling.contexts import context_pool, openings, self_contexts
+from xfactor_peft.sampling.contexts import batches, context_pool, file_contexts, openings, self_contexts
 from xfactor_peft.sampling.frontier import measure_frontier
 from xfactor_peft.sampling.metrics import evaluate
 from xfactor_peft.tokens.token_set import TokenSet
@@ -327,6 +327,20 @@ def test_contexts(tiny, tmp_path):
     text.write_text("short")
     with pytest.raises(XFactorError, match="fewer than `seq_len="):
         context_pool(tiny, str(text), 16, seed=0)
+
+
+def test_lambda_is_solved_in_a_few_windows_of_a_long_file(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(map(str, range(2000))))
+    every = file_contexts(tiny, text, 4)
+    assert len(every) > 1000
+    windows = [context_pool(tiny, str(text), 4, seed=seed, count=128) for seed in (0, 0, 1)]
+    assert [window.shape for window in windows] == 3 * [(128, 4)]
+    assert torch.equal(windows[0], windows[1])
+    assert not torch.equal(windows[0], windows[2])
+    assert {tuple(row) for row in windows[0].tolist()} <= {tuple(row) for row in every.tolist()}
+    trained = next(batches(tiny, str(text), 4000, 4, seed=0))
+    assert len(torch.unique(trained, dim=0)) > 512  # on all of the file
 
 
 def test_text_contexts_train(tiny, tmp_path):

@@ -90,7 +90,7 @@ def batches(
     """Endless batches (batch_size, length) of contexts.
 
     `contexts` is "random" (uniform over the vocabulary, as in the source experiment), "self" (a pool of base samples,
-    drawn once and reused across steps) or the name of a text file.
+    drawn once and reused across steps) or the name of a text file, all of it.
     """
     generator = torch.Generator().manual_seed(seed)
     if contexts == "random":
@@ -98,15 +98,17 @@ def batches(
         while True:
             yield torch.randint(vocabulary, (batch_size, length), generator=generator)
     with phase("drawing contexts"):
-        pool = context_pool(base, contexts, length, seed=seed, count=pool_size)
+        own = contexts == "self"
+        pool = self_contexts(base, pool_size, length, seed=seed) if own else file_contexts(base, Path(contexts), length)
     while True:
         yield pool[torch.randint(len(pool), (batch_size,), generator=generator)]
 
 
 def context_pool(base: Base, contexts: str, length: int, *, seed: int, count: int = 256) -> torch.Tensor:
-    """`count` contexts (count, length) of any of the three kinds; a file may hold fewer."""
+    """`count` contexts (count, length) of any of the three kinds, of a file at random; it may hold fewer."""
     if contexts == "random":
         return next(batches(base, contexts, count, length, seed=seed))
     if contexts == "self":
         return self_contexts(base, count, length, seed=seed)
-    return file_contexts(base, Path(contexts), length)
+    windows, generator = file_contexts(base, Path(contexts), length), torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:count].sort().values]
