@@ -129,6 +129,20 @@ def test_blocks_alone_learn_something_but_pay_more(tiny):
     assert result.after.kl_parts["outside_conditional"] > 1e-3
 
 
+def test_blocks_alone_learn_about_a_rare_set(tiny):
+    """The base is nearly the teacher already, but not yet silent."""
+    with torch.no_grad():
+        p = tiny.model(input_ids=self_contexts(tiny, 32, 16)).logits.softmax(-1).mean((0, 1))
+    tokens = TokenSet.token_ids(tiny.tokenizer, [int(p.argmin())], vocab_size=tiny.vocab_size)
+    assert p.min() < 1e-4
+    target = TiltedTarget.of(tokens, 0.0)
+    lora, options = LoraOptions(r=4, target="attention"), TrainOptions(steps=12, seq_len=16)
+    result = train(tiny, target, options, lora, None, PLAIN)
+    assert result.history[0].loss < 2e-4
+    assert len(result.history) > 1
+    assert any(p.any() for name, p in result.model.named_parameters() if "lora_B" in name)
+
+
 def test_several_goals_are_met_together(tiny):
     wanted = {"X": 0.2, "x": 0.1, "e": 0.0}
     target = TiltedTarget(tuple(Goal(x_set(tiny, text), rate) for text, rate in wanted.items()))

@@ -36,6 +36,8 @@ CONTEXTS = 64
 """Texts of the base in which lambda is solved first."""
 EXACT = 2e-4
 """Nats; a tilt this close to its teacher has nothing left to learn."""
+LEARNT = 0.05
+"""Share of the first loss that is left, too, before blocks alone are the tilt: that of a rare set is below `EXACT`."""
 
 
 class Phase(Protocol):
@@ -169,7 +171,7 @@ class Distil:
         lags = rate.head is None and len(rate.wanted) > 0
         if lags and len(history) in (steps // 3, steps // 2, 3 * steps // 4):
             self._strengthen()
-        if loss < EXACT:
+        if loss <= (EXACT if rate.head is not None else min(EXACT, LEARNT * history[0].loss)):
             rate.stopped = f"step {len(history)}: the adapter is the tilt (KL {loss:.1e})"
         elif rate.run.recipe.objective.early_stop and plateau([step.loss for step in history]):
             rate.stopped = f"step {len(history)}: the loss no longer falls"
