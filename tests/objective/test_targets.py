@@ -10,7 +10,7 @@ import torch
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.objective.targets import Goal, TiltedTarget, UniformTarget
 from xfactor_peft.objective.tilt import MAX_STRENGTH
-from xfactor_peft.options import LoraOptions, ObjectiveOptions, TrainOptions
+from xfactor_peft.options import LoraOptions, ObjectiveOptions, RateOptions, TrainOptions
 from xfactor_peft.tokens.rule import Rule
 from xfactor_peft.tokens.token_set import TokenSet
 
@@ -125,6 +125,20 @@ def test_what_a_target_asks_for_by_itself():
 )  # fmt: skip
 def test_options_that_do_not_go_with_a_target(target, train, lora, objective, message):
     refused(message, lambda: target.check(train, lora, objective))
+
+
+@pytest.mark.parametrize("where", [{"temperature": 0.7}, {"top_k": 40}, {"top_p": 0.9}, {"prompts": __file__}])
+def test_planning_without_a_head_has_one_decoding_and_its_own_openings(where):
+    elsewhere = ObjectiveOptions(sequence_level=True, rate=RateOptions(**where))
+    refused(
+        "`sequence_level=True` without a set head holds its rate at temperature 1 after the model's own openings; add "
+        "`head` to `lora.target`, or leave out `prompts`, `temperature`, `top_k` and `top_p`",
+        lambda: RATE.check(TrainOptions(), LoraOptions(target="all"), elsewhere),
+    )
+    RATE.check(TrainOptions(), LoraOptions(target="all,head"), elsewhere)
+    RATE.check(TrainOptions(), LoraOptions(target="all"), ObjectiveOptions(rate=RateOptions(**where)))
+    on_average = ObjectiveOptions(sequence_level=True, rate=RateOptions("on-average"))
+    RATE.check(TrainOptions(), LoraOptions(target="all"), on_average)
 
 
 def test_options_that_go_with_a_target():

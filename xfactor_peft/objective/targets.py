@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,6 +179,11 @@ class TiltedTarget:
             raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
         if objective.sequence_level and self.rates is None:
             raise XFactorError("`sequence_level=True` needs `goal.rate`, not `goal.strength`")
+        if objective.sequence_level and not lora.head and replace(objective.rate, same_rate=None) != RateOptions():
+            raise XFactorError(
+                "`sequence_level=True` without a set head holds its rate at temperature 1 after the model's own "
+                "openings; add `head` to `lora.target`, or leave out `prompts`, `temperature`, `top_k` and `top_p`"
+            )
         if objective.rate != RateOptions() and self.rates is None:
             raise XFactorError("`goal.strength` is taken as it is; to say where a rate holds give `goal.rate`")
         if objective.rate.same_rate == "everywhere" and not self.looks(lora, objective):
