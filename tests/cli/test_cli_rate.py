@@ -76,6 +76,7 @@ def test_words_without_a_token_are_named(run, tiny_folders):
         (["--target-rate", "0.1", "--alpha", "2"], "--alpha and --beta belong to the uniform target"),
         (["--target-rate", "0.1", "--kl-to-base", "1"], "--kl-to-base belongs to the uniform target"),
         (["--sequence-level"], "--sequence-level needs --target-rate"),
+        (["--target-rate", "0.1", "--sequence-level", "--target", "head"], "use --target all,head"),
         (["--lambda", "2", "--sequence-level"], "--sequence-level needs --target-rate, not --lambda"),
         (["--lambda", "inf"], "--lambda must be between"),
         (["--contexts", "nowhere"], "--contexts must be random, self or a text file"),

@@ -141,9 +141,17 @@ def test_planning_without_a_head_has_one_decoding_and_its_own_openings(where):
     RATE.check(TrainOptions(), LoraOptions(target="all"), on_average)
 
 
+def test_a_head_alone_has_nothing_to_plan_with():
+    """The states that it looks at are the base's, so the phase has no gradient."""
+    refused(
+        "`sequence_level=True` plans with attention and MLP; use `lora.target=all,head`",
+        lambda: RATE.check(TrainOptions(), HEAD, WHOLE_TEXTS),
+    )
+
+
 def test_options_that_go_with_a_target():
     UNIFORM.check(TrainOptions(), LoraOptions(), PLAIN)
     UNIFORM.check(TrainOptions(), LoraOptions(), NEAR_BASE)
     UNIFORM.check(FULL, LoraOptions(), PLAIN)
-    RATE.check(TrainOptions(), HEAD, WHOLE_TEXTS)
+    RATE.check(TrainOptions(), LoraOptions(target="all,head"), WHOLE_TEXTS)
     STRENGTH.check(TrainOptions(), HEAD, PLAIN)

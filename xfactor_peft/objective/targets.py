@@ -179,6 +179,8 @@ class TiltedTarget:
             raise XFactorError("`kl_to_base` belongs to the uniform target; a rate stays nearest the base as it is")
         if objective.sequence_level and self.rates is None:
             raise XFactorError("`sequence_level=True` needs `goal.rate`, not `goal.strength`")
+        if objective.sequence_level and lora.target == "head":
+            raise XFactorError("`sequence_level=True` plans with attention and MLP; use `lora.target=all,head`")
         if objective.sequence_level and not lora.head and replace(objective.rate, same_rate=None) != RateOptions():
             raise XFactorError(
                 "`sequence_level=True` without a set head holds its rate at temperature 1 after the model's own "
