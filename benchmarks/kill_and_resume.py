@@ -24,10 +24,11 @@ import click
 import torch
 from bench import tiny
 
+from xfactor_peft.adapters.files import SETTINGS
 from xfactor_peft.adapters.output import staging_of
 from xfactor_peft.checkpoint.checkpoints import Checkpoints
 from xfactor_peft.options import EvalOptions, LoraOptions, Recipe, SamplingOptions, TrainOptions
-from xfactor_peft.runs.folder import METRICS, SETTINGS
+from xfactor_peft.runs.folder import METRICS
 from xfactor_peft.runs.run import FolderOptions, train_to_folder
 
 EVALUATION = EvalOptions(("The fox",), 2, SamplingOptions(max_new_tokens=16))

@@ -8,6 +8,7 @@ import pytest
 from xfactor_peft import export as exporting
 from xfactor_peft.adapters import combine as combining
 from xfactor_peft.adapters.adapter import find_adapter
+from xfactor_peft.adapters.catalogue import rename_adapter
 from xfactor_peft.adapters.combine import combine
 from xfactor_peft.adapters.files import CONFIG, WEIGHTS
 from xfactor_peft.adapters.mix import Mix, parse_mix
@@ -120,7 +121,43 @@ def test_staged_things_take_their_place(tmp_path):
     with staged(tmp_path / "b", force=False) as folder:
         (folder / "file").write_text("1")
     assert (tmp_path / "b/file").read_text() == "1"
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_nothing_else_takes_the_place_of_an_unfinished_run(adapters_root, tmp_path, run):
+    root = shutil.copytree(adapters_root, tmp_path / "adapters")
+    kept = [root / ".new.partial" / name for name in ("settings.json", "checkpoints/step-1.pt")]
+    kept[1].parent.mkdir(parents=True)
+    for path in kept:
+        path.write_text("hours of work")
+    unfinished = r"an unfinished run of new is in .*\.new\.partial; resume it"
+    with pytest.raises(XFactorError, match=unfinished), staged(root / "new", force=False):
+        pass
+    with pytest.raises(XFactorError, match=unfinished):
+        combine(Mix.of("x"), root / "new", root)
+    with pytest.raises(XFactorError, match=unfinished):
+        rename_adapter("x", "new", root)
+    refused = run("unslop", "--model", "nowhere", "--output", "adapters/new", code=2).output
+    assert "an unfinished run of new is in" in " ".join(refused.split())
+    combine(Mix.of("x"), root / "new", root, force=True)
+    with staged_file(root / "new") as path:  # of the same name
+        assert path.parent != kept[0].parent
+    assert {path.read_text() for path in kept} == {"hours of work"}
+
+
+def test_two_do_not_make_the_same_at_once(tmp_path):
+    with staged(tmp_path / "a", force=False) as folder:
+        (folder / "file").write_text("1")
+        with (
+            pytest.raises(XFactorError, match=r"another run .*is writing .*\.a\.making"),
+            staged(tmp_path / "a", force=False),
+        ):
+            pass
+    assert (tmp_path / "a/file").read_text() == "1"
+    left = tmp_path / ".b.making/old"  # of a process that was killed
+    left.mkdir(parents=True)
+    with staged(tmp_path / "b", force=False):
+        assert not left.exists()
 
 
 def test_the_reason_for_the_demo_model_ends_at_a_word(monkeypatch, tmp_path):

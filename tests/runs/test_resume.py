@@ -81,6 +81,25 @@ def test_an_interrupted_run_is_not_overwritten_unasked(load_tiny, tmp_path):
     assert len(metrics(tmp_path / "a")) == 13
 
 
+def test_resuming_replaces_only_what_the_run_was_told_to(load_tiny, tmp_path):
+    run(load_tiny(), tmp_path / "a")
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "a", crash_at=7, force=True)
+    os.replace(tmp_path / "a", tmp_path / "b")
+    os.replace(tmp_path / "b", tmp_path / "a")  # another one, for all that the run can know
+    kept = metrics(tmp_path / "a")
+    with pytest.raises(XFactorError, match="came after the run in .* give it another name first"):
+        run(load_tiny(), tmp_path / "a", resume=True)
+    assert metrics(tmp_path / "a") == kept
+    os.replace(tmp_path / "a", tmp_path / "b")
+    run(load_tiny(), tmp_path / "a", resume=True)
+    with pytest.raises(Crash):
+        run(load_tiny(), tmp_path / "b", crash_at=7, force=True)
+    run(load_tiny(), tmp_path / "b", resume=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
 def test_a_run_without_a_checkpoint_starts_again(load_tiny, tmp_path):
     run(load_tiny(), tmp_path / "whole")
     with pytest.raises(Crash):

@@ -16,6 +16,7 @@ from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
 from .card import about, asked, steps_made
 from .config import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
+from .output import check_no_run
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,14 @@ def rename_adapter(name: str, new: str, root: Path) -> Path:
     """Give an adapter below `root` another name, in its record and card too; returns the new folder.
 
     Raises:
-        XFactorError: there is no such adapter, the name is taken or is not a plain folder name.
+        XFactorError: there is no such adapter, the name is taken, by an unfinished run too, or is no plain folder name.
     """
     folder, target = _below(name, root), root / new
     if not re.fullmatch(r"[\w.+-]+", new, flags=re.ASCII) or new.startswith("."):
         raise XFactorError(f"{new!r} is no name for an adapter; use letters, digits, and . + - _ inside")
     if target.exists():
         raise XFactorError(f"{target} exists; remove it first, or choose another name")
+    check_no_run(target)
     info = read_adapter(folder)
     os.rename(folder, target)
     if info.record:

@@ -15,6 +15,8 @@ from ..checkpoint.durable import write_atomically
 from ..errors import XFactorError
 
 RECORD, CARD = "xfactor.json", "README.md"
+SETTINGS = "settings.json"
+"""Of a run that is not finished, beside what it saved."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's own names."""
 JSON_LIMIT = 16 * 2**20

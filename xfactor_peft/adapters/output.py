@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoint.durable import file_hash, sync, sync_tree, write_atomically
+from ..checkpoint.locks import folder_lock
 from ..errors import XFactorError
 from ..lowmem.noise import without_notes
 from .card import model_card
-from .files import CARD, CONFIG, RECORD, write_json
+from .files import CARD, CONFIG, RECORD, SETTINGS, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel  # which takes seconds to import
@@ -32,31 +33,48 @@ def check_replaceable(folder: Path, *, force: bool) -> None:
         raise XFactorError(f"{folder} holds something that is not a run of this tool; `force=True` does not replace it")
 
 
-def prepare_output(folder: Path, *, force: bool) -> Path:
-    """Check that `folder` may be written, and return an empty staging folder beside it.
-
-    Raises:
-        XFactorError: the folder exists and `force` is off, or its parent cannot be written.
-    """
+def check_free(folder: Path, *, force: bool) -> None:
+    """Raises XFactorError where `check_replaceable` does, and without `force` where a run waits to take the place."""
     check_replaceable(folder, force=force)
-    return _empty_staging(folder)
+    if not force:
+        check_no_run(folder)
 
 
-def _empty_staging(place: Path) -> Path:
-    staging = staging_of(place)
+def check_no_run(folder: Path) -> None:
+    """Raises XFactorError where a run that is not finished will take the name of `folder`."""
+    staging = staging_of(folder)
+    if (staging / SETTINGS).is_file():
+        raise XFactorError(
+            f"an unfinished run of {folder.name} is in {staging}; resume it, delete that folder, or choose another name"
+        )
+
+
+def empty_folder(path: Path) -> Path:
+    """Make `path` an empty folder, whatever was there; raises XFactorError where that cannot be."""
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
     except OSError as error:
         raise XFactorError(
-            f"{place.parent} cannot be written: {error.strerror or error}; choose another `output`"
+            f"{path.parent} cannot be written: {error.strerror or error}; choose another `output`"
         ) from error
-    return staging
+    return path
 
 
 def staging_of(folder: Path) -> Path:
-    """Where `folder` is made before it takes its name."""
+    """Where a run keeps what it saves until it takes the name `folder`."""
     return folder.parent / f".{folder.name}.partial"
+
+
+@contextmanager
+def _making(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place`, apart from any run's, which is gone after the block."""
+    staging = place.parent / f".{place.name}.making"
+    with folder_lock(staging):
+        try:
+            yield empty_folder(staging)
+        finally:  # a Ctrl-C too leaves nothing behind
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, folder: Path) -> None:
@@ -73,28 +91,26 @@ def publish(staging: Path, folder: Path) -> None:
 
 @contextmanager
 def staged(folder: Path, *, force: bool) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder`, if it may, when the block is done; gone when it fails."""
-    staging = prepare_output(folder, force=force)
-    try:
+    """An empty folder that takes the place of `folder`, if it may, when the block is done; gone when it fails.
+
+    Raises:
+        XFactorError: something is there and `force` is off, or another process is making the same.
+    """
+    check_free(folder, force=force)
+    with _making(folder) as staging:
         yield staging
         publish(staging, folder)
-    except BaseException:  # a Ctrl-C too leaves nothing behind
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """Where to write a file (and others beside it) that take their places when the block is done, and not before."""
-    staging = _empty_staging(path)
-    try:
+    with _making(path) as staging:
         yield staging / path.name
         sync_tree(staging)
         for made in sorted(staging.iterdir()):
             os.replace(made, path.parent / made.name)
         sync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def record_head(name: str, kind: str) -> dict[str, Any]:

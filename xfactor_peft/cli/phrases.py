@@ -85,7 +85,7 @@ def train_and_save(
 ) -> None:
     """Load, train, save, print."""
     from ..adapters.files import RECORD
-    from ..adapters.output import check_replaceable
+    from ..adapters.output import check_free
     from ..checkpoint.locks import folder_lock
     from ..phrases.goals import describe
     from ..phrases.saving import save_phrases
@@ -94,7 +94,7 @@ def train_and_save(
 
     output, goals = flags["output"], rules.target.goals
     with folder_lock(output):  # which also shows, before anything is computed, that it can be written
-        check_replaceable(output, force=flags["force"])
+        check_free(output, force=flags["force"])
         base = load(flags)
         console.print(f"phrases: {describe(goals[:3])}{f' and {len(goals) - 3} more' if len(goals) > 3 else ''}")
         console.print(f"prompts: {len(rules.prompts)} to learn from, {len(rules.held_out)} held out")

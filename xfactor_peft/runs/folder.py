@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.files import RECORD
-from ..adapters.output import check_replaceable, prepare_output, publish, staging_of
+from ..adapters.files import RECORD, SETTINGS
+from ..adapters.output import check_replaceable, empty_folder, publish, staging_of
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
@@ -26,7 +26,7 @@ from ..errors import OutOfRoom, XFactorError
 from ..training.train import TrainResult
 from .save_result import complete_record, save_result
 
-METRICS, SETTINGS, CHECKPOINTS = "metrics.jsonl", "settings.json", "checkpoints"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 _VOLATILE = ("why", "name")
 """What of a base's record may change between two parts of a run: where its files were found."""
 
@@ -61,8 +61,7 @@ class RunFolder:
             checkpoints = Checkpoints(path / CHECKPOINTS)
             return cls(output, path, header, checkpoints, checkpoints.latest())
         check_output(output, force=force)
-        path = prepare_output(output, force=force)
-        run = cls(output, path, header, Checkpoints(path / CHECKPOINTS))
+        run = cls(output, empty_folder(path), header, Checkpoints(path / CHECKPOINTS))
         try:
             write_atomically(path / SETTINGS, json.dumps(settings, indent=2).encode())
             write_atomically(path / METRICS, _line(header))
@@ -172,10 +171,21 @@ def interrupted_settings(output: Path) -> dict[str, Any]:
 
 
 def _unfinished(output: Path) -> Path:
-    """Where an interrupted run is, if there is one: its hidden folder, or `output` if only its scores are missing."""
+    """Where an interrupted run is, if there is one: its hidden folder, or `output` if only its scores are missing.
+
+    Raises:
+        XFactorError: something was put at `output` since the run began; what was there before, it was told to replace.
+    """
     path = staging_of(output)
-    published = (output / SETTINGS).is_file() and (output / METRICS).is_file() and not path.exists()
-    return output if published else path
+    if (output / SETTINGS).is_file() and (output / METRICS).is_file() and not path.exists():
+        return output
+    begun = path / SETTINGS
+    if begun.is_file() and output.exists() and output.stat().st_ctime > begun.stat().st_mtime:
+        raise XFactorError(
+            f"{output} cannot be resumed: what is there now came after the run in {path}, which would replace it; "
+            "give it another name first"
+        )
+    return path
 
 
 def _tidy(output: Path) -> None:
