@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 
 from xfactor_peft import export as exporting
 from xfactor_peft.adapters import combine as combining
-from xfactor_peft.adapters.adapter import find_adapter
+from xfactor_peft.adapters.adapter import find_adapter, list_adapters
 from xfactor_peft.adapters.catalogue import rename_adapter
 from xfactor_peft.adapters.combine import combine
 from xfactor_peft.adapters.files import CONFIG, WEIGHTS
@@ -15,6 +16,8 @@ from xfactor_peft.adapters.mix import Mix, parse_mix
 from xfactor_peft.adapters.output import staged, staged_file
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base import resolve
+from xfactor_peft.cli import main
+from xfactor_peft.cli.values import ADAPTER
 from xfactor_peft.errors import XFactorError
 
 
@@ -82,6 +85,15 @@ def test_a_folder_of_adapters_is_not_one_and_says_what_is_there(adapters_root, t
         find_adapter("notes", tmp_path)
     with pytest.raises(XFactorError, match=r"no such adapter in .* and no such folder"):
         find_adapter("nowhere", tmp_path)
+
+
+def test_hidden_folders_are_no_adapters(adapters_root, tmp_path):
+    for name in (".x.partial", ".x.old", "x.partial"):
+        shutil.copytree(adapters_root / "x", tmp_path / name)
+    assert list_adapters(tmp_path) == ["x.partial"]
+    context = click.Context(main)
+    context.params["adapters_dir"] = tmp_path
+    assert [item.value for item in ADAPTER.shell_complete(context, None, "")] == ["x.partial"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

@@ -88,7 +88,7 @@ def test_resuming_replaces_only_what_the_run_was_told_to(load_tiny, tmp_path):
     os.replace(tmp_path / "a", tmp_path / "b")
     os.replace(tmp_path / "b", tmp_path / "a")  # another one, for all that the run can know
     kept = metrics(tmp_path / "a")
-    with pytest.raises(XFactorError, match="came after the run in .* give it another name first"):
+    with pytest.raises(XFactorError, match=r"came after the run in .* give it another name first"):
         run(load_tiny(), tmp_path / "a", resume=True)
     assert metrics(tmp_path / "a") == kept
     os.replace(tmp_path / "a", tmp_path / "b")

@@ -73,8 +73,8 @@ def _few(names: list[str]) -> str:
 
 
 def list_adapters(root: Path = Path("adapters")) -> list[str]:
-    """Names of the adapters below `root`."""
-    return sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    """Names of the adapters below `root`; hidden folders are none, they hold what is not finished."""
+    return sorted(path.parent.name for path in root.glob(f"[!.]*/{CONFIG}"))
 
 
 def read_adapter(folder: Path) -> AdapterInfo:

@@ -55,7 +55,7 @@ class AdapterName(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         root = Path(ctx.params.get("adapters_dir") or "adapters")
-        names = sorted(path.parent.name for path in root.glob("*/adapter_config.json"))
+        names = sorted(path.parent.name for path in root.glob("[!.]*/adapter_config.json"))
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
