@@ -1,10 +1,12 @@
 """Where adapters are, under which names, and what is left behind when one cannot be written."""
 
+import errno
 import shutil
 from pathlib import Path
 
 import click
 import pytest
+from safetensors import SafetensorError
 
 from xfactor_peft import export as exporting
 from xfactor_peft.adapters import combine as combining
@@ -18,7 +20,7 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.base import resolve
 from xfactor_peft.cli import main
 from xfactor_peft.cli.values import ADAPTER
-from xfactor_peft.errors import XFactorError
+from xfactor_peft.errors import OutOfRoom, XFactorError
 
 
 def linked(adapters_root, repository, below):
@@ -96,13 +98,17 @@ def test_hidden_folders_are_no_adapters(adapters_root, tmp_path):
     assert [item.value for item in ADAPTER.shell_complete(context, None, "")] == ["x.partial"]
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+FULL = [OSError(errno.ENOSPC, "disk full"), OSError("disk full"), SafetensorError("I/O error: disk full")]
+
+
+@pytest.mark.parametrize("error", [*FULL, KeyboardInterrupt()])
 def test_what_fails_leaves_nothing_beside(adapters_root, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(combining, "save_file", fail)
-    with pytest.raises(type(error)):
+    told = OutOfRoom if error in FULL else KeyboardInterrupt
+    with pytest.raises(told, match=r"new cannot be written \(.*disk full\); nothing was" if error in FULL else None):
         combine(Mix((("x", 0.5), ("z", 0.5))), tmp_path / "new", adapters_root)
     assert list(tmp_path.iterdir()) == []
 
@@ -122,6 +128,22 @@ def test_an_export_that_fails_leaves_nothing_and_replaces_nothing(tiny, adapters
             exporting.export(bank, Mix.of("x"), "logit-bias", tmp_path / name, force=True)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deeper", "old.json"]
     assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_an_export_does_not_work_for_an_output_that_it_may_not_replace(tiny, adapters_root, tmp_path):
+    bank = AdapterBank(tiny, adapters_root)
+    for place in (tmp_path, tmp_path / "m.onnx", tmp_path / "m.onnx.data"):
+        place.mkdir(exist_ok=True)
+        output = place.with_suffix("") if place.suffix == ".data" else place
+        with pytest.raises(XFactorError, match=f"{place} is a folder"):
+            exporting.export(bank, Mix.of("x"), "onnx", output, force=True)
+        if place != tmp_path:
+            place.rmdir()
+    (tmp_path / "m.onnx.data").touch()
+    with pytest.raises(XFactorError, match=r"m\.onnx\.data exists; pass `force=True`"):
+        exporting.export(bank, Mix.of("x"), "onnx", tmp_path / "m.onnx")
+    with pytest.raises(XFactorError, match="`force=True` does not replace it"):
+        exporting.export(bank, Mix.of("x"), "merged", tmp_path / "m.onnx.data", force=True)
 
 
 def test_staged_things_take_their_place(tmp_path):
@@ -155,6 +177,15 @@ def test_nothing_else_takes_the_place_of_an_unfinished_run(adapters_root, tmp_pa
     with staged_file(root / "new") as path:  # of the same name
         assert path.parent != kept[0].parent
     assert {path.read_text() for path in kept} == {"hours of work"}
+
+
+def test_what_cannot_be_moved_into_place_leaves_the_old(tmp_path):
+    with staged(tmp_path / "a", force=False) as folder:
+        (folder / "xfactor.json").write_text("old")
+    with pytest.raises(OutOfRoom, match="nothing was replaced"), staged(tmp_path / "a", force=True) as folder:
+        shutil.rmtree(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a/xfactor.json").read_text() == "old"
 
 
 def test_two_do_not_make_the_same_at_once(tmp_path):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.runs.crashing import Crash, metrics, scores, stop_at_the_second, weights
 from tests.training.uniform import QUICK
@@ -199,9 +200,10 @@ def test_without_room_the_rounds_before_stay(load_tiny, whole, failing, tmp_path
     assert_same(tmp_path / "a", expected)
 
 
-def test_an_adapter_that_found_no_room_is_resumed(load_tiny, whole, failing, tmp_path):
+@pytest.mark.parametrize("error", [FULL, SafetensorError(FULL.strerror)])
+def test_an_adapter_that_found_no_room_is_resumed(load_tiny, whole, failing, tmp_path, error):
     expected = whole("head")
-    failing(folder_module, "save_result", FULL, 1)
+    failing(folder_module, "save_result", error, 1)
     with pytest.raises(XFactorError, match=r"cannot be written \(No space left.*; what there is stays in"):
         run(load_tiny(), tmp_path / "a")
     run(load_tiny(), tmp_path / "a", resume=True)

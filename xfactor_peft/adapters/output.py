@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..checkpoint.durable import file_hash, sync, sync_tree, write_atomically
 from ..checkpoint.locks import folder_lock
-from ..errors import XFactorError
+from ..errors import OutOfRoom, XFactorError, first_line
 from ..lowmem.noise import without_notes
 from .card import model_card
 from .files import CARD, CONFIG, RECORD, SETTINGS, write_json
@@ -29,7 +30,8 @@ def check_replaceable(folder: Path, *, force: bool) -> None:
     """Raises XFactorError for a folder that exists and `force` is off, or that holds something else than a run."""
     if folder.exists() and not force:
         raise XFactorError(f"{folder} exists; pass `force=True` to replace it, or another `output`")
-    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+    holds = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if holds and not (folder / RECORD).is_file():
         raise XFactorError(f"{folder} holds something that is not a run of this tool; `force=True` does not replace it")
 
 
@@ -67,10 +69,20 @@ def staging_of(folder: Path) -> Path:
 
 
 @contextmanager
+def writing(place: Path, left: str) -> Iterator[None]:
+    """Inside, a write that the system refuses is an OutOfRoom, which ends with what is left."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise OutOfRoom(f"{place} cannot be written ({why}); {left}") from error
+
+
+@contextmanager
 def _making(place: Path) -> Iterator[Path]:
     """An empty folder beside `place`, apart from any run's, which is gone after the block."""
     staging = place.parent / f".{place.name}.making"
-    with folder_lock(staging):
+    with writing(place, "nothing was replaced"), folder_lock(staging):
         try:
             yield empty_folder(staging)
         finally:  # a Ctrl-C too leaves nothing behind
@@ -78,13 +90,22 @@ def _making(place: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, folder: Path) -> None:
-    """Move a finished staging folder into place, whole on the disk; an old one is removed only after that."""
+    """Move a finished staging folder into place, whole on the disk; an old one is removed only after that.
+
+    Raises:
+        OSError: it cannot be moved; the old one is in its place.
+    """
     sync_tree(staging)
     old = folder.parent / f".{folder.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(staging, folder)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -95,6 +116,7 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
 
     Raises:
         XFactorError: something is there and `force` is off, or another process is making the same.
+        OutOfRoom: it cannot be written.
     """
     check_free(folder, force=force)
     with _making(folder) as staging:
@@ -104,7 +126,12 @@ def staged(folder: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Where to write a file (and others beside it) that take their places when the block is done, and not before."""
+    """Where to write a file (and others beside it) that take their places when the block is done, and not before.
+
+    Raises:
+        XFactorError: another process is making the same.
+        OutOfRoom: they cannot be written.
+    """
     with _making(path) as staging:
         yield staging / path.name
         sync_tree(staging)

@@ -14,7 +14,7 @@ from .gguf_lora import write_lora
 from .gguf_model import write_model
 from .logit_bias import write_logit_bias
 from .ollama import write_ollama
-from .onnx_file import write_onnx
+from .onnx_file import data_of, write_onnx
 
 FOLDERS: dict[str, Callable[..., str]] = {"merged": write_folder, "ollama": write_ollama}
 FILES: dict[str, tuple[str, Callable[..., str]]] = {
@@ -40,15 +40,18 @@ def export(
     or as they were ("same"), which may round the adapter away.
 
     Raises:
-        XFactorError: `output` exists and `force` is off, an optional package is missing, or the adapter or the
-            architecture has no place in the format.
+        XFactorError: `output` exists and `force` is off, or is a folder where a file is made; an optional package is
+            missing; or the adapter or the architecture has no place in the format.
     """
     if tensors is not None and (kind != "gguf" or bank.base.choice.gguf is None):
         raise XFactorError("`tensors` says how the tensors of a GGUF base are packed; it is for `format=gguf` from one")
     if kind in FOLDERS:
         return FOLDERS[kind](bank, mix, output, force=force)
-    if output.exists() and not force:
-        raise XFactorError(f"{output} exists; pass `force=True` to replace it, or another `output`")
+    for place in [output, *([data_of(output)] if kind == "onnx" else [])]:
+        if place.is_dir():
+            raise XFactorError(f"{place} is a folder, and {kind} is a file; name one in it, or choose another `output`")
+        if place.exists() and not force:
+            raise XFactorError(f"{place} exists; pass `force=True` to replace it, or another `output`")
     with staged_file(output) as path:
         more = {} if tensors is None else {"tensors": tensors}
         return FILES[kind][1](bank, mix, path, **more).replace(str(path), str(output))

@@ -27,6 +27,11 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
+def data_of(output: Path) -> Path:
+    """Where torch writes weights that are too large for the file itself."""
+    return output.with_name(f"{output.name}.data")
+
+
 def write_onnx(bank: AdapterBank, mix: Mix, output: Path) -> str:
     """input_ids (batch, time) int64 -> logits (batch, time, V) float32; both axes are dynamic, without a KV cache.
 

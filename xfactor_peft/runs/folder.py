@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import RECORD, SETTINGS
-from ..adapters.output import check_replaceable, empty_folder, publish, staging_of
+from ..adapters.output import check_replaceable, empty_folder, publish, staging_of, writing
 from ..checkpoint.checkpoints import Checkpoint, Checkpoints
 from ..checkpoint.durable import write_atomically
 from ..checkpoint.interruption import Interrupted
@@ -92,7 +92,7 @@ class RunFolder:
 
         What a run resumes with stays until `complete`, where it is anything: with `fsdp` nothing is saved.
         """
-        with self._writing(f"what there is stays in {self.path}"):
+        with writing(self.output, f"what there is stays in {self.path}"):
             self.record = save_result(result, self.path, self.output.name)
             publish(self.path, self.output)
         if self.checkpoints.saved is None:
@@ -101,17 +101,10 @@ class RunFolder:
     def complete(self, result: TrainResult) -> dict[str, Any]:
         """Put what was measured after `publish` into the record; returns it."""
         assert self.record is not None  # published
-        with self._writing("the adapter itself is whole"):
+        with writing(self.output, "the adapter itself is whole"):
             record = complete_record(result, self.output, self.record)
         _tidy(self.output)
         return record
-
-    @contextmanager
-    def _writing(self, left: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutOfRoom(f"{self.output} cannot be written ({error.strerror}); {left}") from error
 
     def with_resume_hint(self, stopped: Interrupted) -> Interrupted:
         """The signal, with what was saved and how to resume; the folder of a run that kept nothing is removed."""
