@@ -1,7 +1,10 @@
 """`xfactor adapters`: listing, verifying, renaming, removing, merging and comparing; mixes on the command line."""
 
+import errno
 import json
 import shutil
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from xfactor_peft.adapters.combine import combine
 from xfactor_peft.adapters.compare import compare
 from xfactor_peft.adapters.factors import read_factors
 from xfactor_peft.adapters.mix import Mix, parse_mix
+from xfactor_peft.adapters.output import write_record
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge
 from xfactor_peft.bank.norm_fold import fold_logit_bias
@@ -198,6 +202,34 @@ def test_the_commands(root, run, tiny_folders):
         ("remove", str(tiny_folders["gpt2"]), "--yes"): "a whole model", ("merge", "new", "nope"): "no such adapter",
     }.items():  # fmt: skip
         assert message in run("adapters", *words, code=2).output
+
+
+@pytest.mark.parametrize("recorded", ["x", "theirs"])
+def test_a_renamed_adapter_has_its_name_in_its_card(root, recorded):
+    record = json.loads((root / "x/xfactor.json").read_text())
+    write_record(root / "x", {**record, "name": recorded})
+    with (root / "x/README.md").open("ab") as card:
+        card.write(b"\xff of somebody's\n")
+    rename_adapter("x", "y", root)
+    write_record(root / "z", {**record, "name": "y"})
+    assert (root / "y/README.md").read_bytes() == (root / "z/README.md").read_bytes() + b"\xff of somebody's\n"
+
+
+@pytest.mark.parametrize("place", ["files.write_atomically", "catalogue.write_atomically", "catalogue.os.rename"])
+def test_an_adapter_that_cannot_be_renamed_is_as_it_was(root, monkeypatch, place):
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    function = attrgetter(place.partition(".")[2])(import_module(f"xfactor_peft.adapters.{place.partition('.')[0]}"))
+    outcomes = iter([OSError(errno.ENOSPC, "No space left")])
+
+    def full(*arguments):
+        for error in outcomes:
+            raise error
+        return function(*arguments)
+
+    monkeypatch.setattr(f"xfactor_peft.adapters.{place}", full)
+    with pytest.raises(XFactorError, match=r"x cannot be renamed \(No space left\); it keeps its name"):
+        rename_adapter("x", "y", root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("section", ["tokens", "train", "before", "after", "loss", "target", "sha256", "rate"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 from ..tokens.printable import counted
@@ -31,6 +32,15 @@ def model_card(record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines + (_how_to_load(record["base"]["name"], record["name"]) if lora else []))
+
+
+def renamed_card(card: bytes, names: Iterable[str], new: str) -> bytes:
+    """A card whose heading and commands say `new` for any of `names`; the rest stays, whoever wrote it."""
+    text = card.decode("utf-8", "surrogateescape")
+    for old in names:
+        text = text.replace(f"\n# {old}\n", f"\n# {new}\n", 1)
+        text = text.replace(_option(old), _option(new)).replace(_place(old), _place(new))
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _mixed(record: dict[str, Any]) -> list[str]:
@@ -159,14 +169,22 @@ def _how_to_load(base: str, name: str) -> list[str]:
         load = f"AutoModelForCausalLM.from_pretrained({json.dumps(base, ensure_ascii=False)})"
     return [
         "```",
-        f'xfactor generate --adapter none --adapter {shlex.quote(name)} "Once upon a time"',
+        f'xfactor generate --adapter none {_option(name)}"Once upon a time"',
         "```",
         "",
         "```python",
         *imports,
         "",
         f"base = {load}",
-        f"model = PeftModel.from_pretrained(base, {json.dumps('adapters/' + name, ensure_ascii=False)})  # this folder",
+        f"model = PeftModel.from_pretrained(base, {_place(name)})  # this folder",
         "```",
         "",
     ]
+
+
+def _option(name: str) -> str:
+    return f"--adapter {shlex.quote(name)} "
+
+
+def _place(name: str) -> str:
+    return json.dumps(f"adapters/{name}", ensure_ascii=False)

@@ -6,14 +6,16 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.durable import write_atomically
 from ..errors import XFactorError
 from ..tokens.rule import Rule
 from .adapter import AdapterInfo, find_adapter, list_adapters, read_adapter
-from .card import about, asked, steps_made
+from .card import about, asked, renamed_card, steps_made
 from .config import layer_scaling
 from .files import CARD, RECORD, WEIGHTS, write_json
 from .output import check_no_run
@@ -133,7 +135,8 @@ def rename_adapter(name: str, new: str, root: Path) -> Path:
     """Give an adapter below `root` another name, in its record and card too; returns the new folder.
 
     Raises:
-        XFactorError: there is no such adapter, the name is taken, by an unfinished run too, or is no plain folder name.
+        XFactorError: there is no such adapter, the name is taken, by an unfinished run too, or is no plain folder
+            name; or the folder cannot be written, and is as it was.
     """
     folder, target = _below(name, root), root / new
     if not re.fullmatch(r"[\w.+-]+", new, flags=re.ASCII) or new.startswith("."):
@@ -142,12 +145,20 @@ def rename_adapter(name: str, new: str, root: Path) -> Path:
         raise XFactorError(f"{target} exists; remove it first, or choose another name")
     check_no_run(target)
     info = read_adapter(folder)
-    os.rename(folder, target)
-    if info.record:
-        write_json(target / RECORD, {**info.record, "name": new})
-    if (target / CARD).is_file():
-        card = (target / CARD).read_text(encoding="utf-8")
-        (target / CARD).write_text(card.replace(f"\n# {name}\n", f"\n# {new}\n", 1), encoding="utf-8")
+    old: dict[str, bytes] = {}
+    try:
+        old |= {file: (folder / file).read_bytes() for file in (RECORD, CARD) if (folder / file).is_file()}
+        if info.record:
+            write_json(folder / RECORD, {**info.record, "name": new})
+        if CARD in old:
+            named = {name, str(info.record.get("name", name))}  # that of a pulled one says its name at its author's
+            write_atomically(folder / CARD, renamed_card(old[CARD], named, new))
+        os.rename(folder, target)
+    except OSError as error:
+        with suppress(OSError):
+            for file, content in old.items():
+                write_atomically(folder / file, content)
+        raise XFactorError(f"{folder} cannot be renamed ({error.strerror}); it keeps its name") from error
     return target
 
 
