@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_hub_download
 
 from tests.hub.hub_fixture import set_endpoint
 from tests.tiny import tiny_model_folder
@@ -83,6 +84,22 @@ def test_a_wrong_checksum_is_noticed_and_mended(hub, resolved, model):
     assert "model.safetensors arrived damaged (wrong SHA-256) and was removed; try again" in resolved()
     hub.heal()
     assert not resolved().startswith("Error")
+
+
+def test_what_another_program_left_out_is_fetched(hub, online, model, tmp_path):
+    """It cached the configuration and the weights: offline that is no model, online the rest comes."""
+    served = shutil.copytree(model, tmp_path / "served")
+    (served / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    hub.add(NAME, served)
+    for file in ("config.json", "model.safetensors"):
+        hf_hub_download(NAME, file, cache_dir=constants.HF_HUB_CACHE)
+    with pytest.raises(XFactorError, match="not in the local cache"):
+        resolve_model(NAME, offline=True)
+    found = resolve_model(NAME)
+    assert found.reason == "downloaded from the Hub"
+    assert {path.name for path in found.folder.iterdir()} == {path.name for path in model.iterdir()}
+    again = resolve_model(NAME, offline=True)
+    assert (again.reason, again.folder) == ("in the local cache", found.folder)
 
 
 def test_no_name_server(online, run, monkeypatch, capfd):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from tests.tiny import CONTEXT, VOCABULARY, WEIGHT_STD, tiny_tokenizer
+from tests.tiny import CONTEXT, KINDS, VOCABULARY, WEIGHT_STD, tiny_model, tiny_tokenizer
 from xfactor_peft.base import loading
 from xfactor_peft.base.claims import stored_quantisation
 from xfactor_peft.base.loading import load_base
@@ -95,6 +95,14 @@ def test_a_quantised_checkpoint_is_refused_by_name(tiny_folders, tmp_path, metho
 def test_plain_checkpoints_claim_nothing():
     for config in ({}, {"quantization_config": None}, {"text_config": {"hidden_size": 4}}, {"vision_config": None}):
         assert stored_quantisation(config) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind):
+    """Of some families transformers loads an empty one, which would drop every prompt; of others it raises."""
+    tiny_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(XFactorError, match=r"no usable tokenizer in .*; save it there with tokenizer\."):
+        load(tmp_path)
 
 
 def test_a_real_4_bit_checkpoint_is_refused_with_and_without_its_claim(tiny_folders, tmp_path):

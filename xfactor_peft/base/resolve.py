@@ -28,6 +28,10 @@ _REFUSALS: dict[type[Exception], str] = {
 """Why the Hub refuses, the most special first."""
 _HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[^:\\]+\.gguf)")
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_NEVER = ["*/*", "consolidated*"]
+"""The latter are Mistral's own files: the same weights once more, which transformers does not read."""
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
+"""One of these holds the tokens of any tokenizer; the other files of one only set it up."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,16 @@ def _gguf_from_hub(model: str, repo: str, file: str, revision: str | None, offli
 
 def _snapshot(name: str, revision: str | None, **more: Any) -> Path:
     """The model's folder in the Hub's cache."""
-    return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns="*/*", **more))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NEVER, **more))
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The whole cached snapshot, or None when a file of it is missing."""
+    """The whole cached snapshot, or None when a file of it is missing: other programs fetch the weights alone."""
     try:
-        return _checked(_snapshot(name, revision, local_files_only=True), name)
+        folder = _checked(_snapshot(name, revision, local_files_only=True), name)
     except (OSError, hub.HFValidationError, XFactorError):
         return None
+    return folder if any(any(folder.glob(pattern)) for pattern in _TOKENIZERS) else None
 
 
 def _refusing(name: str, revision: str | None, fetch: Callable[[], Path]) -> Path:

@@ -12,6 +12,9 @@ from .gguf_config import config_of
 from .gguf_tokenizer import open_gguf, tokenizer_of
 from .resolve import ModelChoice
 
+_PROBE = "a A the 1"
+"""Some of it is in every vocabulary, be it one of the letters of proteins."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -38,10 +41,14 @@ def read_vocabulary(choice: ModelChoice) -> Vocabulary:
     check_architecture(config, choice.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(choice.folder, trust_remote_code=False)
-        tokenizer("a")
+        if set(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
+            raise ValueError("it knows no letter, as some do that are loaded without their files")
         tokenizer.decode(tokenizer.all_special_ids)
     except Exception as error:  # the same
-        raise XFactorError(f"{choice.name}: no usable tokenizer in {choice.folder}: {reason(error)}") from error
+        raise XFactorError(
+            f"{choice.name}: no usable tokenizer in {choice.folder} ({reason(error).rstrip(':. ')}); save it there "
+            "with tokenizer.save_pretrained"
+        ) from error
     return Vocabulary(tokenizer, config.get_text_config().vocab_size)
 
 
