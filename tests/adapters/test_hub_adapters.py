@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from tests.adapters.editing import logits
 from tests.tiny import tiny_model
+from xfactor_peft.adapters.card import model_card
 from xfactor_peft.adapters.hub import check_push, pull
 from xfactor_peft.errors import XFactorError
 
@@ -41,7 +42,8 @@ def test_push_and_pull(online, hub, run, adapters_root, tmp_path):
     files = hub.repos[REPO].files
     assert {"adapter_config.json", "adapter_model.safetensors", "xfactor.json", "README.md"} <= files.keys()
     card = files["README.md"].read_text()
-    for words in ("base_model: ", "R, share of generated tokens", "KL from the base", "PeftModel.from_pretrained"):
+    assert "base_model: " not in card, "the base is a folder, and no address of the Hub's"
+    for words in ("R, share of generated tokens", "KL from the base", "PeftModel.from_pretrained"):
         assert words in card
     if "training.png" in files:
         assert "](training.png)" in card
@@ -85,6 +87,33 @@ def test_a_refused_push_is_one_line(online, hub, run, adapters_root, monkeypatch
     assert "needs a token" in run("adapters", "push", "x", REPO, *root, code=2).output
 
 
+def test_a_card_that_the_hub_refuses_is_one_line(online, hub, run, adapters_root):
+    refusal = '"base_model" with value "./here" is not valid'
+    hub.fail("/api/validate-yaml", methods=("POST",), status=400, message=refusal)
+    output = run("adapters", "push", "x", REPO, "--adapters-dir", adapters_root, code=2).output
+    assert f"Invalid metadata in README.md. - {refusal}; correct {adapters_root / 'x/README.md'}" in output
+    assert output.count("\n") == 1
+
+
+def test_no_network_is_one_line(online, hub, run, adapters_root):
+    hub.close()
+    output = run("adapters", "push", "x", REPO, "--adapters-dir", adapters_root, code=2).output
+    assert f"{REPO} cannot be pushed: " in output
+    assert "; check the connection" in output
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "linked"),
+    [("owner/name", "0" * 40, True), ("owner/name:q/f.gguf", "0" * 40, False), ("models/gpt2", None, False)],
+)
+def test_a_card_links_to_a_base_of_the_hub_alone(adapters_root, name, revision, linked):
+    record = json.loads((adapters_root / "x/xfactor.json").read_text())
+    record["base"] |= {"name": name, "revision": revision}
+    assert (f"base_model: {name}\n" in model_card(record)) == linked
+    assert ("base_model" in model_card(record)) == linked
+
+
 def test_training_with_push(online, hub, run, tiny_folders):
     brief = ["--steps", 2, "--seq-len", 8, "--eval-tokens", 4, "--eval-repeats", 1, "--dtype", "fp32"]
     words = ["train", "--model", tiny_folders["gpt2"], *brief, "--push-to-hub", "someone/new", "--output", "adapters/n"]
@@ -99,6 +128,8 @@ def test_checks_before_any_work(run, tiny_folders, monkeypatch, tmp_path):
     assert "needs a token" in run("train", *model, "--push-to-hub", "a/b", code=2).output
     with pytest.raises(XFactorError, match="OWNER/NAME"):
         check_push("a/b/c")
+    with pytest.raises(XFactorError, match="'a/b c' is no name for a repository: Repo id must use"):
+        check_push("a/b c")
     with pytest.raises(XFactorError, match="is no repository on the Hub"):
         pull("abc", tmp_path)
     assert os.listdir(tmp_path) == []

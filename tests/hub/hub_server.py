@@ -216,7 +216,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self, status: int, code: str | None = None, message: str = "", headers: dict[str, str] | None = None
     ) -> None:
         named = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        body = json.dumps({"error": message}).encode()
+        body = json.dumps({"error": message, "errors": [{"message": message}]}).encode()
         self._send(status, {"Content-Type": "application/json", **named, **(headers or {})}, body)
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:

@@ -16,7 +16,7 @@ def model_card(record: dict[str, Any]) -> str:
     lora = record["kind"] == "lora"
     lines = [
         "---",
-        f"base_model: {record['base']['name']}",
+        *_base_model(record["base"]),
         "library_name: peft" if lora else "library_name: transformers",
         "tags: [xfactor-peft, lora]" if lora else "tags: [xfactor-peft]",
         "---",
@@ -41,6 +41,12 @@ def renamed_card(card: bytes, names: Iterable[str], new: str) -> bytes:
         text = text.replace(f"\n# {old}\n", f"\n# {new}\n", 1)
         text = text.replace(_option(old), _option(new)).replace(_place(old), _place(new))
     return text.encode("utf-8", "surrogateescape")
+
+
+def _base_model(base: dict[str, Any]) -> list[str]:
+    """The metadata that links to the base; the Hub refuses a card in which it is a path or a file of a repository."""
+    on_the_hub = base.get("revision") and ":" not in base["name"]
+    return [f"base_model: {base['name']}"] if on_the_hub else []
 
 
 def _mixed(record: dict[str, Any]) -> list[str]:

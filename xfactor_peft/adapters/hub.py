@@ -9,9 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
 from huggingface_hub import errors as hub
+from huggingface_hub.utils import validate_repo_id
 
-from ..base.resolve import in_words
-from ..errors import XFactorError
+from ..base.resolve import in_words, without_secrets
+from ..errors import XFactorError, first_line
 from .adapter import read_adapter
 from .files import CARD, CONFIG, RECORD, WEIGHTS
 from .output import staged
@@ -25,6 +26,10 @@ def check_push(repo: str) -> None:
     owner, slash, name = repo.partition("/")
     if not (slash and owner and name) or "/" in name:
         raise XFactorError(f"`repo` {repo!r}: a repository is OWNER/NAME")
+    try:
+        validate_repo_id(repo)
+    except hub.HFValidationError as error:
+        raise XFactorError(f"`repo` {repo!r} is no name for a repository: {first_line(error)}") from error
     if get_token() is None:
         raise XFactorError("pushing to the Hub needs a token; log in with `hf auth login`")
 
@@ -45,10 +50,13 @@ def push(folder: Path, repo: str, *, private: bool | None = None) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, value) for name, value in (contents | _with_curve(folder)).items()]
         api.create_commit(repo, operations, commit_message=f"Adapter {folder.name}")
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise XFactorError(
-            f"{repo} cannot be pushed: {in_words(error)}; check the name and `hf auth whoami`"
-        ) from error
+    except Exception as error:
+        if not _from_outside(error):
+            raise
+        why, advice = in_words(error), "check the connection, the name and `hf auth whoami`"
+        if CARD in str(error):  # the client's own words for what the Hub has against a card, one fault a line
+            why, advice = without_secrets(" ".join(str(error).split())), f"correct {folder / CARD}"
+        raise XFactorError(f"{repo} cannot be pushed: {why}; {advice}") from error
     return f"{api.endpoint}/{repo}"
 
 
@@ -69,9 +77,8 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
                     shutil.copy(path, staging)
         except hub.RepositoryNotFoundError as error:
             raise XFactorError(f"{repo}: no such repository on the Hub, or it is private (`hf auth login`)") from error
-        except Exception as error:  # the client's network errors have no common base of their own
-            known = isinstance(error, OSError | ValueError | hub.HfHubHTTPError) or "http" in type(error).__module__
-            if not known:
+        except Exception as error:
+            if not _from_outside(error):
                 raise
             why = in_words(error)
             raise XFactorError(f"{repo} cannot be pulled: {why}; check the connection and try again") from error
@@ -79,6 +86,11 @@ def pull(repo: str, root: Path, name: str | None = None, *, revision: str | None
             raise XFactorError(f"{repo} holds no {CONFIG}, so it is not an adapter")
         read_adapter(staging)
     return folder
+
+
+def _from_outside(error: Exception) -> bool:
+    """Whether the Hub, the network or the disk is the cause: the client's network errors have no base of their own."""
+    return isinstance(error, OSError | ValueError | hub.HfHubHTTPError) or "http" in type(error).__module__
 
 
 def _with_curve(folder: Path) -> dict[str, bytes]:
