@@ -165,6 +165,25 @@ def test_what_was_not_used_for_longest_makes_room(load_tiny, cache, monkeypatch)
     assert "nf4" not in left
 
 
+def test_what_a_killed_process_left_is_removed(load_tiny, cache):
+    """By the next that writes, and by who clears, even where there is no whole file."""
+    cache.mkdir()
+    leftover = cache / ".0123.safetensors.writing"
+    leftover.write_bytes(b"half")
+    load_tiny(weights="mapped")
+    assert not leftover.exists()
+    weight_cache.clear(weight_cache.cached())
+    leftover.write_bytes(b"half")
+    CliRunner().invoke(main, ["cache", "--clear"], catch_exceptions=False)
+    assert [path.name for path in cache.iterdir()] in ([], [".lock"])
+
+
+def test_a_file_that_vanishes_is_not_listed(cache):
+    cache.mkdir()
+    (cache / "0123.safetensors").symlink_to(cache / "nowhere")
+    assert weight_cache.cached() == []
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

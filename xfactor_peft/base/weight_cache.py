@@ -85,7 +85,10 @@ def cached() -> list[CachedWeights]:
     """What there is, used last first."""
     found = []
     for path in cache_folder().glob("*.safetensors"):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process has just removed it
+            continue
         try:
             about = describe(path)
         except ValueError:
@@ -95,9 +98,10 @@ def cached() -> list[CachedWeights]:
 
 
 def clear(files: list[CachedWeights]) -> None:
-    """Remove files; those that a run has mapped stay with it until it ends."""
-    if files:
+    """Remove files, and what killed runs left; those that a run has mapped stay with it until it ends."""
+    if cache_folder().is_dir():
         with _locked(cache_folder()):
+            _remove_leftovers(cache_folder())
             for one in files:
                 one.path.unlink(missing_ok=True)
 
@@ -115,12 +119,19 @@ def _expected(folder: Path, dtype: str) -> int:
 
 def _make_room(folder: Path, size: int) -> None:
     """Remove what was not used for longest until `size` bytes more are within `LIMIT`, and the disk has them."""
+    _remove_leftovers(folder)
     files = cached()
     while files and sum(one.size for one in files) + size > LIMIT:
         files.pop().path.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise _not_written(folder, f"{mib(free)} are free there, {mib(size)} may be needed")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what was being written when a process was killed; who holds the lock knows that no other writes now."""
+    for path in folder.glob(".*.safetensors.writing"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
