@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ class AdapterBank:
         active: what counts now.
         adapters: what is loaded, by the name or folder it was loaded with.
         peft_names: PEFT's names of them, which may hold no dots; one is never used twice.
+        in_use: for who shares a bank between threads: held while one computes; nothing here takes it.
 
     Raises:
         XFactorError: `base` carries LoRA layers already, e.g. because it was trained.
@@ -56,6 +58,7 @@ class AdapterBank:
         self.root = root
         self.adapters: dict[str, AdapterInfo] = {}
         self.active = Mix()
+        self.in_use = threading.Lock()
         self._state: Hashable = ()
         self._layers = AdapterLayers(base.model, str(base.device))
         self.peft_names: dict[str, str] = {}

@@ -25,7 +25,8 @@ from ..tokens.token_set import TokenSet
 
 NONE = "none"
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-"""Of everything that computes with the model, which all who look share."""
+"""Of everything that computes with the model, which all who look share. Each holds the bank's lock as well: what was
+stopped computes on in its thread until its piece ends, and only then is its iterator closed."""
 TO_ANSWERS = """() => {
     if (innerWidth < 640) document.getElementById("problem").scrollIntoView({behavior: "smooth"});
 }"""
@@ -153,8 +154,9 @@ def _answers(bank: AdapterBank, prompt: str, *settings: Any) -> Iterator[tuple[s
     yield _page("", Column(), Column())
     try:
         options = SamplingOptions(max_new_tokens=int(length), temperature=temperature, seed=int(seed or 0))
-        for shown in continuations(bank, prompt, [first, second], [one, two], rate, options):
-            yield _page("", *shown)
+        with bank.in_use:
+            for shown in continuations(bank, prompt, [first, second], [one, two], rate, options):
+                yield _page("", *shown)
     except XFactorError as error:
         yield _page(str(error), Column(), Column())
 

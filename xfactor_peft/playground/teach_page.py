@@ -101,8 +101,9 @@ def _show(bank: AdapterBank, prompts: str, adapter: str, marks: str, count: int)
     All at once: a click on *Teach* between the two would have learnt from as many as were asked for.
     """
     try:
-        seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
-        pace = pace_of(bank.base, seen.prompts)
+        with bank.in_use:
+            seen = samples(bank, prompts_of(prompts), "" if adapter == NONE else adapter)
+            pace = pace_of(bank.base, seen.prompts)
         return "", _texts(_patterns(marks), seen), seen, pace, min(count, texts_in_time(seen.prompts, pace))
     except XFactorError as error:
         return said(str(error)), "", Seen(), 0.0, count
@@ -153,18 +154,19 @@ def _teach(
     try:
         lines = prompts_of(prompts)
         rules, made = rules_of(marks, lines, int(count)), next_name(bank.root, name.strip())
-        before = seen if seen.prompts == lines else samples(bank, lines)
-        taught: Taught | None = None
-        for news in teach(bank, rules, made, stop):
-            if isinstance(news, Doing):
-                yield keep, keep, keep, _doing(news), keep, keep
-                time.sleep(0.2)  # the next one is the newest then, and no one reads faster
-            else:
-                taught = news
-        if taught is None:
-            yield "", keep, keep, "stopped; nothing was written", keep, keep
-            return
-        after = samples(bank, lines, made)
+        with bank.in_use:
+            before = seen if seen.prompts == lines else samples(bank, lines)
+            taught: Taught | None = None
+            for news in teach(bank, rules, made, stop):
+                if isinstance(news, Doing):
+                    yield keep, keep, keep, _doing(news), keep, keep
+                    time.sleep(0.2)  # the next one is the newest then, and no one reads faster
+                else:
+                    taught = news
+            if taught is None:
+                yield "", keep, keep, "stopped; nothing was written", keep, keep
+                return
+            after = samples(bank, lines, made)
     except XFactorError as error:
         yield said(str(error)), keep, keep, "", keep, keep
         return
