@@ -1,6 +1,7 @@
 """Adapters for other programs: what is read back gives the adapter's logits."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.adapters.editing import IDS, logits
 from tests.bank.loaded import bank_of
 from tests.conftest import SHORT_EVALUATION
+from xfactor_peft.adapters.catalogue import catalogue
+from xfactor_peft.adapters.combine import combine
 from xfactor_peft.adapters.mix import Mix, parse_mix
 from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.errors import XFactorError
@@ -185,6 +188,32 @@ def test_the_logit_bias_of_other_adapters_is_fitted_to_its_rate(tiny, adapters_r
     assert record["lambda"] > 0.5
     with pytest.raises(XFactorError, match="has 2 token sets; a bias can be fitted to exactly one"):
         write_logit_bias(bank, parse_mix("x+z"), tmp_path / "c.json", SHORT_EVALUATION)
+
+
+@pytest.mark.parametrize("kind", ["goals", "merged", "merged goals"])
+def test_no_logit_bias_is_fitted_to_one_of_several_sets(tiny, adapters_root, tmp_path, kind):
+    root = Path(shutil.copytree(adapters_root, tmp_path / "adapters"))
+    if kind != "merged":
+        sets = [json.loads((root / name / "xfactor.json").read_text())["tokens"] for name in ("x", "z")]
+        record = json.loads((root / "x/xfactor.json").read_text())
+        record["target"] = {"kind": "tilted", "goals": [{"tokens": tokens, "rate": 0.1} for tokens in sets]}
+        (root / "x/xfactor.json").write_text(json.dumps(record))
+    if kind != "goals":
+        combine(parse_mix("x+z:0.5" if kind == "merged" else "x:0.5"), root / "both", root)
+    name = "x" if kind == "goals" else "both"
+    bank = bank_of(tiny, root, name)
+    with pytest.raises(XFactorError, match=f"{name} has 2 token sets; a bias can be fitted to exactly one"):
+        write_logit_bias(bank, Mix.of(name), tmp_path / "b.json", SHORT_EVALUATION)
+    assert [tokens.describe() for tokens in bank.token_sets(name)] == ["contains 'X'", "contains 'Z'"]
+    assert bank.token_set(name).describe() == "contains 'X'"  # what columns show
+    assert "contains 'X'; contains 'Z'" in {entry.tokens for entry in catalogue(root)}
+
+
+def test_merged_adapters_of_one_set_have_its_logit_bias(tiny, adapters_root, tmp_path):
+    root = Path(shutil.copytree(adapters_root, tmp_path / "adapters"))
+    combine(parse_mix("x:0.3+head:0.1"), root / "both", root)
+    write_logit_bias(bank_of(tiny, root, "both"), Mix.of("both"), tmp_path / "b.json", SHORT_EVALUATION)
+    assert json.loads((tmp_path / "b.json").read_text())["tokens"]["rule"]["value"] == "X"
 
 
 def test_a_missing_package_is_one_line(tiny, adapters_root, tmp_path, monkeypatch):

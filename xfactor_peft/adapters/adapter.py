@@ -42,6 +42,12 @@ class AdapterInfo:
         rule = self.section("tokens").get("rule")
         return rule and Rule.from_record(rule)
 
+    @property
+    def token_records(self) -> list[dict[str, Any]]:
+        """What is recorded of the token set of every goal, or of the one set of an adapter without goals."""
+        goals = self.section("target").get("goals") or []
+        return [goal["tokens"] for goal in goals] or ([self.section("tokens")] if self.token_rule else [])
+
 
 def find_adapter(reference: str, root: Path = Path("adapters")) -> Path:
     """The folder of an adapter given by path, or by name below `root`.

@@ -67,9 +67,7 @@ def parameter_count(info: AdapterInfo) -> int:
 def _sets(info: AdapterInfo) -> list[tuple[dict[str, Any], str]]:
     """The record of every token set of an adapter, and what was wanted of it: "10 %", "lambda 3", or nothing said."""
     goals = info.section("target").get("goals") or []
-    if not goals:
-        return [(info.section("tokens"), "")] if info.token_rule else []
-    return [(goal["tokens"], _wanted(goal)) for goal in goals]
+    return [(goal["tokens"], _wanted(goal)) for goal in goals] or [(part, "") for part in info.token_records]
 
 
 def _goals(info: AdapterInfo) -> list[dict[str, Any]]:

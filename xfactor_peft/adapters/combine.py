@@ -70,7 +70,7 @@ def _config(ranks: dict[str, int], biased: bool, first: dict[str, Any]) -> LoraC
 
 
 def _record(mix: Mix, infos: list[AdapterInfo], name: str, files: dict[str, str]) -> dict[str, Any]:
-    """What is known of a mix; empty when its first adapter has no record."""
+    """What is known of a mix, the token sets of all its adapters among it; empty when its first one has no record."""
     first = infos[0].record
     if not first:
         return {}
@@ -78,10 +78,12 @@ def _record(mix: Mix, infos: list[AdapterInfo], name: str, files: dict[str, str]
         {"name": info.name, "weight": weight, "sha256": info.section("sha256").get(WEIGHTS)}
         for info, (_, weight) in zip(infos, mix.parts, strict=True)
     ]
+    sets = {part["hash"]: part for info in infos for part in info.token_records}
     return {
         **record_head(name, "lora"),
         "base": first["base"],
-        "tokens": first.get("tokens"),
+        "tokens": next(iter(sets.values()), None),
+        "target": {"kind": "mix", "goals": [{"tokens": part} for part in sets.values()]},
         "mixed_from": sources,
         "sha256": files,
     }

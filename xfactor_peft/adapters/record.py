@@ -46,6 +46,7 @@ def _is_goal(value: Any) -> bool:
         and isinstance(value.get("tokens"), dict)
         and _is_rule(value["tokens"].get("rule"))
         and all(is_whole(value["tokens"].get(key)) for key in ("size", "vocab_size"))
+        and is_text(value["tokens"].get("hash"))
     )
 
 

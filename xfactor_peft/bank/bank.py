@@ -6,7 +6,7 @@ import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,6 +21,7 @@ from ..lora.wrap import remove_lora
 from ..options import ChatOptions, SamplingOptions
 from ..sampling.dial import scale_for_rate
 from ..sampling.generation import generate, generate_batch
+from ..tokens.rule import Rule
 from ..tokens.token_set import TokenSet
 from .adapter_layers import AdapterLayers
 from .cache_guard import CacheGuard
@@ -185,16 +186,23 @@ class AdapterBank:
         return scale_for_rate(self.adapters[name].section("rate").get("dial") or (), rate, f"adapter {name}")
 
     def token_set(self, name: str) -> TokenSet | None:
-        """The set an adapter was trained for, made again from its rule and checked against its hash.
+        """The set an adapter was trained for, of several the first, made again from its rule.
 
         Raises:
             XFactorError: the rule gives another set than the one trained on.
         """
         info = self.adapters[name]
-        if info.token_rule is None:
-            return None
-        tokens = TokenSet.from_rule(self.base.tokenizer, info.token_rule, vocab_size=self.base.vocab_size)
-        if tokens.hash != info.record["tokens"]["hash"]:
+        return None if info.token_rule is None else self._made_again(name, info.section("tokens"))
+
+    def token_sets(self, name: str) -> list[TokenSet]:
+        """The sets of all goals of an adapter; raises XFactorError as `token_set` does."""
+        return [self._made_again(name, record) for record in self.adapters[name].token_records]
+
+    def _made_again(self, name: str, record: dict[str, Any]) -> TokenSet:
+        """The set by its recorded rule, checked against its hash."""
+        rule = Rule.from_record(record["rule"])
+        tokens = TokenSet.from_rule(self.base.tokenizer, rule, vocab_size=self.base.vocab_size)
+        if tokens.hash != record["hash"]:
             raise XFactorError(f"adapter {name}: its token rule gives another set than the one it was trained on")
         return tokens
 

@@ -64,7 +64,7 @@ def exact_offsets(bank: AdapterBank, mix: Mix) -> torch.Tensor | None:
 
 
 def _fitted(bank: AdapterBank, mix: Mix, options: EvalOptions) -> tuple[torch.Tensor, dict[str, Any]]:
-    sets = {s.hash: s for name in mix.names if (s := bank.token_set(name)) is not None}
+    sets = {tokens.hash: tokens for name in mix.names for tokens in bank.token_sets(name)}
     if len(sets) != 1:
         raise XFactorError(f"{mix} has {len(sets)} token sets; a bias can be fitted to exactly one")
     tokens = next(iter(sets.values()))
