@@ -120,6 +120,15 @@ def test_comparison_of_updates(root):
     assert result.settings["rank"] == ("8", "4")
 
 
+def test_an_update_that_cancels_has_no_norm(root):
+    for name in ("copy", "other"):
+        shutil.copytree(root / "x", root / name)
+    combine(parse_mix("x:0.7+copy:-0.3+other:-0.4"), root / "nothing", root)
+    result = compare(read_adapter(root / "nothing"), read_adapter(root / "x"))
+    assert result.layers
+    assert all(nothing <= 1e-6 * norm for nothing, norm, _ in result.layers.values())
+
+
 def test_adapters_for_bases_of_different_sizes(root):
     def widen(tensors):
         for key in tensors:

@@ -40,18 +40,20 @@ def compare(first: AdapterInfo, second: AdapterInfo) -> Comparison:
         mine, other = (part.get(name) for part in parts)
         products = (_inner(mine, mine), _inner(other, other), _inner(mine, other))
         sums = [total + value for total, value in zip(sums, products, strict=True)]
-        layers[name] = (math.sqrt(products[0]), math.sqrt(products[1]), _cosine(*products))
+        norms = [math.sqrt(max(0.0, product)) for product in products[:2]]
+        layers[name] = (norms[0], norms[1], _cosine(*products))
     return Comparison(settings, layers, _cosine(*sums))
 
 
 def _inner(one: Factors | None, two: Factors | None) -> float:
+    """In float64: where parts of an update cancel, what is left of its product with itself may round to below 0."""
     if one is None or two is None:
         return 0.0
-    product = ((two.a @ one.a.T) * (two.b.T @ one.b)).sum() * one.scaling * two.scaling
+    product = ((two.a.double() @ one.a.double().T) * (two.b.double().T @ one.b.double())).sum()
     if one.bias is not None and two.bias is not None:
-        product += (one.bias @ two.bias) * one.scaling * two.scaling
-    return float(product)
+        product += one.bias.double() @ two.bias.double()
+    return float(product) * one.scaling * two.scaling
 
 
 def _cosine(first: float, second: float, inner: float) -> float:
-    return inner / math.sqrt(first * second) if first * second > 0 else 0.0
+    return inner / math.sqrt(first * second) if min(first, second) > 0 else 0.0
