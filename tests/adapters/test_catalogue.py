@@ -24,6 +24,7 @@ from xfactor_peft.bank.bank import AdapterBank
 from xfactor_peft.bank.merging import merge
 from xfactor_peft.bank.norm_fold import fold_logit_bias
 from xfactor_peft.bank.verification import FAILED, OK, UNKNOWN, verify, verify_files
+from xfactor_peft.cli.common import own_base
 from xfactor_peft.errors import XFactorError
 
 
@@ -127,6 +128,19 @@ def test_an_update_that_cancels_has_no_norm(root):
     result = compare(read_adapter(root / "nothing"), read_adapter(root / "x"))
     assert result.layers
     assert all(nothing <= 1e-6 * norm for nothing, norm, _ in result.layers.values())
+
+
+def test_the_base_of_an_adapter_without_a_record_has_its_revision(root):
+    edit_config(base_model_name_or_path="someone/model", revision="v2")(root / "x")
+    (root / "x/xfactor.json").unlink()
+    combine(Mix.of("x", 0.5), root / "half", root)
+    flags = {"model": "auto", "revision": None}
+    for name in ("x", "half"):
+        found = own_base(flags, [name], root)
+        assert (found["model"], found["revision"]) == ("someone/model", "v2")
+    assert own_base({**flags, "revision": "v3"}, ["x"], root)["revision"] == "v3"
+    edit_config(base_model_name_or_path=None)(root / "x")
+    assert own_base(flags, ["x"], root) == flags
 
 
 def test_adapters_for_bases_of_different_sizes(root):

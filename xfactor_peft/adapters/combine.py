@@ -65,6 +65,7 @@ def _config(ranks: dict[str, int], biased: bool, first: dict[str, Any]) -> LoraC
         lora_bias=biased,
         fan_in_fan_out=bool(first.get("fan_in_fan_out")),
         base_model_name_or_path=first.get("base_model_name_or_path"),
+        revision=first.get("revision"),
         inference_mode=True,
     )
 

@@ -214,10 +214,12 @@ def own_base(flags: dict[str, Any], references: Iterable[str], adapters_dir: Pat
         return flags
     info = read_adapter(find_adapter(names[0], adapters_dir))
     if info.identity is None:
-        named = info.config.get("base_model_name_or_path")
-        return {**flags, "model": named, OWNER: names[0]} if named else flags
-    revision = flags["revision"] or info.identity.revision
-    return {**flags, "model": info.identity.name, "revision": revision, OWNER: names[0]}
+        named, revision = info.config.get("base_model_name_or_path"), info.config.get("revision")
+    else:
+        named, revision = info.identity.name, info.identity.revision
+    if not named:
+        return flags
+    return {**flags, "model": named, "revision": flags["revision"] or revision, OWNER: names[0]}
 
 
 def token_set(flags: dict[str, Any], base: Base | Vocabulary) -> TokenSet | None:
