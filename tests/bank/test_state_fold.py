@@ -1,13 +1,17 @@
 """An offset behind an RMSNorm: folded where the states allow it, refused where not, needless for a fitted head."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.adapters.editing import edit_weights
 from tests.training.uniform import QUICK
 from xfactor_peft.adapters.mix import parse_mix
 from xfactor_peft.bank.bank import AdapterBank
-from xfactor_peft.bank.state_fold import _solved
+from xfactor_peft.bank.state_fold import _solved, _solved_by_token
+from xfactor_peft.base.split_model import SplitModel
 from xfactor_peft.errors import XFactorError
 from xfactor_peft.export import export
 from xfactor_peft.objective.head_fit import Contexts
@@ -91,3 +95,44 @@ def test_a_bias_leaves_nearly_or_not_at_all(load_tiny, tmp_path):
     with pytest.raises(XFactorError, match="is constant enough for the set head's offset"):
         exported(load_tiny("llama"), tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def with_many_offsets(tensors):
+    """200 offsets, as a head for phrases has them, with a ban among them."""
+    bias = next(tensor for name, tensor in tensors.items() if name.endswith("lora_B.bias"))
+    bias.zero_()
+    bias[100:300] = torch.linspace(-2, 2, 200)
+    bias[50:60] = -100
+
+
+def test_many_offsets_are_folded_token_by_token(load_tiny, tmp_path, monkeypatch):
+    trained(with_a_constant(load_tiny("llama")), tmp_path, {"strength": 2.0})
+    edit_weights(with_many_offsets)(tmp_path / "x")
+    (tmp_path / "x/xfactor.json").unlink()  # which holds the hash
+    sets, of = [], Atoms.of
+    monkeypatch.setattr(Atoms, "of", lambda members: sets.append(len(members)) or of(members))
+    wanted, found, said = exported(with_a_constant(load_tiny("llama")), tmp_path)
+    assert max(sets) == 3
+    assert (found.softmax(-1) - wanted.softmax(-1)).abs().sum(-1).max() < 0.02
+    assert len(said[said.index("offset folded") :]) < 300
+    assert re.search(
+        r"R banned 0.0000 → 0.0000, lowered \S+ → \S+, raised .* bans of -100 are -\d+ at the weakest", said
+    )
+
+
+def test_token_by_token_and_set_by_set_agree_where_every_set_is_a_token(load_tiny):
+    policy, bias = SplitModel(load_tiny("llama").model), torch.zeros(384)
+    bias[10:14] = torch.tensor([-3.0, -1.0, 1.0, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(100, 64, generator=generator).bfloat16()
+    values = bias[10:14]
+    atoms = Atoms.of(bias == values[:, None])
+    with torch.no_grad():
+        masses = atoms.masses(policy.logits(states.float()).log_softmax(-1)).float()
+    one = _solved([Contexts(states[None], masses[None])], atoms, values.double())
+    two = _solved_by_token(policy, states, bias, bias == values[:, None])
+    for name in ("direction", "rates", "rates_after"):
+        torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=1e-5, rtol=1e-4)
+    assert (two.residual, two.least) == pytest.approx((one.residual, one.least), rel=1e-3)
+    assert two.kl == pytest.approx(one.kl, rel=1e-2)
+    assert two.kl > 1e-3

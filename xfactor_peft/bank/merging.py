@@ -57,8 +57,9 @@ def merge(
         except (ValueError, RuntimeError) as error:
             raise XFactorError(f"{mix} cannot be merged: {first_line(error)}") from error
     if bias is not None and direction is not None:
-        weight = model.get_output_embeddings().weight
-        weight.copy_(weight.double() + torch.outer(bias.double(), direction.to(bias.device)))
+        weight, rows = model.get_output_embeddings().weight, bias.nonzero().flatten()
+        update = torch.outer(bias[rows].double(), direction.to(bias.device))
+        weight[rows] = (weight[rows].double() + update).to(weight.dtype)
     elif bias is not None:
         fold_logit_bias(model, bias)
     if hasattr(model, "peft_config"):
