@@ -194,7 +194,8 @@ def dual(histograms: torch.Tensor, log_z: torch.Tensor, f: Potential, variance: 
         return value
 
     optimizer.step(loss)
-    strength, evenness = free.detach().tolist()
+    step = (free.detach() - start).nan_to_num().clamp(-1, 1)  # what was drawn says nothing of places further off
+    strength, evenness = (start + step).tolist()
     return Potential(strength, math.exp(evenness), f.centre)
 
 
