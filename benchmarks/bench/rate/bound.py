@@ -41,7 +41,7 @@ from ..tables import Table
 BOUND_TABLE = "bound.md"
 LABELS = {"sequence": "sequence-level, no price", "sequence-w1": "sequence-level"}
 LENGTH = 64
-ROUNDS, PARTICLES, FINAL, REPEATS = 5, 16, 64, 3
+ROUNDS, PARTICLES, FINAL, REPEATS = 5, 48, 64, 3
 RESAMPLED, STEP_PRICE = 0.5, 0.3
 
 
