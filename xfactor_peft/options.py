@@ -256,7 +256,7 @@ class ObjectiveOptions(_Recorded):
         _check(0 <= self.outside_price < math.inf, "`outside_price` must be at least 0", f"{self.outside_price:g}")
         planning = self.sequence_steps, self.outside_price
         _check(
-            self.sequence_level or planning == (80, 1.0),
+            self.sequence_level or planning == (ObjectiveOptions.sequence_steps, ObjectiveOptions.outside_price),
             "`sequence_steps` and `outside_price` are about planning whole texts; they need `sequence_level=True`",
             planning,
         )

@@ -279,7 +279,7 @@ def planned(folder: Path) -> dict[str, Record]:
 
 def write(folder: Path) -> str:
     """Write bound.md into `folder` from the records in its folder `bound`; returns the table."""
-    headers = ["policy", "R", "spread", "KL, nats/token", "the least there is", "× its KL"]
+    headers = ["policy", "R", "spread", "KL, nats/token", "no policy has less than", "× its KL"]
     found = sorted(store.read_all(folder / "bound"), key=lambda record: (record["spec"]["policy"], record["rate"]))
     lines = []
     for record in found:
